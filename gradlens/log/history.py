@@ -1,0 +1,259 @@
+"""All the rounds that the server saw: `UpdateLog`, and what adds up over them: `Accumulated`."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, overload
+from zlib import crc32
+
+import numpy as np
+from scipy import sparse
+
+from gradlens.log.record import InputError, LazyLayers, ModelSpec, Round
+
+if TYPE_CHECKING:
+    from gradlens.detectors import Detector, Verdict
+
+BUDGET = 1_000_000_000  # bytes of accumulated updates held in full; above it they are sketched
+SKETCH = 512  # numbers that a sketch keeps of a larger layer
+RECENT = 3  # rounds held with their Grams and medians
+REMEMBERED = 4_096  # verdicts held
+
+
+@dataclass(frozen=True, eq=False)
+class Accumulated:
+    """For every client seen so far, the sum of its residuals over its rounds.
+
+    A residual is the client's update minus the coordinate-wise median of that round's comparable clients, its
+    norm clipped, layer by layer, at the cohort's median residual norm; a client with a non-finite update adds
+    nothing in that round. The sampling noise of local training averages out in such a sum while a systematic
+    conflict of objectives adds up; divide by the root of `rounds` to compare clients.
+    clients: str [client], sorted; rounds: int64 [client], summed; sums: layer -> float32 [client, number].
+    sketched: the sums are count sketches (linear: inner products hold in expectation), to stay within 1 GB.
+    """
+
+    clients: np.ndarray
+    rounds: np.ndarray
+    sums: Mapping[str, np.ndarray]
+    sketched: bool = False
+
+    def of(self, clients: np.ndarray) -> np.ndarray:
+        """The rows of these clients, int64 [client]."""
+        return np.searchsorted(self.clients, clients)
+
+
+class UpdateLog(Sequence[Round]):
+    """The rounds so far, in order; every statistic, detector and aggregator takes one and answers for `log[-1]`.
+
+    `log[3]` is a round, `log[:4]` a prefix without copying, `log[2:5]` a stretch. A log, its prefixes and
+    its `keep`s share what was computed; rounds on disk are mapped when they are asked for, so a log may be
+    larger than memory. Raises InputError where a round's layers differ from the model's.
+    """
+
+    def __init__(self, model: ModelSpec, rounds: Iterable[Round] = ()) -> None:
+        self.model = model
+        self._memory = _Memory([fitted(model, round_) for round_ in rounds])
+        self._window = range(len(self._memory.sources))
+        self._last: Round | None = None  # stands for the last round, where `keep` chose some of its clients
+        self._kept = b""
+
+    @classmethod
+    def lazy(cls, model: ModelSpec, sources: Sequence[Callable[[], Round]]) -> "UpdateLog":
+        """A log whose rounds are made (read, mapped) when they are asked for."""
+        log = cls(model)
+        log._memory.sources.extend(sources)
+        log._window = range(len(sources))
+        return log
+
+    def __len__(self) -> int:
+        return len(self._window)
+
+    @overload
+    def __getitem__(self, key: int) -> Round: ...
+    @overload
+    def __getitem__(self, key: slice) -> "UpdateLog": ...
+    def __getitem__(self, key: int | slice) -> "Round | UpdateLog":
+        if isinstance(key, slice):
+            return self._stretch(self._window[key])
+        position = self._window[key]
+        if self._last is not None and position == self._window[-1]:
+            return self._last
+        return self._memory.round(position)
+
+    def __iter__(self) -> Iterator[Round]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"UpdateLog({len(self)} rounds, {self.model.num_parameters:,} parameters in {len(self.model)} layers)"
+
+    def _stretch(self, window: range) -> "UpdateLog":
+        if window.step != 1:
+            raise InputError(f"a part of a log is a run of consecutive rounds, found a step of {window.step}")
+        part = UpdateLog.__new__(UpdateLog)
+        part.model, part._memory, part._window = self.model, self._memory, window
+        to_the_end = len(window) > 0 and window[-1] == self._window[-1]
+        part._last, part._kept = (self._last, self._kept) if to_the_end else (None, b"")
+        return part
+
+    def prefixes(self) -> Iterator["UpdateLog"]:
+        """`log[:1]`, `log[:2]`, ...: what was known after each round."""
+        return (self[: k + 1] for k in range(len(self)))
+
+    def append(self, round_: Round) -> "UpdateLog":
+        """The log with one more round; this one stays as it is."""
+        fitted_round = fitted(self.model, round_)
+        stop = self._window.stop
+        memory = self._memory
+        if self._last is not None or stop < len(memory.sources):  # another future of the same past
+            sources = memory.sources[:stop]
+            if self._last is not None:
+                sources[-1] = self._last
+            memory = _Memory(sources)
+        memory.sources.append(fitted_round)
+        longer = self._stretch(self._window)
+        longer._memory, longer._window = memory, range(self._window.start, stop + 1)
+        longer._last, longer._kept = None, b""
+        return longer
+
+    def keep(self, selection: np.ndarray) -> "UpdateLog":
+        """The log whose last round has only the clients of a mask [client] or of a list of positions."""
+        part = self._stretch(self._window)
+        positions = np.arange(len(self[-1].clients))[selection]
+        part._last = self[-1].take(positions)
+        part._kept = self._kept + b"|" + positions.tobytes()
+        return part
+
+    @property
+    def accumulated(self) -> Accumulated:
+        """The sum of every client's residuals over the rounds of this log (`Accumulated`)."""
+        if self._last is None:
+            return self._memory.accumulated(self._window, self.model)
+        before = self._memory.accumulated(self._window[:-1], self.model)
+        return _advance(before, self._last, self.model)
+
+    def verdict(self, detector: "Detector") -> "Verdict":
+        """`detector(self)`, computed once for a detector that can be hashed."""
+        try:
+            key = (detector, self._window, self._kept)
+            known = self._memory.verdicts.get(key)
+        except TypeError:
+            return detector(self)
+        if known is None:
+            known = self._memory.verdicts[key] = detector(self)
+            if len(self._memory.verdicts) > REMEMBERED:
+                self._memory.verdicts.popitem(last=False)
+        return known
+
+    def recorded(self, round_: Round, source: Callable[[], Round]) -> "UpdateLog":
+        """The log with one more round that is from now on read from where it was written.
+
+        What was computed while the round was live stays known, where this very round had been appended.
+        """
+        sources, stop = self._memory.sources, self._window.stop
+        if stop < len(sources) and sources[stop] is round_:
+            longer = self._stretch(self._window)
+            longer._window = range(self._window.start, stop + 1)
+        else:
+            longer = self.append(round_)
+        longer._memory.sources[stop] = source
+        return longer
+
+
+@dataclass(eq=False)
+class _Memory:
+    """What a log, its prefixes and its keeps hold together."""
+
+    sources: list[Round | Callable[[], Round]]
+    recent: OrderedDict[int, Round] = field(default_factory=OrderedDict)
+    sums: dict[int, tuple[int, Accumulated]] = field(default_factory=dict)  # start -> stop and the sum so far
+    verdicts: OrderedDict[Any, "Verdict"] = field(default_factory=OrderedDict)
+
+    def round(self, position: int) -> Round:
+        if position not in self.recent:
+            source = self.sources[position]
+            self.recent[position] = source if isinstance(source, Round) else source()
+            if len(self.recent) > RECENT:
+                self.recent.popitem(last=False)
+        self.recent.move_to_end(position)
+        return self.recent[position]
+
+    def accumulated(self, window: range, model: ModelSpec) -> Accumulated:
+        stop, total = self.sums.get(window.start, (window.start, _nothing(model)))
+        if stop > window.stop:
+            stop, total = window.start, _nothing(model)
+        for position in range(stop, window.stop):
+            total = _advance(total, self.round(position), model)
+        self.sums[window.start] = (window.stop, total)
+        return total
+
+
+def fitted(model: ModelSpec, round_: Round) -> Round:
+    """The round with the model's buffers marked; raises InputError where its layers are not the model's."""
+    where = f"round {round_.index}"
+    if difference := sorted(set(round_.updates) ^ set(model)):
+        whose = "updates" if difference[0] in round_.updates else "model"
+        raise InputError(f"{where}: layer {difference[0]!r} is in the {whose} alone; the model has {list(model)}")
+    for layer in model.layers:
+        if (shape := np.shape(round_.global_model[layer.name])) != layer.shape:
+            raise InputError(f"{where}: layer {layer.name!r} must have shape {layer.shape}, found {shape}")
+    if isinstance(round_.updates, LazyLayers) or round_.buffers == model.buffers:
+        return round_
+    return replace(round_, buffers=model.buffers)
+
+
+def _nothing(model: ModelSpec) -> Accumulated:
+    sums = {name: np.zeros((0, model[name].size), np.float32) for name in model.parameters}
+    return Accumulated(np.zeros(0, np.str_), np.zeros(0, np.int64), sums)
+
+
+def _advance(before: Accumulated, round_: Round, model: ModelSpec) -> Accumulated:
+    """The sums after one more round; a new value, so that what was handed out does not change."""
+    clients = np.union1d(before.clients, round_.clients)
+    sketched = before.sketched or len(clients) * model.num_parameters * 4 > BUDGET
+    seen, rows = (
+        np.searchsorted(clients, before.clients),
+        np.searchsorted(clients, round_.clients[round_.finite]),
+    )
+    rounds = np.zeros(len(clients), np.int64)
+    rounds[seen] = before.rounds
+    rounds[rows] += 1
+    sums = {}
+    for name in model.parameters:
+        past, residuals = before.sums[name], _clipped_residuals(round_, name)
+        if sketched:
+            residuals = _sketch(name, residuals)
+            past = past if before.sketched else _sketch(name, past)
+        sums[name] = np.zeros((len(clients), past.shape[1]), np.float32)
+        sums[name][seen] = past
+        sums[name][rows] += residuals
+    return Accumulated(clients, rounds, sums, sketched)
+
+
+def _clipped_residuals(round_: Round, layer: str) -> np.ndarray:
+    """Float32 [finite client, number]: updates minus the median's, norms clipped at their median."""
+    residuals = round_.flat(layer)[round_.finite] - round_.median[layer].reshape(-1)
+    norms = np.sqrt(np.einsum("ij,ij->i", residuals, residuals, dtype=np.float64))
+    comparable = norms[round_.comparable[round_.finite]]
+    positive = comparable[comparable > 0]  # among many equal updates the median residual would be 0
+    if not len(positive):
+        return residuals
+    bound = np.median(positive)
+    residuals *= np.minimum(1.0, bound / np.maximum(norms, bound)).astype(np.float32)[:, None]
+    return residuals
+
+
+def _sketch(layer: str, matrix: np.ndarray) -> np.ndarray:
+    """The count sketch of each row, float32 [client, at most 512 numbers]; a small layer stays whole."""
+    if matrix.shape[1] <= SKETCH:
+        return matrix
+    return np.asarray(matrix @ _hashes(layer, matrix.shape[1]), dtype=np.float32)
+
+
+@lru_cache(maxsize=64)
+def _hashes(layer: str, size: int) -> sparse.csr_array:
+    """Each number of the layer goes to one random place with a random sign (Charikar, Chen, Farach-Colton 2002)."""
+    rng = np.random.default_rng([crc32(layer.encode()), size])
+    signs = rng.choice(np.array([-1, 1], np.float32), size)
+    places = rng.integers(SKETCH, size=size)
+    return sparse.csr_array((signs, places, np.arange(size + 1)), shape=(size, SKETCH))

@@ -1,0 +1,422 @@
+"""What the server saw in one round: `Layer`, `ModelSpec`, `Round`."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Self
+
+import numpy as np
+
+GROSS = 1_000.0  # a client whose update is this many times the cohort's median norm is no reference for anybody
+PAIRWISE = 5_000  # clients up to which inner products of all pairs are formed
+BLOCK = 1 << 14  # numbers of a layer that are worked on at a time
+DTYPES = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8")
+
+
+class InputError(ValueError):
+    """What a caller got wrong, in one line: what was expected, what was found, where, what to do."""
+
+
+class CannotSay(Exception):  # noqa: N818 - an answer, not a fault
+    """Why there is no answer: the cohort is too small, the model has no such layer, the history too short."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One named tensor of the model; a buffer (batch-norm statistics, counters) is recorded and never scored."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    kind: Literal["parameter", "buffer"] = "parameter"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("parameter", "buffer"):
+            raise InputError(f"layer {self.name!r}: kind is 'parameter' or 'buffer', found {self.kind!r}")
+        if any(not isinstance(n, int) or n < 1 for n in self.shape):
+            raise InputError(f"layer {self.name!r}: every dimension must be at least 1, found {self.shape}")
+        if self.kind == "parameter" and self.dtype != "float32":
+            raise InputError(f"layer {self.name!r}: parameters are recorded as float32, found {self.dtype}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"layer {self.name!r}: dtype must be one of {', '.join(DTYPES)}, found {self.dtype}")
+
+    @property
+    def size(self) -> int:
+        """How many numbers the layer holds."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Names, shapes and kinds of a model's layers, in the model's order, and which of them are the final ones."""
+
+    layers: tuple[Layer, ...]
+    final_weight: str | None = None
+    final_bias: str | None = None
+
+    def __post_init__(self) -> None:
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) < len(names):
+            raise InputError(f"a model names each layer once, found {_first_duplicate(names)!r} twice")
+        if not self.parameters:
+            raise InputError("a model needs at least one parameter layer, found none")
+        for name in (self.final_weight, self.final_bias):
+            if name is not None and name not in self.parameters:
+                raise InputError(f"the final layer {name!r} is not a parameter layer of the model {names}")
+
+    @classmethod
+    def of(
+        cls,
+        state: Mapping[str, np.ndarray],
+        *,
+        buffers: Collection[str] = (),
+        final_weight: str | None = None,
+        final_bias: str | None = None,
+    ) -> Self:
+        """The specification of a model's state; finds the final layer by itself unless it is named.
+
+        The final weight is the last parameter of two or more dimensions, the final bias the parameter
+        right after it with one number per row of that weight; a model without one has `final_bias` None.
+        """
+        arrays = {name: np.asarray(array) for name, array in state.items()}
+        layers = tuple(
+            Layer(name, a.shape, str(a.dtype) if name in buffers else "float32", _kind(name, buffers))
+            for name, a in arrays.items()
+        )
+        parameters = [layer for layer in layers if layer.kind == "parameter"]
+        if final_weight is None:
+            final_weight = next((p.name for p in reversed(parameters) if len(p.shape) >= 2), None)
+        if final_bias is None and final_weight is not None:
+            final_bias = _bias_of(final_weight, parameters)
+        return cls(layers, final_weight, final_bias)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.layers}
+
+    def __getitem__(self, name: str) -> Layer:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the layers that are scored."""
+        return tuple(layer.name for layer in self.layers if layer.kind == "parameter")
+
+    @cached_property
+    def buffers(self) -> tuple[str, ...]:
+        """Names of the layers that are recorded and aggregated, never scored."""
+        return tuple(layer.name for layer in self.layers if layer.kind == "buffer")
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(self[name].size for name in self.parameters)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `run.json` holds them."""
+        layers = [
+            {"name": each.name, "shape": list(each.shape), "dtype": each.dtype, "kind": each.kind}
+            for each in self.layers
+        ]
+        return {"layers": layers, "final_weight": self.final_weight, "final_bias": self.final_bias}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; raises InputError where the values are not of that form."""
+        try:
+            layers = tuple(Layer(str(v["name"]), tuple(v["shape"]), v["dtype"], v["kind"]) for v in values["layers"])
+            return cls(layers, values["final_weight"], values["final_bias"])
+        except InputError:
+            raise
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the model in run.json is not readable: {error!r}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """What the server saw in one round: each participant's update = its local model - the global model.
+
+    clients: str [client], in no meaningful order; num_examples: int64 [client], a claim;
+    updates: layer -> [client, *shape], float32 for parameters; global_model: layer -> [*shape], before the round;
+    refused: client -> why what it sent could not be recorded; buffers: the layers that are never scored.
+    Raises InputError on unequal lengths, a repeated client, and layers or shapes that differ from the model's.
+    """
+
+    index: int
+    clients: np.ndarray
+    num_examples: np.ndarray
+    updates: Mapping[str, np.ndarray]
+    global_model: Mapping[str, np.ndarray]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        clients = np.asarray(self.clients, dtype=np.str_).reshape(-1)
+        num_examples = np.asarray(self.num_examples, dtype=np.int64).reshape(-1)
+        object.__setattr__(self, "clients", clients)
+        object.__setattr__(self, "num_examples", num_examples)
+        where = f"round {self.index}"
+        if len(num_examples) != len(clients):
+            raise InputError(f"{where}: {len(clients)} clients but {len(num_examples)} num_examples")
+        if len(np.unique(clients)) < len(clients):
+            raise InputError(f"{where}: client {_first_duplicate(clients.tolist())!r} appears twice")
+        if both := sorted(set(clients.tolist()) & set(self.refused)):
+            raise InputError(f"{where}: client {both[0]!r} is both recorded and refused")
+        if difference := sorted(set(self.updates) ^ set(self.global_model)):
+            raise InputError(f"{where}: layer {difference[0]!r} is not in both the updates and the global model")
+        if not isinstance(self.updates, LazyLayers):  # those were checked where they come from
+            object.__setattr__(self, "updates", self._checked(self.updates))
+
+    def _checked(self, updates: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The updates as arrays of the right shapes that nobody writes into."""
+        checked = {}
+        for name, sent in updates.items():
+            expected = (len(self.clients), *np.shape(self.global_model[name]))
+            if np.shape(sent) != expected:
+                raise InputError(
+                    f"round {self.index}: updates of {name!r} must have shape {expected}, found {np.shape(sent)}"
+                )
+            with np.errstate(all="ignore"):  # beyond float32 is infinite, and recorded as such
+                array = np.asarray(sent, None if name in self.buffers else np.float32)[...]
+            array.flags.writeable = False
+            checked[name] = array
+        return checked
+
+    @classmethod
+    def collect(
+        cls,
+        index: int,
+        model: ModelSpec,
+        global_model: Mapping[str, np.ndarray],
+        sent: Mapping[str, Mapping[str, np.ndarray] | None],
+        num_examples: Mapping[str, Any],
+    ) -> Self:
+        """The round made of what clients sent, client -> (layer -> update); never raises because of a client.
+
+        What cannot be a row (nothing, a layer missing, unknown or of another shape, a claim of examples that is
+        no count) goes to `refused` with the reason; non-finite numbers are recorded: they are evidence.
+        """
+        reasons = {c: _refusal(model, c, sent[c], num_examples.get(c)) for c in sent}
+        clients = [client for client, reason in reasons.items() if not reason]
+        updates = {}
+        for layer in model.layers:
+            rows = np.zeros((len(clients), *layer.shape), layer.dtype)
+            for position, client in enumerate(clients):
+                with np.errstate(all="ignore"):
+                    rows[position] = np.asarray(sent[client][layer.name])  # type: ignore[index]
+            updates[layer.name] = rows
+        counts = np.array([int(num_examples[c]) for c in clients], dtype=np.int64)
+        refused = {client: reason for client, reason in reasons.items() if reason}
+        names = np.array(clients, dtype=np.str_)
+        return cls(index, names, counts, updates, global_model, refused, model.buffers)
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def flat(self, layer: str) -> np.ndarray:
+        """The updates of one layer as a matrix [client, number]."""
+        return _as_matrix(self.updates[layer])
+
+    def blocks(self, layer: str, size: int = BLOCK) -> Iterator[np.ndarray]:
+        """The updates of one layer in slices [client, at most `size` numbers], without copying the layer."""
+        updates = self.updates
+        pieces = updates.pieces(layer) if isinstance(updates, LazyLayers) else [updates[layer]]
+        matrices = [_as_matrix(piece) for piece in pieces]
+        for start in range(0, matrices[0].shape[1], size):
+            slices = [matrix[:, start : start + size] for matrix in matrices]
+            yield slices[0] if len(slices) == 1 else np.concatenate(slices)
+
+    def take(self, selection: np.ndarray) -> "Round":
+        """The round of the clients in a mask [client] or a list of positions; nothing is computed again."""
+        positions = np.arange(len(self.clients))[selection]
+        updates = LazyLayers(tuple(self.updates), lambda name: self.updates[name][positions], keep=False)
+        part = replace(
+            self, clients=self.clients[positions], num_examples=self.num_examples[positions], updates=updates
+        )
+        pairs = np.ix_(positions, positions)
+        part.__dict__["gram"] = LazyLayers(self.parameters, lambda name: self.gram[name][pairs])
+        part.__dict__["norms"] = LazyLayers(self.parameters, lambda name: self.norms[name][positions])
+        part.__dict__["finite"] = self.finite[positions]
+        return part
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the layers that are scored."""
+        return tuple(name for name in self.updates if name not in self.buffers)
+
+    @cached_property
+    def gram(self) -> Mapping[str, np.ndarray]:
+        """Layer -> float64 [client, client]: inner products of the updates, formed layer by layer when asked.
+
+        Nothing is centred beforehand: each entry rests on its two clients alone, whatever a third one sends.
+        Raises CannotSay above 5,000 clients.
+        """
+        return LazyLayers(self.parameters, self._gram_of)
+
+    def _gram_of(self, layer: str) -> np.ndarray:
+        if len(self.clients) > PAIRWISE:
+            raise CannotSay(f"{len(self.clients)} clients: nothing pairwise is formed above {PAIRWISE:,}")
+        gram = np.zeros((len(self.clients), len(self.clients)))
+        with np.errstate(all="ignore"):  # a client's NaN or infinity stays in its own row and column
+            for block in self.blocks(layer):
+                numbers = block.astype(np.float64)
+                gram += numbers @ numbers.T
+        return gram
+
+    @cached_property
+    def norms(self) -> Mapping[str, np.ndarray]:
+        """Layer -> float64 [client]: L2 norm of each client's update."""
+        return LazyLayers(self.parameters, self._norms_of)
+
+    def _norms_of(self, layer: str) -> np.ndarray:
+        if len(self.clients) <= PAIRWISE:
+            return np.sqrt(np.diagonal(self.gram[layer]))
+        squares = np.zeros(len(self.clients))
+        with np.errstate(all="ignore"):
+            for block in self.blocks(layer):
+                numbers = block.astype(np.float64)
+                squares += np.einsum("ij,ij->i", numbers, numbers)
+        return np.sqrt(squares)
+
+    @cached_property
+    def finite(self) -> np.ndarray:
+        """Bool [client]: every number that the client sent, buffers included, is finite."""
+        finite = np.ones(len(self.clients), dtype=bool)
+        for name, array in self.global_model.items():
+            if np.issubdtype(array.dtype, np.floating):
+                for block in self.blocks(name):
+                    finite &= np.isfinite(block).all(axis=1)
+        return finite
+
+    @cached_property
+    def comparable(self) -> np.ndarray:
+        """Bool [client]: finite, and of a norm of at most 1,000 times the median norm of the finite clients.
+
+        Every reference (a mean, median, spread or cluster) rests on these clients alone, so one that sends
+        NaN, 1e6 or 1e30 changes nobody else's score; it scores +inf itself.
+        """
+        squares = np.sum([np.where(self.finite, self.norms[name], 0) ** 2 for name in self.parameters], axis=0)
+        norms = np.sqrt(squares)
+        median = np.median(norms[self.finite]) if self.finite.any() else 0.0
+        return self.finite & (norms <= GROSS * median if median > 0 else True)
+
+    @cached_property
+    def median(self) -> Mapping[str, np.ndarray]:
+        """Layer -> float32 [*shape]: coordinate-wise median of the comparable clients' updates, 0 without any."""
+        return LazyLayers(self.parameters, self._median_of)
+
+    def _median_of(self, layer: str) -> np.ndarray:
+        shape = np.shape(self.global_model[layer])
+        if not self.comparable.any():
+            return np.zeros(shape, np.float32)
+        rows = slice(None) if self.comparable.all() else self.comparable
+        parts = [coordinate_median(block[rows]) for block in self.blocks(layer)]
+        return np.concatenate(parts).reshape(shape)
+
+
+def coordinate_median(matrix: np.ndarray) -> np.ndarray:
+    """The median of each column of a finite matrix [client, number], float32 [number].
+
+    Sorting the transposed block keeps each column's numbers side by side in memory: several times faster
+    than `np.median(matrix, axis=0)`.
+    """
+    columns = np.sort(np.ascontiguousarray(matrix.T), axis=1)
+    middle = matrix.shape[0] // 2
+    if matrix.shape[0] % 2:
+        return columns[:, middle].astype(np.float32)
+    # halves first: the sum of two large float32 numbers must not overflow
+    return (columns[:, middle - 1] * np.float32(0.5) + columns[:, middle] * np.float32(0.5)).astype(np.float32)
+
+
+class LazyLayers(Mapping[str, np.ndarray]):
+    """A mapping layer -> array that makes an array when it is asked for; `keep`: once only.
+
+    `pieces` gives an array as several stacked ones, where joining them would copy it.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        make: Callable[[str], np.ndarray],
+        *,
+        keep: bool = True,
+        pieces: Callable[[str], list[np.ndarray]] | None = None,
+    ) -> None:
+        self._names, self._make, self._keep = dict.fromkeys(names), make, keep
+        self.pieces = pieces or (lambda name: [self[name]])
+        self._made: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name in self._made:
+            return self._made[name]
+        if name not in self._names:
+            raise KeyError(name)
+        array = self._make(name)
+        if self._keep:
+            self._made[name] = array
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _as_matrix(array: np.ndarray) -> np.ndarray:
+    return array.reshape(len(array), int(np.prod(array.shape[1:], dtype=np.int64)))
+
+
+def _kind(name: str, buffers: Collection[str]) -> Literal["parameter", "buffer"]:
+    return "buffer" if name in buffers else "parameter"
+
+
+def _bias_of(weight: str, parameters: Sequence[Layer]) -> str | None:
+    position = [p.name for p in parameters].index(weight)
+    after = parameters[position + 1 : position + 2]
+    return next((p.name for p in after if p.shape == parameters[position].shape[:1]), None)
+
+
+def _first_duplicate(names: Sequence[str]) -> str:
+    return next(name for i, name in enumerate(names) if name in names[:i])
+
+
+def _refusal(model: ModelSpec, client: str, sent: Mapping[str, np.ndarray] | None, num_examples: Any) -> str:
+    """Why what a client sent cannot be a row of the round, '' if it can."""
+    if "\0" in client or not client.isprintable():
+        return "the client's name holds characters that cannot be printed"
+    if not isinstance(sent, Mapping) or not sent:
+        return "sent nothing"
+    if missing := [name for name in model if name not in sent]:
+        return f"layer {missing[0]!r} is missing"
+    if unknown := [name for name in sent if name not in set(model)]:
+        return f"layer {unknown[0]!r:.80} is not in the model"
+    for layer in model.layers:
+        if reason := _layer_refusal(layer, sent[layer.name]):
+            return reason
+    try:
+        count = int(num_examples)
+    except (TypeError, ValueError, OverflowError):
+        return f"num_examples must be a count, found {num_examples!r:.80}"
+    return "" if 0 <= count < 2**63 else f"num_examples must be a count, found {count!r:.80}"
+
+
+def _layer_refusal(layer: Layer, sent: Any) -> str:
+    try:
+        array = np.asarray(sent)
+    except Exception as error:  # whatever an object does when it is asked for its numbers
+        return f"layer {layer.name!r} is no array: {error!r:.80}"
+    if array.dtype.kind not in "fiub":
+        return f"layer {layer.name!r} must hold numbers, found dtype {array.dtype}"
+    if array.shape != layer.shape:
+        return f"layer {layer.name!r} must have shape {layer.shape}, found {array.shape}"
+    with np.errstate(all="ignore"):
+        if layer.dtype.startswith(("int", "uint")) and not np.array_equal(array.astype(layer.dtype), array):
+            return f"layer {layer.name!r} must hold {layer.dtype}, found numbers that are none"
+    return ""

@@ -1,0 +1,233 @@
+"""Recording: `LogWriter` commits one round at a time, whole or not at all."""
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+
+from gradlens.log.files import (
+    read_state,
+    read_updates,
+    replace_with,
+    write_state,
+    write_table,
+    write_updates,
+)
+from gradlens.log.history import UpdateLog, fitted
+from gradlens.log.manifest import (
+    CLOSED,
+    FOLDERS,
+    FORMAT,
+    MANIFEST,
+    RUN,
+    Chain,
+    Manifest,
+    read_manifest,
+    sha256,
+    stem,
+)
+from gradlens.log.record import InputError, ModelSpec, Round
+
+TRUTH_COLUMNS = ("round", "client", "compromised", "poisoned")
+
+
+class LogWriter:
+    """Records a run: `commit` a round at a time, `add_truth`, `close`; as a context manager it closes by itself.
+
+    A round is written beside its place, flushed, renamed, and exists when its line stands in the manifest: a
+    writer that is killed leaves every committed round intact. One writer at a time holds a folder. A block that
+    is left through an exception leaves the run open, to be resumed.
+    log: the committed rounds; global_model: layer -> array, after the last of them.
+    """
+
+    def __init__(self, folder: Path, model: ModelSpec, manifest: Manifest, file: Any) -> None:
+        self.folder, self.model = folder, model
+        self._chain = Chain(file, manifest.head)
+        self.global_model = read_state(folder / "globals" / stem(len(manifest.rounds)), model)
+        self.log = UpdateLog.lazy(model, sources(folder, model, len(manifest.rounds)))
+
+    @classmethod
+    def create(
+        cls,
+        path: Path | str,
+        model: ModelSpec,
+        global_model: Mapping[str, np.ndarray],
+        *,
+        scenario: Mapping[str, Any] | None = None,
+        source: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Starts a run in a new or empty folder; raises InputError where something lies there already."""
+        folder = Path(path)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder}: a run is recorded into a new folder, found one that holds something")
+        _check_state(model, global_model)
+        for name in FOLDERS:
+            (folder / name).mkdir(parents=True)
+        header = {"format": FORMAT, "model": model.to_json(), "software": _software()}
+        header["scenario" if scenario is not None else "source"] = dict(scenario or source or {})
+        replace_with(folder / RUN, json.dumps(header, indent=1, allow_nan=False).encode())
+        write_state(folder / "globals" / stem(0), model, global_model)
+        file = _locked(folder / MANIFEST)
+        Chain(file).append({"files": _digests(folder, [RUN, f"globals/{stem(0)}"])})
+        return cls(folder, model, read_manifest(folder), file)
+
+    @classmethod
+    def resume(cls, path: Path | str) -> Self:
+        """Goes on with an open run after its last committed round; what was in flight is dropped."""
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        if manifest.closed:
+            raise InputError(
+                f"{folder}: the run is closed with {len(manifest.rounds)} rounds; record into a new folder"
+            )
+        if manifest.faults or not manifest.lines:
+            raise InputError(f"{folder}: {(*manifest.faults, 'no line was committed')[0]}; record into a new folder")
+        file = _locked(folder / MANIFEST)
+        for name in manifest.in_flight():
+            (folder / name).unlink()
+        os.truncate(folder / MANIFEST, (folder / MANIFEST).stat().st_size - len(manifest.torn))
+        return cls(folder, read_header(folder)[0], manifest, file)
+
+    def commit(
+        self,
+        round_: Round,
+        next_global: Mapping[str, np.ndarray],
+        *,
+        verdict: pd.DataFrame | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Records what was sent, what was decided and what came of it; on the disk when the call returns.
+
+        Raises InputError where the round is not the next one or its layers are not the model's; then nothing
+        is written.
+        """
+        number = len(self.log)
+        if round_.index != number:
+            raise InputError(f"{self.folder}: expected round {number} next, found round {round_.index}")
+        round_ = fitted(self.model, round_)
+        _check_state(self.model, next_global)
+        names = [f"updates/{stem(number)}", f"globals/{stem(number + 1)}"]
+        write_updates(self.folder / names[0], self.model, round_)
+        write_state(self.folder / names[1], self.model, next_global)
+        if verdict is not None:
+            names.append(f"verdicts/{stem(number)}")
+            write_table(self.folder / names[2], verdict)
+        self._chain.append({"round": number, "files": _digests(self.folder, names), "metrics": _plain(metrics or {})})
+        self.log = self.log.recorded(round_, sources(self.folder, self.model, number + 1)[number])
+        self.global_model = read_state(self.folder / names[1], self.model)
+
+    def add_truth(self, table: pd.DataFrame) -> None:
+        """Records once who was compromised and which updates were poisoned: round, client, compromised, poisoned."""
+        add_truth(self.folder, self._chain, table)
+
+    def close(self) -> None:
+        """Ends the run with its closing line; the head is then noted in the file `closed`."""
+        if self._chain.file.closed:
+            return
+        self._chain.append({"closed": len(self.log)})
+        replace_with(self.folder / CLOSED, f"{self._chain.head}\n".encode())
+        self._chain.file.close()
+
+    def leave_open(self) -> None:
+        """Lets go of the folder without a closing line: the run can be resumed."""
+        self._chain.file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.leave_open()
+
+
+def sources(folder: Path, model: ModelSpec, count: int) -> list[Callable[[], Round]]:
+    """One reader for each of the committed rounds."""
+    return [partial(read_round, folder, model, number) for number in range(count)]
+
+
+def read_round(folder: Path, model: ModelSpec, number: int) -> Round:
+    """One committed round, mapped; raises InputError where its files are not what was recorded."""
+    path = folder / "updates" / stem(number)
+    round_ = read_updates(path, model, read_state(folder / "globals" / stem(number), model))
+    if round_.index != number:
+        raise InputError(f"{path}: expected round {number}, found round {round_.index}")
+    return round_
+
+
+def read_header(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
+    """The model and the whole of `run.json`; raises InputError where it is unreadable or of a later format."""
+    path = folder / RUN
+    try:
+        header = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: expected a run with a {RUN}, found none") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from error
+    found = header.get("format") if isinstance(header, dict) else None
+    if not isinstance(found, int) or found > FORMAT or found < 1:
+        raise InputError(f"{path}: this version reads run format {FORMAT}, found {found!r}; a newer gradlens wrote it?")
+    if not isinstance(header.get("model"), dict):
+        raise InputError(f"{path}: it names no model")
+    return ModelSpec.from_json(header["model"]), header
+
+
+def add_truth(folder: Path, chain: Chain, table: pd.DataFrame) -> None:
+    """Writes `truth.arrow` and its line; raises InputError where there is one or a column is missing."""
+    if missing := [name for name in TRUTH_COLUMNS if name not in table.columns]:
+        raise InputError(f"truth needs the columns {', '.join(TRUTH_COLUMNS)}; {missing[0]!r} is missing")
+    if "truth.arrow" in read_manifest(folder).named():
+        raise InputError(f"{folder}: the truth is written once, and this run has one")
+    types = {"round": np.int64, "client": str, "compromised": bool, "poisoned": bool}
+    write_table(folder / "truth.arrow", table[list(TRUTH_COLUMNS)].astype(types))
+    chain.append({"truth": len(table), "files": _digests(folder, ["truth.arrow"])})
+
+
+def _check_state(model: ModelSpec, state: Mapping[str, np.ndarray]) -> None:
+    if difference := sorted(set(state) ^ set(model)):
+        raise InputError(f"the global model and the specification differ in layer {difference[0]!r}")
+    for layer in model.layers:
+        if (shape := np.shape(state[layer.name])) != layer.shape:
+            raise InputError(f"layer {layer.name!r} of the global model must have shape {layer.shape}, found {shape}")
+
+
+def _digests(folder: Path, names: list[str]) -> dict[str, str]:
+    return {name: sha256(folder / name) for name in names}
+
+
+def _locked(path: Path) -> Any:
+    file = open(path, "ab", buffering=0)  # noqa: SIM115 - the writer holds it, and its lock, until it is closed
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise InputError(f"{path.parent}: another writer is recording into this folder") from error
+    return file
+
+
+def _plain(metrics: Mapping[str, Any]) -> dict[str, float | int | None]:
+    """Metrics as JSON numbers; what is not finite is null."""
+    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in metrics.items()}
+    return {name: None if v is None or not np.isfinite(v) else v for name, v in values.items()}
+
+
+def _software() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("gradlens-forensics", "numpy", "pyarrow", "torch"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
