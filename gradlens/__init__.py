@@ -1,1 +1,37 @@
 """gradlens finds the clients that poison a federated model and shows where they gave themselves away."""
+
+from gradlens.aggregators import AGGREGATORS, filtered
+from gradlens.detectors import DETECTORS, Verdict, calibrate, detect, score_by
+from gradlens.evaluation import evaluate, with_truth
+from gradlens.localize import localize
+from gradlens.log import CannotSay, InputError, LogWriter, ModelSpec, Round, UpdateLog
+from gradlens.report import report
+from gradlens.run import Run, Sweep
+from gradlens.run import open_run as open
+from gradlens.scorers import SCORERS
+from gradlens.statistics import STATISTICS
+
+__all__ = [
+    "AGGREGATORS",
+    "DETECTORS",
+    "SCORERS",
+    "STATISTICS",
+    "CannotSay",
+    "InputError",
+    "LogWriter",
+    "ModelSpec",
+    "Round",
+    "Run",
+    "Sweep",
+    "UpdateLog",
+    "Verdict",
+    "calibrate",
+    "detect",
+    "evaluate",
+    "filtered",
+    "localize",
+    "open",
+    "report",
+    "score_by",
+    "with_truth",
+]

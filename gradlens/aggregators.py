@@ -144,4 +144,4 @@ def _median(round_: Round, layer: str, rows: np.ndarray) -> np.ndarray:
 def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Float64 numbers as `dtype`: integers rounded, what is beyond float32 infinite."""
     with np.errstate(over="ignore"):
-        return (np.rint(values) if np.issubdtype(dtype, np.integer) else values).astype(dtype)
+        return np.asarray(np.rint(values) if np.issubdtype(dtype, np.integer) else values, dtype)

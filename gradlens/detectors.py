@@ -69,7 +69,7 @@ class ScoreDetector:
     def __call__(self, log: UpdateLog) -> Verdict:
         round_ = log[-1]
         try:
-            features = self.statistic(log)
+            features = log.remembered(self.statistic)
             scores = np.asarray(self.scorer(features), dtype=np.float64)
         except CannotSay as reason:
             return _verdict(round_, np.zeros(len(round_)), np.inf, abstained=str(reason), null=self._null)

@@ -1,15 +1,16 @@
 """A recorded run with its scenario, ground truth, metrics and live verdicts; and a folder of them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from gradlens.log.files import read_table
+from gradlens.log.files import read_state, read_table
 from gradlens.log.history import UpdateLog
 from gradlens.log.manifest import Manifest, Verification, describe_in_flight, read_manifest, stem, verify
 from gradlens.log.record import InputError
@@ -98,6 +99,10 @@ class Run:
         names = [name for n in range(len(self.log)) if (name := f"verdicts/{stem(n)}") in named]
         tables = [read_table(self.path / name) for name in names]
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(VERDICT_COLUMNS))
+
+    def states(self) -> Iterator[Mapping[str, np.ndarray]]:
+        """The global model after each round, layer -> array."""
+        return (read_state(self.path / "globals" / stem(n + 1), self.log.model) for n in range(len(self.log)))
 
     def verify(self, head: str | None = None) -> Verification:
         """Checks every committed byte against the chain, and the chain against a head noted elsewhere."""

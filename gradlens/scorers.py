@@ -3,6 +3,7 @@
 A row with a number that is not finite scores +inf and is left out of every reference; no score is NaN or -inf.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +64,8 @@ def outlier(estimator: Any) -> Scorer:
     """A scorer made of a scikit-learn outlier estimator, in that estimator's own units with their sign turned.
 
     It is cloned and fitted to each table anew, on the robustly scaled rows, with `random_state` 0 where it has
-    one that is not set. Equal rows count once and are put in order first, so the order of clients changes nothing
-    and equal rows get equal scores; fewer than two different rows all score 0.
+    one that is not set and `n_neighbors` at most all others. Equal rows count once and are put in order first, so
+    the order of clients changes nothing and equal rows get equal scores; where all are equal all score 0.
     Raises: InputError, when called, if the estimator has none of negative_outlier_factor_, score_samples,
     decision_scores_ (PyOD), decision_function, or answers with numbers that are not finite.
     """
@@ -81,15 +82,19 @@ def isolation_forest(features: pd.DataFrame) -> np.ndarray:
     return outlier(IsolationForest())(features)
 
 
-def local_outlier_factor(features: pd.DataFrame, neighbours: int = 10) -> np.ndarray:
+def local_outlier_factor(features: pd.DataFrame, neighbours: int | None = None) -> np.ndarray:
     """How much sparser it is around a client than around its neighbours; about 1 for an inconspicuous one.
 
-    neighbours: more than the attackers one expects, or they count as each other's; at most all others.
+    neighbours: more than the attackers one expects, or they are each other's; None: half of the cohort.
     Source: Breunig, Kriegel, Ng & Sander 2000, "LOF: identifying density-based local outliers", SIGMOD.
     """
     from sklearn.neighbors import LocalOutlierFactor
 
-    return outlier(LocalOutlierFactor(n_neighbors=neighbours))(features)
+    def score(x: np.ndarray) -> np.ndarray:
+        count = max(1, len(x) // 2) if neighbours is None else neighbours
+        return OutlierScorer(LocalOutlierFactor(n_neighbors=count)).score(x)
+
+    return _over_finite_rows(features, score)
 
 
 SCORERS: Mapping[str, Scorer] = {
@@ -102,15 +107,15 @@ SCORERS: Mapping[str, Scorer] = {
 
 
 def robustly_scaled(x: np.ndarray) -> np.ndarray:
-    """(x - median) / (1.4826 MAD) in each column, float64 [client, feature] of finite numbers -> the same shape.
+    """(x - median) / (1.4826 MAD) of each feature, float64 [..., client, feature] of finite numbers -> the same shape.
 
     A normal's sigma is 1.4826 MAD, or 1.2533 mean absolute deviations, which are used where the MAD is 0;
-    a column of equal numbers becomes 0.
+    a feature that is the same for all clients becomes 0.
     """
-    deviation = _without_rounding(x - np.median(x, axis=0), x)
+    deviation = _without_rounding(x - _median(x), x)
     size = np.abs(deviation)
-    mad = 1.4826 * np.median(size, axis=0)
-    return _divided(deviation, np.where(mad > 0, mad, 1.2533 * size.mean(axis=0)))
+    mad = 1.4826 * _median(size)
+    return _divided(deviation, np.where(mad > 0, mad, 1.2533 * size.mean(axis=-2, keepdims=True)))
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,13 @@ class OutlierScorer:
     estimator: Any
 
     def __call__(self, features: pd.DataFrame) -> np.ndarray:
-        return _over_finite_rows(features, self._score)
+        return _over_finite_rows(features, self.score)
 
     def __repr__(self) -> str:
         return f"outlier({self.estimator!r})"
 
-    def _score(self, x: np.ndarray) -> np.ndarray:
+    def score(self, x: np.ndarray) -> np.ndarray:
+        """Scores of rows that are all finite, [client, feature] -> [client]."""
         z = robustly_scaled(x)
         different, whose = _different_rows(z)
         if len(different) < 2:
@@ -146,13 +152,20 @@ def _over_finite_rows(features: pd.DataFrame, score: Callable[[np.ndarray], np.n
     return scores
 
 
+def _median(x: np.ndarray) -> np.ndarray:
+    """Median over the clients, [..., client, feature] -> [..., 1, feature]; in tables this small ahead of numpy's."""
+    ordered, middle = np.sort(x, axis=-2), x.shape[-2] // 2
+    above = ordered[..., middle : middle + 1, :]
+    return above if x.shape[-2] % 2 else (ordered[..., middle - 1 : middle, :] + above) / 2
+
+
 def _largest(z: np.ndarray) -> np.ndarray:
     return np.abs(z).max(axis=1, initial=0.0)
 
 
 def _without_rounding(deviation: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Deviations below rounding set to 0: of equal numbers none may stand out by its last digit."""
-    return np.where(np.abs(deviation) > ROUNDING * np.median(np.abs(x), axis=0), deviation, 0.0)
+    return np.where(np.abs(deviation) > ROUNDING * _median(np.abs(x)), deviation, 0.0)
 
 
 def _divided(deviation: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -186,14 +199,14 @@ def _two_means(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     centred = z - z.mean(axis=0)
     upper = centred @ np.linalg.svd(centred, full_matrices=False)[2][0] > 0
     start = np.stack([z[upper].mean(axis=0), z[~upper].mean(axis=0)])
-    model = KMeans(2, init=start, n_init=1, tol=0).fit(z)
-    return model.cluster_centers_, np.bincount(model.labels_, minlength=2)
+    model = KMeans(2, init=start, n_init=1, tol=0)  # pyright: ignore[reportArgumentType] - typed by its defaults
+    labels = model.fit_predict(z)
+    return model.cluster_centers_, np.bincount(labels, minlength=2)
 
 
 def _different_rows(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The different rows [row, feature] in order, and which of them each client's is [client]."""
-    rounded = np.round(z, 9) + 0.0  # -0 is 0
-    _, first, whose = np.unique(rounded, axis=0, return_index=True, return_inverse=True)
+    _, first, whose = np.unique(np.round(z, 9), axis=0, return_index=True, return_inverse=True)
     return z[first], whose.reshape(-1)
 
 
@@ -206,7 +219,9 @@ def _fitted(estimator: Any, z: np.ndarray) -> Any:
         estimator.set_params(random_state=0)
     if settings.get("n_neighbors", 0) >= len(z):
         estimator.set_params(n_neighbors=len(z) - 1)
-    return estimator.fit(z)
+    with warnings.catch_warnings():  # an enormous LOF; equal rows, which it takes for the cause, count once here
+        warnings.filterwarnings("ignore", "Duplicate values are leading to incorrect results", UserWarning)
+        return estimator.fit(z)
 
 
 def _outlyingness(fitted: Any, z: np.ndarray) -> np.ndarray:

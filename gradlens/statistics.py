@@ -5,6 +5,8 @@ are not comparable (`Round.comparable`) are NaN, and no reference rests on them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -85,12 +87,16 @@ def accumulated_norms(log: UpdateLog) -> pd.DataFrame:
 
     The norm of the sum of its residuals (`Accumulated`), divided by the root of the rounds it took part in: the
     noise of local training keeps this constant, a systematic pull lets it grow with that root.
-    Returns: float64 [client, layer], in units of the weights. Raises: CannotSay below 3 comparable clients.
+    Returns: float64 [client, layer], in units of the weights.
+    Raises: CannotSay below 3 comparable clients, or before half of them have taken part twice: of one residual
+    only the clipped norm is left, the same for half of the cohort.
     """
     round_ = _cohort(log)
     accumulated = log.accumulated
     rows = accumulated.of(round_.clients)
     rounds = np.maximum(accumulated.rounds[rows], 1)  # 0 for those that never sent a finite update
+    if np.median(rounds[round_.comparable]) < 2:
+        raise CannotSay(f"by round {round_.index} most of its clients have taken part once, twice is needed")
     sums = [accumulated.sums[name][rows] for name in log.model.parameters]
     norms = [np.sqrt(np.einsum("ki,ki->k", s, s, dtype=np.float64) / rounds) for s in sums]
     return _table(round_, log.model.parameters, np.stack(norms, axis=1))
@@ -116,7 +122,14 @@ def _cohort(log: UpdateLog) -> Round:
 
 def _table(round_: Round, columns: Sequence[str], values: np.ndarray) -> pd.DataFrame:
     values = np.where(round_.comparable[:, None], values, np.nan)
-    return pd.DataFrame(values, index=pd.Index(round_.clients, name="client"), columns=pd.Index(columns))
+    clients = _index(tuple(round_.clients.tolist())).rename("client")
+    return pd.DataFrame(values, index=clients, columns=_index(tuple(columns)).view())
+
+
+@lru_cache(maxsize=256)
+def _index(names: tuple[str, ...]) -> pd.Index:
+    """The labels of a table's rows or columns: making them takes longer than most statistics."""
+    return pd.Index(names, dtype=cast(Any, object))
 
 
 def _units(layer: str, count: int) -> list[str]:

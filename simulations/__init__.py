@@ -1,0 +1,25 @@
+"""Makes runs: federated training under attack, recorded as gradlens reads it."""
+
+from simulations.attacks import ATTACKS, SCHEDULES
+from simulations.federated import attack_success, malicious_clients, run
+from simulations.partition import PARTITIONS
+from simulations.sweep import run_sweep
+from simulations.tasks import MODELS, TASKS
+
+# isort: split
+from simulations.scenario import Scenario, load_sweep, sweep  # after the module that is called sweep, too
+
+__all__ = [
+    "ATTACKS",
+    "MODELS",
+    "PARTITIONS",
+    "SCHEDULES",
+    "TASKS",
+    "Scenario",
+    "attack_success",
+    "load_sweep",
+    "malicious_clients",
+    "run",
+    "run_sweep",
+    "sweep",
+]

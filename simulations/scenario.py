@@ -10,7 +10,6 @@ import inspect
 import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from enum import IntEnum
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -24,6 +23,7 @@ from gradlens.detectors import DETECTORS
 from gradlens.log import InputError
 from simulations.attacks import ATTACKS, SCHEDULES, build_attack
 from simulations.partition import PARTITIONS
+from simulations.tasks import MODELS
 
 Component = dict[str, dict[str, Any]]
 Builders = Mapping[str, Callable[..., Any]]
@@ -36,26 +36,8 @@ COMPONENTS: Mapping[str, Builders] = {
     "aggregator": AGGREGATORS,
     "detector": DETECTORS,
 }
+SCENARIOS = Path(__file__).parent / "scenarios"  # the demo and the reproduced experiments, in TOML
 ATTACK_SETTINGS = ("attack", "num_malicious", "poison_rate", "schedule")  # what a control does not have
-MODELS = ("mlp", "cnn")
-
-
-class Stream(IntEnum):
-    """What a random number is for: one part of its address."""
-
-    SAMPLES = 0  # which training samples are used at all
-    PARTITION = 1
-    MODEL = 2
-    MALICIOUS = 3  # who is malicious
-    PARTICIPANTS = 4  # who takes part in a round
-    BATCHES = 5
-    POISON = 6  # which samples are poisoned
-    ATTACK = 7  # noise of what is sent
-
-
-def address(seed: int, stream: Stream, round_: int = 0, client: int = 0) -> np.random.Generator:
-    """The generator of one purpose, round and client: no draw ever depends on another."""
-    return np.random.default_rng([seed, stream, round_, client])
 
 
 def _component(kind: str) -> BeforeValidator:
@@ -128,6 +110,10 @@ class Scenario(BaseModel):
         poisons = attack.target_label is not None and self.poison_rate > 0
         if self.num_malicious == 0 or not (poisons or attack.send):
             self._fall_back(*ATTACK_SETTINGS)
+        active = build("schedule", self.schedule)
+        if not any(active(index) for index in range(self.rounds)):
+            label = component_label("schedule", self.schedule)
+            raise ValueError(f"schedule: {label} never comes in {self.rounds} rounds, which count from 0")
         return self
 
     def _fall_back(self, *names: str) -> None:
@@ -207,12 +193,12 @@ class LoadedSweep(NamedTuple):
 def load_sweep(path: Path | str, **changes: Any) -> LoadedSweep:
     """The sweep of a TOML file: settings at the top, then any number of `[[sweep]]` tables axis -> list.
 
-    Each table is a product over the settings at the top, the tables are united. A change replaces a setting or,
-    where it is an axis, the whole list: `load_sweep(path, seed=0, rounds=3)`. Raises InputError that names the
-    file.
+    Each table is a product over the settings at the top, attack-free controls included; the tables are united.
+    Without a table it is the one scenario. A change replaces a setting or, where it is an axis, the whole list:
+    `load_sweep(path, seed=0, rounds=3)`. Raises InputError that names the file.
     """
     table = _read(path)
-    blocks = table.pop("sweep", [{}])
+    blocks = table.pop("sweep", [])
     if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
         raise InputError(f"{path}: expected [[sweep]] tables of axis = list of values")
     settings = {**table, **changes}
@@ -220,7 +206,7 @@ def load_sweep(path: Path | str, **changes: Any) -> LoadedSweep:
 
     def scenarios() -> list[Scenario]:
         base = Scenario(**settings)
-        return list(dict.fromkeys(scenario for block in kept for scenario in sweep(base, **block)))
+        return list(dict.fromkeys(each for block in kept for each in sweep(base, **block))) if kept else [base]
 
     found = _at(path, scenarios)
     return LoadedSweep(found, varied(found, list(dict.fromkeys(name for block in kept for name in block))))

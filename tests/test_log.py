@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from conftest import STATE, random_round
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import STATE, random_round
 from gradlens.log import CannotSay, InputError, Layer, ModelSpec, Round, UpdateLog, history, record
 
 

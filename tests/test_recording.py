@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from conftest import ROOT, STATE, random_round
 
 import gradlens.log.files
+from conftest import ROOT, STATE, random_round
 from gradlens.log import InputError, LogWriter, ModelSpec, Round, verify
 from gradlens.log.files import read_updates
 from gradlens.log.writer import read_round

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,12 +73,17 @@ def write_state(path: Path, model: ModelSpec, state: Mapping[str, np.ndarray]) -
 
 
 def read_state(path: Path, model: ModelSpec) -> Mapping[str, np.ndarray]:
-    """Layer -> array of one global model, mapped from the file."""
-    batches, _ = _read(path, _state_schema(model))
-    if len(batches) != 1 or batches[0].num_rows != 1:
-        raise InputError(f"{path}: a global model is one row, found {sum(b.num_rows for b in batches)}")
-    columns = {layer.name: batches[0].column(i) for i, layer in enumerate(model.layers)}
-    return LazyLayers(tuple(model), lambda name: _numbers(columns[name], model[name])[0])
+    """Layer -> array of one global model, mapped from the file when the first layer is asked for."""
+
+    @cache
+    def columns() -> list[pa.Array]:
+        batches, _ = _read(path, _state_schema(model))
+        if len(batches) != 1 or batches[0].num_rows != 1:
+            raise InputError(f"{path}: a global model is one row, found {sum(b.num_rows for b in batches)}")
+        return batches[0].columns
+
+    positions = {layer.name: i for i, layer in enumerate(model.layers)}
+    return LazyLayers(tuple(model), lambda name: _numbers(columns()[positions[name]], model[name])[0])
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 from zlib import crc32
 
 import numpy as np
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 BUDGET = 1_000_000_000  # bytes of accumulated updates held in full; above it they are sketched
 SKETCH = 512  # numbers that a sketch keeps of a larger layer
 RECENT = 3  # rounds held with their Grams and medians
-REMEMBERED = 4_096  # verdicts held
+REMEMBERED = 4_096  # tables and verdicts held
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,15 +136,19 @@ class UpdateLog(Sequence[Round]):
 
     def verdict(self, detector: "Detector") -> "Verdict":
         """`detector(self)`, computed once for a detector that can be hashed."""
+        return self.remembered(detector)
+
+    def remembered(self, question: Callable[["UpdateLog"], Answer]) -> Answer:
+        """`question(self)`, computed once for all who ask: a detector, a statistic, any pure function of a log."""
         try:
-            key = (detector, self._window, self._kept)
-            known = self._memory.verdicts.get(key)
-        except TypeError:
-            return detector(self)
+            key = (question, self._window, self._kept)
+            known = self._memory.answers.get(key)
+        except TypeError:  # it cannot be hashed
+            return question(self)
         if known is None:
-            known = self._memory.verdicts[key] = detector(self)
-            if len(self._memory.verdicts) > REMEMBERED:
-                self._memory.verdicts.popitem(last=False)
+            known = self._memory.answers[key] = question(self)
+            if len(self._memory.answers) > REMEMBERED:
+                self._memory.answers.popitem(last=False)
         return known
 
     def recorded(self, round_: Round, source: Callable[[], Round]) -> "UpdateLog":
@@ -167,7 +173,7 @@ class _Memory:
     sources: list[Round | Callable[[], Round]]
     recent: OrderedDict[int, Round] = field(default_factory=OrderedDict)
     sums: dict[int, tuple[int, Accumulated]] = field(default_factory=dict)  # start -> stop and the sum so far
-    verdicts: OrderedDict[Any, "Verdict"] = field(default_factory=OrderedDict)
+    answers: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
 
     def round(self, position: int) -> Round:
         if position not in self.recent:

@@ -288,10 +288,9 @@ class Round:
     def finite(self) -> np.ndarray:
         """Bool [client]: every number that the client sent, buffers included, is finite."""
         finite = np.ones(len(self.clients), dtype=bool)
-        for name, array in self.global_model.items():
-            if np.issubdtype(array.dtype, np.floating):
-                for block in self.blocks(name):
-                    finite &= np.isfinite(block).all(axis=1)
+        for name in self.updates:
+            for block in self.blocks(name):
+                finite &= np.isfinite(block).all(axis=1)
         return finite
 
     @cached_property

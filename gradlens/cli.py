@@ -1,0 +1,291 @@
+"""The command `gradlens`: every answer of the library from a shell.
+
+Exit status 0 is success, 1 a `verify` that found a fault, 2 bad input, which is one line on standard error.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from tqdm import tqdm
+
+import gradlens
+from gradlens.detectors import Detector
+from gradlens.log import InputError
+from gradlens.log.manifest import Verification
+
+app = typer.Typer(
+    help="Finds the clients that poison a federated model, and shows where they gave themselves away.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+UsageFault: type[Exception] = typer.BadParameter.__mro__[2]  # the parent of everything wrong on a command line
+
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run or of a sweep.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Write the answer as JSON.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Write the whole table as CSV.")]
+Workers = Annotated[int, typer.Option("--workers", "-w", min=1, help="Processes to run in.")]
+Named = Annotated[list[str] | None, typer.Option("--detector", "-d", help="A detector by name; repeat for several.")]
+
+
+def main() -> None:
+    """Runs the command line; what went wrong is one line on standard error."""
+    try:
+        status = app(standalone_mode=False)
+    except InputError as error:
+        status = _fail(str(error))
+    except UsageFault as error:
+        status = _fail(str(error.format_message()), " (gradlens --help shows what there is)")  # type: ignore[attr-defined]
+    except (typer.Abort, KeyboardInterrupt):
+        status = _fail("interrupted; what was finished is kept, and the same command goes on from there")
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        status = 0
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+@app.command(epilog="Example: gradlens demo --workers 2")
+def demo(
+    folder: Annotated[Path, typer.Option("--runs", help="Where the runs go.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The report.")] = Path("reports/demo.html"),
+    workers: Workers = 2,
+) -> None:
+    """Simulates a sweep of attacks on scikit-learn's digits, analyses it and writes a report."""
+    import simulations
+
+    sweep = _simulated(Path(simulations.__file__).parent / "scenarios" / "demo.toml", folder, workers, {})
+    path = _reported(sweep, out, workers)
+    typer.echo(_summary(sweep))
+    typer.echo(f"\nreport: {path}")
+
+
+@app.command(epilog="Example: gradlens simulate scenario.toml -o runs/first --set seed=3 --set rounds=10")
+def simulate(
+    scenario: Annotated[Path, typer.Argument(help="A TOML file of one scenario or of a sweep.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the run or sweep.", show_default=False)],
+    workers: Workers = 2,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Replace a setting or an axis; repeatable.")
+    ] = None,
+) -> None:
+    """Simulates a scenario, or every scenario of a sweep; a second call runs only what is missing."""
+    sweep = _simulated(scenario, out, workers, dict(_change(text) for text in changes or []))
+    typer.echo(_summary(sweep) if isinstance(sweep, gradlens.Sweep) else f"run: {sweep.path}, head {sweep.head}")
+
+
+@app.command(epilog="Example: gradlens inspect runs/demo/0a1b2c3d4e5f")
+def inspect(run: Folder, as_json: AsJson = False) -> None:
+    """Says what a run or a sweep holds."""
+    found = gradlens.open(run)
+    facts = _sweep_facts(found) if isinstance(found, gradlens.Sweep) else _run_facts(found)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1, default=str))
+    else:
+        typer.echo("\n".join(f"{name:<14} {_line(value)}" for name, value in facts.items()))
+
+
+@app.command(epilog="Example: gradlens detect runs/demo/0a1b2c3d4e5f -d final_bias -d layer_norms --csv")
+def detect(
+    run: Folder,
+    detector: Named = None,
+    fpr: Annotated[
+        float | None, typer.Option(help="Calibrate on each cohort itself to this nominal false-positive rate.")
+    ] = None,
+    as_csv: AsCsv = False,
+    as_json: AsJson = False,
+) -> None:
+    """Scores every client in every round, and says who was flagged how often."""
+    detectors = _detectors(detector, fpr)
+    bar = tqdm(_runs(run), desc="detect", unit="run", disable=None, leave=False)
+    tables = [gradlens.detect(each, detectors).assign(run=each.name) for each in bar]
+    table = pd.concat(tables, ignore_index=True)
+    table = table[["run", *(c for c in table.columns if c != "run")]] if len(tables) > 1 else table.drop(columns="run")
+    _write(table, as_csv, as_json, lambda: _flagged(table))
+
+
+@app.command(epilog="Example: gradlens localize runs/demo --csv > localized.csv")
+def localize(run: Folder, as_csv: AsCsv = False, as_json: AsJson = False) -> None:
+    """Ranks layers, units and classes by how well they tell poisoned updates from benign ones; needs the truth."""
+    found = gradlens.open(run)
+    if isinstance(found, gradlens.Sweep):
+        from gradlens.localize import localize_sweep
+
+        table = localize_sweep(found)
+    else:
+        table = gradlens.localize(found)
+    table = table.sort_values("auc", ascending=False, kind="stable", ignore_index=True)
+    _write(table, as_csv, as_json, lambda: table[table["unit"] == ""].head(20).to_string(index=False))
+
+
+@app.command(epilog="Example: gradlens report runs/demo -o reports/demo.html")
+def report(
+    run: Folder,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.", show_default=False)],
+    workers: Workers = 2,
+) -> None:
+    """Writes what was found as one self-contained HTML file."""
+    typer.echo(f"report: {_reported(gradlens.open(run), out, workers)}")
+
+
+@app.command(epilog="Example: gradlens verify runs/demo/0a1b2c3d4e5f --head 5d41402a...")
+def verify(
+    run: Folder,
+    head: Annotated[str | None, typer.Option(help="The head that was noted when the run was recorded.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Checks every committed byte of a run (of each run of a sweep) against its chain of hashes."""
+    found = _verified(run, head)
+    if as_json:
+        typer.echo(json.dumps({name: {**vars(each), "intact": each.intact} for name, each in found.items()}, indent=1))
+    else:
+        for name, each in found.items():
+            typer.echo(_verdict_line(name, each))
+    if not all(each.intact for each in found.values()):
+        raise typer.Exit(1)
+
+
+def _fail(message: str, hint: str = "") -> int:
+    print(f"gradlens: {' '.join(message.split())}{hint}", file=sys.stderr)
+    return 2
+
+
+def _simulated(toml: Path, out: Path, workers: int, changes: Mapping[str, Any]) -> gradlens.Run | gradlens.Sweep:
+    from simulations import load_sweep, run, run_sweep
+
+    scenarios, axes = load_sweep(toml, **changes)
+    if len(scenarios) == 1:
+        return run(scenarios[0], out, progress=True)
+    return run_sweep(scenarios, out, axes=axes, workers=workers)
+
+
+def _reported(found: gradlens.Run | gradlens.Sweep, out: Path, workers: int) -> Path:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    if workers == 1 or isinstance(found, gradlens.Run):
+        return gradlens.report(found, out)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
+        return gradlens.report(found, out, executor=executor)
+
+
+def _change(text: str) -> tuple[str, Any]:
+    """`name=value`, the value as in TOML, or a bare word."""
+    import tomllib
+
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise InputError(f"--set: expected NAME=VALUE, found {text!r}")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value
+
+
+def _runs(path: Path) -> list[gradlens.Run]:
+    found = gradlens.open(path)
+    return found.runs if isinstance(found, gradlens.Sweep) else [found]
+
+
+def _detectors(names: list[str] | None, fpr: float | None) -> dict[str, Detector]:
+    for name in names or []:
+        if name not in gradlens.DETECTORS:
+            raise InputError(f"--detector: expected one of {', '.join(gradlens.DETECTORS)}, found {name!r}")
+    built = {name: gradlens.DETECTORS[name]() for name in names or gradlens.DETECTORS}
+    return built if fpr is None else {name: gradlens.calibrate(each, None, fpr) for name, each in built.items()}
+
+
+def _write(table: pd.DataFrame, as_csv: bool, as_json: bool, short: Callable[[], str]) -> None:
+    if as_csv:
+        typer.echo(table.to_csv(index=False), nl=False)
+    elif as_json:
+        typer.echo(table.to_json(orient="records", indent=1))
+    else:
+        typer.echo(short())
+
+
+def _flagged(table: pd.DataFrame) -> str:
+    """Who was flagged in how many of its rounds, the most suspicious first."""
+    answered = table[table["abstained"] == ""]
+    keys = [name for name in ("run", "detector", "client") if name in table.columns]
+    counts = answered.groupby(keys, sort=False)["flag"].agg(flagged="sum", rounds="count").reset_index()
+    top = counts[counts["flagged"] > 0].sort_values("flagged", ascending=False, kind="stable")
+    lines = [top.head(40).to_string(index=False) if len(top) else "nobody was flagged"]
+    if len(top) > 40:
+        lines.append(f"... and {len(top) - 40} more; --csv writes all")
+    for reason, rows in table[table["abstained"] != ""].groupby("abstained"):
+        lines.append(f"abstained in {rows.groupby(['detector', 'round']).ngroups} verdicts: {reason}")
+    lines.append("thresholds are textbook values, not calibrated; --fpr 0.05 sets them by each cohort itself")
+    return "\n".join(lines)
+
+
+def _run_facts(run: gradlens.Run) -> dict[str, Any]:
+    last = {} if run.metrics.empty else run.metrics.iloc[-1].drop("round").dropna().to_dict()
+    refused = {client: why for round_ in run.log for client, why in round_.refused.items()}
+    return {
+        "run": str(run.path),
+        "rounds": len(run.log),
+        "state": "closed" if run.is_closed else "open",
+        "in flight": run.in_flight,
+        "clients": len({client for round_ in run.log for client in round_.clients}),
+        "refused": refused,
+        "parameters": run.log.model.num_parameters,
+        "layers": {layer.name: f"{list(layer.shape)} {layer.kind}" for layer in run.log.model.layers},
+        "final bias": run.log.model.final_bias,
+        "last round": {name: round(value, 4) for name, value in last.items()},
+        "truth": run.has_truth,
+        "scenario": run.scenario,
+        "head": run.head,
+    }
+
+
+def _sweep_facts(sweep: gradlens.Sweep) -> dict[str, Any]:
+    varied = {axis: list(dict.fromkeys(sweep.settings[axis])) for axis in sweep.axes}
+    return {
+        "sweep": str(sweep.path),
+        "runs": len(sweep.runs),
+        "controls": int(sweep.settings["control"].sum()),
+        "open": [run.name for run in sweep.runs if not run.is_closed],
+        "varied": varied,
+    }
+
+
+def _line(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {each}" for name, each in value.items()) or "-"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return str(value) if value not in ("", None) else "-"
+
+
+def _summary(sweep: gradlens.Run | gradlens.Sweep) -> str:
+    """What came of each condition of a sweep: main accuracy and ASR at the end, its control's beside it."""
+    from gradlens.report import attack_table
+
+    assert isinstance(sweep, gradlens.Sweep)
+    return attack_table(sweep).to_string(index=False, float_format=lambda value: f"{value:.2f}")
+
+
+def _verified(path: Path, head: str | None) -> dict[str, Verification]:
+    from gradlens.log import verify as verify_run
+    from gradlens.run import SWEEP
+
+    if not (path / SWEEP).is_file():
+        return {str(path): verify_run(path, head)}
+    if head is not None:
+        raise InputError("--head belongs to one run; name the folder of the run, not of its sweep")
+    folders = sorted(manifest.parent for manifest in path.glob("*/manifest.jsonl"))
+    return {str(folder): verify_run(folder) for folder in tqdm(folders, desc="verify", disable=None, leave=False)}
+
+
+def _verdict_line(name: str, found: Verification) -> str:
+    state = f"{found.rounds} rounds, {'closed' if found.closed else 'open'}, head {found.head}"
+    flight = f"\n  {found.in_flight}" if found.in_flight else ""
+    faults = "".join(f"\n  {fault}" for fault in found.faults)
+    return f"{name}: {'intact' if found.intact else 'NOT INTACT'}, {state}{flight}{faults}"

@@ -1,0 +1,23 @@
+"""Every random number of a run has an address: seed, purpose, round and client. No draw depends on another."""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """What a random number is for. A number that has been used is never given to another purpose."""
+
+    SAMPLES = 0  # which training samples are used at all
+    PARTITION = 1
+    MODEL = 2  # the initial weights
+    MALICIOUS = 3  # who is malicious
+    PARTICIPANTS = 4  # who takes part in a round
+    BATCHES = 5
+    POISON = 6  # which samples are poisoned
+    ATTACK = 7  # noise in what is sent
+
+
+def address(seed: int, stream: Stream, round_: int = 0, client: int = 0) -> np.random.Generator:
+    """The generator of one purpose in one round for one client."""
+    return np.random.default_rng([seed, stream, round_, client])

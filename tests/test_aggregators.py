@@ -1,0 +1,189 @@
+"""Aggregators against hand-computed answers and float64 oracles; the filter; the step of the global model."""
+
+import statistics as standard
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import planted
+from gradlens.aggregators import AGGREGATORS, filtered, mean, median, step
+from gradlens.detectors import DETECTORS, score_by
+from gradlens.scorers import robust_zscore
+from gradlens.statistics import layer_norms
+
+STATE = {"w": np.zeros(2, np.float32)}
+BUFFERED = {
+    "w": np.zeros(2, np.float32),
+    "running_mean": np.zeros(2),
+    "count": np.array(5, np.int64),
+}
+
+
+def log_of(w, examples=None):
+    w = np.array(w, np.float32)
+    fields = {} if examples is None else {"num_examples": np.array(examples)}
+    return planted.log_of({"w": w}, STATE, **fields)
+
+
+def buffered_log(running, counts):
+    rows = {"w": np.zeros((3, 2), np.float32), "running_mean": np.array(running, np.float64), "count": np.array(counts)}
+    return planted.log_of(rows, BUFFERED, buffers=("running_mean", "count"))
+
+
+def test_mean_by_hand():
+    np.testing.assert_array_equal(mean()(log_of([[1, 10], [2, 20], [6, 0]]))["w"], [3, 10])
+
+
+def test_weighted_mean_by_hand():  # (1 x 10 + 5 x 30) / 40
+    np.testing.assert_array_equal(mean(weighted=True)(log_of([[1, 0], [5, 4]], [10, 30]))["w"], [4, 3])
+
+
+def test_a_claim_of_examples_is_capped():
+    # the median claim is 10, so a million counts as 20: (1 x 10 + 1 x 10 + 7 x 20) / 40
+    log = log_of([[1, 0], [1, 0], [7, 0]], [10, 10, 1_000_000])
+    np.testing.assert_array_equal(mean(weighted=True, cap=2)(log)["w"], [4, 0])
+    np.testing.assert_allclose(mean(weighted=True)(log)["w"], [(2 * 10 + 7 * 100) / 120, 0], rtol=1e-6)
+
+
+def test_a_broken_client_sets_no_cap():
+    log = log_of([[1, 0], [5, 0], [np.nan, 0]], [10, 30, 1_000_000])
+    np.testing.assert_array_equal(mean(weighted=True)(log)["w"], [4, 0])
+
+
+@pytest.mark.parametrize("examples", [[0, 0], [-5, 0]])
+def test_claims_of_no_examples_count_alike(examples):
+    np.testing.assert_array_equal(mean(weighted=True)(log_of([[1, 0], [5, 4]], examples))["w"], [3, 2])
+
+
+def test_a_negative_claim_counts_as_none():
+    log = log_of([[9, 9], [1, 0], [5, 4]], [-5, 10, 10])
+    np.testing.assert_array_equal(mean(weighted=True)(log)["w"], [3, 2])
+
+
+def test_the_order_of_arrival_changes_no_bit():
+    """2^60 + 1 is 2^60 in float64, so that the sum of these three depends on their order."""
+    w = np.array([[2.0**60, 0], [-(2.0**60), 0], [1, 0]], np.float32)
+    log = log_of(w)
+    for order in ([0, 1, 2], [0, 2, 1], [2, 1, 0]):
+        np.testing.assert_array_equal(mean()(log.keep(np.array(order)))["w"], np.float32([1 / 3, 0]))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6])
+def test_median_against_the_standard_library(rows, rng):
+    w = rng.normal(size=(rows, 2)).astype(np.float32)
+    expected = [standard.median(w[:, c].astype(float).tolist()) for c in range(2)]
+    np.testing.assert_array_equal(median()(log_of(w))["w"], np.float32(expected))
+
+
+def test_median_of_huge_numbers_does_not_overflow():
+    np.testing.assert_array_equal(median()(log_of([[3e38, 0], [3.2e38, 1]]))["w"], np.float32([3.1e38, 0.5]))
+
+
+def test_sums_are_formed_in_float64():
+    """Float32 loses the small ones: 1e8 + 1 = 1e8 there."""
+    w = [[1e8, 0]] + [[1, 0]] * 9
+    np.testing.assert_array_equal(mean()(log_of(w))["w"], np.float32([(1e8 + 9) / 10, 0]))
+
+
+@pytest.mark.parametrize("rule", [mean(), median()], ids=repr)
+def test_buffers_are_averaged_in_their_own_type(rule):
+    update = rule(buffered_log([[1, 2], [2, 2], [9, 2]], [7, 8, 8]))  # 23 / 3 = 7.67
+    assert update["running_mean"].tolist() == [4, 2]
+    assert update["running_mean"].dtype == np.float64
+    assert (int(update["count"]), update["count"].dtype, update["count"].shape) == (8, np.int64, ())
+
+
+@given(
+    arrays(np.float32, st.tuples(st.integers(1, 7), st.just(2)), elements=st.floats(-(2.0**100), 2.0**100, width=32))
+)
+def test_mean_and_median_lie_between_the_extremes(w):
+    for rule in (mean(), median(), mean(weighted=True)):
+        found = rule(log_of(w))["w"]
+        assert (found >= w.min(axis=0)).all()
+        assert (found <= w.max(axis=0)).all()
+
+
+def test_settings_show():
+    assert repr(AGGREGATORS["mean"](weighted=True)) == "mean(weighted=True, cap=10)"
+    assert mean() != mean(weighted=True)
+
+
+# filtered
+
+
+def norms(threshold=3.5):
+    return score_by(layer_norms, robust_zscore, threshold)
+
+
+def test_filter_leaves_out_the_outlier():
+    log = planted.PLANTED["boosted"].log()
+    rule = filtered(mean(), norms(20))
+    assert log[-1].clients[~rule.kept(log)].tolist() == [planted.CULPRIT]
+    expected = mean()(planted.without(log))
+    for name, array in rule(log).items():
+        np.testing.assert_array_equal(array, expected[name])
+    assert rule.verdict(log) is log.verdict(norms(20))
+
+
+def test_filter_that_abstains_uses_everybody_it_can():
+    log = planted.with_client_at(planted.clean_log(clients=planted.CLIENTS[4:7]), np.nan)
+    rule = filtered(mean(), norms())
+    assert rule.verdict(log).abstained
+    assert rule.kept(log).tolist() == [True, False, True]
+    two = planted.clean_log(clients=planted.CLIENTS[:2])
+    np.testing.assert_array_equal(rule(two)["fc1.weight"], mean()(two)["fc1.weight"])
+
+
+def test_filter_uses_the_whole_history_and_only_the_last_cohort():
+    """A detector that flags by history must see the earlier rounds; the aggregate is of the last one."""
+    log = planted.PLANTED["drifting"].log(rounds=8)
+    rule = filtered(mean(), DETECTORS["accumulated_norms"](threshold=6))
+    assert log[-1].clients[~rule.kept(log)].tolist() == [planted.CULPRIT]
+    assert rule.kept(log[:2]).all()
+
+
+def test_filters_are_values():
+    assert filtered(mean(), norms()) == filtered(mean(), norms())
+    assert len({filtered(mean(), norms()), filtered(mean(), norms()), filtered(median(), norms())}) == 2
+    assert repr(filtered(mean(), norms())) == (
+        "filtered(mean(weighted=False, cap=10), score_by(layer_norms, robust_zscore, threshold=3.5))"
+    )
+
+
+def test_filters_nest():
+    log = planted.with_client_at(planted.PLANTED["boosted"].log(), np.nan, "client-00")
+    outer = filtered(filtered(mean(), norms(20)), DETECTORS["final_bias"](threshold=1e9))
+    rest = planted.without(planted.without(log), "client-00")
+    np.testing.assert_array_equal(outer(log)["fc2.bias"], mean()(rest)["fc2.bias"])
+
+
+# step
+
+
+def test_step_by_hand():
+    state = {"w": np.array([1, 2], np.float32), "count": np.array(5, np.int64)}
+    update = {"w": np.array([2, -4], np.float32), "count": np.array(3, np.int64)}
+    half = step(state, update, 0.5)
+    assert half["w"].tolist() == [2, 0]
+    assert half["w"].dtype == np.float32
+    assert (int(half["count"]), half["count"].dtype) == (6, np.int64)  # 6.5 rounds to the even number
+    whole = step(state, update)
+    assert whole["w"].tolist() == [3, -2]
+    assert int(whole["count"]) == 8
+    assert state["w"].tolist() == [1, 2]
+
+
+def test_step_rounds_once():
+    """In float32 the product would be rounded before the sum, here to another last digit."""
+    w, u = np.float32(-0.7037352323532104), np.float32(-1.2654215097427368)
+    assert np.float32(0.3) * u + w != np.float32(np.float64(w) + 0.3 * np.float64(u))
+    found = step({"w": np.array([w])}, {"w": np.array([u])}, 0.3)["w"][0]
+    assert found == np.float32(np.float64(w) + 0.3 * np.float64(u))
+
+
+def test_step_needs_an_update_for_every_layer():
+    with pytest.raises(KeyError):
+        step({"w": np.zeros(1, np.float32)}, {})

@@ -1,0 +1,318 @@
+"""One contract over every statistic x scorer, every detector, every aggregator of the tables."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import planted
+from gradlens.aggregators import AGGREGATORS, filtered
+from gradlens.detectors import DETECTORS, calibrate, score_by
+from gradlens.log import CannotSay, Round, UpdateLog
+from gradlens.scorers import SCORERS
+from gradlens.statistics import STATISTICS
+
+# the case of a method's own kind, which it must rank first
+CASE_OF_STATISTIC = {
+    "final_bias": "shifted class",
+    "final_rows": "shifted class",
+    "layer_norms": "boosted",
+    "layer_cosines": "turned",
+    "accumulated_norms": "drifting",
+}
+CASE_OF_DETECTOR = CASE_OF_STATISTIC | {
+    "two_clusters": "shifted class, three clients",
+    "isolation_forest": "turned",
+    "local_outlier_factor": "turned",
+}
+PAIRS = {
+    f"{statistic} x {scorer}": (score_by(STATISTICS[statistic], SCORERS[scorer], 1.0), CASE_OF_STATISTIC[statistic])
+    for statistic in STATISTICS
+    for scorer in SCORERS
+}
+NAMED = {name: (DETECTORS[name](), CASE_OF_DETECTOR[name]) for name in DETECTORS}
+CALIBRATED = {
+    f"calibrated {name}": (calibrate(NAMED[name][0]), NAMED[name][1]) for name in ("final_bias", "two_clusters")
+}
+CASES = PAIRS | NAMED | CALIBRATED
+
+every_detector = pytest.mark.parametrize(("detector", "case"), CASES.values(), ids=list(CASES))
+every_statistic = pytest.mark.parametrize("name", STATISTICS)
+every_aggregator = pytest.mark.parametrize("name", AGGREGATORS)
+
+
+@cache
+def case_log(case):
+    """The planted log of that name; it remembers verdicts, so that the tests share them."""
+    return planted.PLANTED[case].log()
+
+
+@cache
+def clean_log():
+    return planted.clean_log()
+
+
+@cache
+def log_without(client):
+    return planted.without(case_log("shifted class"), client)
+
+
+def scores_by_name(verdict):
+    return pd.Series(verdict.scores, index=verdict.clients).sort_index()
+
+
+def assert_same_scores(one, other):
+    pd.testing.assert_series_equal(scores_by_name(one), scores_by_name(other), rtol=1e-9, atol=1e-9)
+
+
+@every_detector
+def test_order_of_clients_changes_nothing(detector, case, rng):
+    log = case_log(case)
+    shuffled = detector(planted.taken(log, rng.permutation(12)))
+    assert_same_scores(shuffled, log.verdict(detector))
+
+
+@every_detector
+def test_later_rounds_change_nothing(detector, case):
+    log = case_log(case)
+    log.verdict(detector)  # and whatever is remembered of the later rounds
+    known_before = planted.PLANTED[case].log(rounds=2)
+    assert_same_scores(detector(log[:2]), detector(known_before))
+
+
+@every_detector
+def test_equal_updates_get_equal_scores(detector, case):
+    scores = scores_by_name(detector(planted.PLANTED["equal pair"].log()))
+    assert scores["client-01"] == pytest.approx(scores["client-08"], rel=1e-9)
+
+
+@every_detector
+def test_where_all_are_equal_nobody_stands_out(detector, case):
+    log = planted.Planted(planted.one_for_all, planted.CLIENTS).log()
+    verdict = detector(log)
+    assert not verdict.abstained
+    assert (verdict.scores == 0).all()
+    assert not verdict.flags.any()
+
+
+@every_detector
+def test_planted_case_ranks_first(detector, case):
+    culprits = planted.PLANTED[case].culprits
+    scores = scores_by_name(detector(planted.PLANTED[case].log(rounds=8)))
+    assert scores[list(culprits)].min() > scores.drop(list(culprits)).max()
+
+
+@every_detector
+def test_scores_are_finite_and_not_constant(detector, case):
+    scores = clean_log().verdict(detector).scores
+    assert np.isfinite(scores).all()
+    assert len(np.unique(scores)) > 2
+
+
+@every_detector
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6, 1e30])
+def test_an_absurd_client_changes_no_other_score(detector, case, value):
+    client = "client-07"
+    verdict = detector(planted.with_client_at(case_log("shifted class"), value, client))
+    expected = scores_by_name(log_without(client).verdict(detector))
+    found = scores_by_name(verdict)
+    assert found[client] == np.inf
+    assert verdict.flags[verdict.clients == client].all()
+    pd.testing.assert_series_equal(found.drop(client), expected, rtol=1e-9, atol=1e-9)
+
+
+@every_detector
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_small_cohorts_abstain_and_say_so(detector, case, count):
+    verdict = detector(planted.clean_log(clients=planted.CLIENTS[:count]))
+    assert f"{count} comparable clients" in verdict.abstained
+    assert verdict.null
+    assert verdict.scores.tolist() == [0] * count
+    assert not verdict.flags.any()
+
+
+@every_detector
+def test_three_clients_are_enough(detector, case):
+    verdict = detector(planted.clean_log(clients=planted.CLIENTS[:3]))
+    assert not verdict.abstained
+    assert np.isfinite(verdict.scores).all()
+
+
+@every_detector
+def test_refused_clients_are_flagged_last(detector, case):
+    log = planted.clean_log()
+    last = log[-1]
+    refusing = Round(9, last.clients, last.num_examples, last.updates, last.global_model, {"z": "no", "b": "no"})
+    verdict = detector(log.append(refusing))
+    assert verdict.clients.tolist() == [*planted.CLIENTS, "b", "z"]
+    assert verdict.scores[-2:].tolist() == [np.inf, np.inf]
+    assert verdict.flags[-2:].all()
+    assert np.isfinite(verdict.scores[:-2]).all()
+
+
+@every_detector
+def test_inputs_stay_and_answers_repeat(detector, case):
+    log = planted.PLANTED[case].log()
+    before = [{name: np.array(a) for name, a in r.updates.items()} for r in log]
+    np.testing.assert_array_equal(detector(log).scores, case_log(case).verdict(detector).scores)
+    for round_, arrays in zip(log, before, strict=True):
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(round_.updates[name], array)
+
+
+@every_detector
+def test_detectors_are_values(detector, case):
+    assert {detector: 1}[detector] == 1
+    assert "object at 0x" not in repr(detector)
+    assert clean_log().verdict(detector).null
+
+
+@pytest.mark.parametrize("table", [STATISTICS, SCORERS])
+def test_tables_hold_functions_under_their_own_name(table):
+    assert [function.__name__ for function in table.values()] == list(table)
+
+
+@every_statistic
+def test_statistic_has_a_row_per_client_and_a_column_per_feature(name):
+    log = planted.PLANTED["shifted class"].log()
+    table = STATISTICS[name](log)
+    assert table.index.tolist() == list(planted.CLIENTS)
+    assert table.index.name == "client"
+    assert all(column.split("[")[0] in planted.LAYERS for column in table.columns)
+    assert np.isfinite(table.to_numpy()).all()
+
+
+@every_statistic
+@pytest.mark.parametrize("value", [np.nan, 1e30])
+def test_statistic_has_no_numbers_of_an_absurd_client(name, value):
+    log = planted.clean_log()
+    table = STATISTICS[name](planted.with_client_at(log, value))
+    assert table.loc[planted.CULPRIT].isna().all()
+    others = STATISTICS[name](planted.without(log))
+    pd.testing.assert_frame_equal(table.drop(index=planted.CULPRIT), others, rtol=1e-12)
+
+
+@every_statistic
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_statistic_cannot_say_of_small_cohorts(name, count):
+    with pytest.raises(CannotSay, match=f"{count} comparable clients"):
+        STATISTICS[name](planted.clean_log(clients=planted.CLIENTS[:count]))
+
+
+# Aggregators
+
+IN_RANGE = {"mean", "median"}  # stays inside the coordinate range of the clients
+OUTVOTES = {"median"}  # stays inside the benign coordinate range while fewer than half are malicious
+
+
+def updates_of(log: UpdateLog, name: str) -> np.ndarray:
+    return np.asarray(log[-1].updates[name], np.float64)
+
+
+def assert_same_update(one, other):
+    assert list(one) == list(other)
+    for name in one:
+        assert one[name].dtype == other[name].dtype
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+@every_aggregator
+def test_order_of_clients_changes_no_bit_of_the_aggregate(name, rng):
+    log = planted.clean_log()
+    assert_same_update(AGGREGATORS[name]()(planted.taken(log, rng.permutation(12))), AGGREGATORS[name]()(log))
+
+
+@every_aggregator
+def test_aggregate_has_the_layers_of_the_model(name):
+    aggregate = AGGREGATORS[name]()(planted.clean_log())
+    assert {n: (a.shape, str(a.dtype)) for n, a in aggregate.items()} == {
+        layer.name: (layer.shape, layer.dtype) for layer in planted.MODEL.layers
+    }
+    assert all(isinstance(array, np.ndarray) for array in aggregate.values())
+
+
+@every_aggregator
+def test_equal_updates_come_back(name):
+    log = planted.Planted(planted.one_for_all, planted.CLIENTS).log()
+    for layer, array in AGGREGATORS[name]()(log).items():
+        np.testing.assert_array_equal(array, log[-1].updates[layer][0])
+
+
+@pytest.mark.parametrize("name", sorted(IN_RANGE & set(AGGREGATORS)))
+def test_aggregate_stays_inside_the_coordinate_range(name):
+    log = planted.PLANTED["boosted"].log()
+    for layer, array in AGGREGATORS[name]()(log).items():
+        assert (array >= updates_of(log, layer).min(axis=0) - 1e-6).all()
+        assert (array <= updates_of(log, layer).max(axis=0) + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", sorted(OUTVOTES & set(AGGREGATORS)))
+def test_aggregate_is_bounded_when_fewer_than_half_send_a_million(name):
+    def million(updates, who):
+        for layer in planted.LAYERS:
+            updates[layer][who] = 1e6
+
+    log = planted.clean_log()
+    attacked = planted.edited(log, million, planted.CLIENTS[:5])
+    for layer in planted.LAYERS:
+        benign = updates_of(log, layer)[5:]
+        array = AGGREGATORS[name]()(attacked)[layer]
+        assert (array >= benign.min(axis=0)).all()
+        assert (array <= benign.max(axis=0)).all()
+
+
+@every_aggregator
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_never_enters(name, value):
+    log = planted.clean_log()
+    found = AGGREGATORS[name]()(planted.with_client_at(log, value))
+    assert_same_update(found, AGGREGATORS[name]()(planted.without(log)))
+
+
+@every_aggregator
+def test_without_clients_the_update_is_zero(name):
+    aggregate = AGGREGATORS[name]()(planted.clean_log(clients=()))
+    assert {n: (a.shape, a.dtype) for n, a in aggregate.items()} == {
+        n: (a.shape, a.dtype) for n, a in planted.STATE.items()
+    }
+    assert all((array == 0).all() for array in aggregate.values())
+
+
+@dataclass(frozen=True)
+class Flags:
+    """A detector that flags the clients it is told to."""
+
+    names: frozenset[str]
+
+    def __call__(self, log):
+        verdict = DETECTORS["final_bias"]()(log)
+        flags = np.isin(verdict.clients, sorted(self.names))
+        return type(verdict)(verdict.clients, flags.astype(float), flags)
+
+
+@every_aggregator
+def test_a_filter_that_flags_nobody_equals_its_inner_rule(name):
+    log, rule = planted.clean_log(), AGGREGATORS[name]()
+    assert_same_update(filtered(rule, Flags(frozenset()))(log), rule(log))
+
+
+@every_aggregator
+def test_a_filter_leaves_out_whom_it_flags(name):
+    log, rule = planted.clean_log(), AGGREGATORS[name]()
+    found = filtered(rule, Flags(frozenset({planted.CULPRIT})))(log)
+    assert_same_update(found, rule(planted.without(log)))
+
+
+@every_aggregator
+def test_a_filter_that_flags_everybody_keeps_the_global_model(name):
+    aggregate = filtered(AGGREGATORS[name](), Flags(frozenset(planted.CLIENTS)))(planted.clean_log())
+    assert all((array == 0).all() for array in aggregate.values())
+
+
+@every_aggregator
+def test_aggregators_are_values(name):
+    assert AGGREGATORS[name]() == AGGREGATORS[name]()
+    assert len({AGGREGATORS[name](), AGGREGATORS[name]()}) == 1
+    assert repr(AGGREGATORS[name]()).startswith(f"{name}(")

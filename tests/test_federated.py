@@ -1,0 +1,331 @@
+"""Runs: what is logged is what was trained and aggregated, to the bit, however often it was stopped on the way."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gradlens
+from gradlens.aggregators import AGGREGATORS, filtered, step
+from gradlens.detectors import DETECTORS
+from gradlens.log import InputError, LogWriter
+from gradlens.run import VERDICT_COLUMNS
+from simulations import federated
+from simulations.attacks import build_attack, label_flip, trigger
+from simulations.federated import assemble, attack_success, check_attack, malicious_clients, participants, run
+from simulations.randomness import Stream, address
+from simulations.scenario import Scenario
+from simulations.tasks import build_model, load_task
+from simulations.training import LocalSGD, one_thread, state_of, train_clients
+
+PLAIN = Scenario(rounds=4)
+ATTACKED = PLAIN.replace(
+    attack={"trigger": {"size": 3}, "scaling": {"factor": 2.0}}, num_malicious=3, poison_rate=0.5, rounds=4
+)
+CASES = {
+    "plain": PLAIN,
+    "attacked": ATTACKED,
+    "sampled": ATTACKED.replace(clients_per_round=7, samples_per_client=40, schedule={"from_round": {"first": 2}}),
+    "filtered": ATTACKED.replace(detector="layer_norms", partition="dirichlet", momentum=0.9, local_epochs=2),
+    "cnn, median": ATTACKED.replace(model="cnn", aggregator="median", server_learning_rate=0.5, rounds=2),
+}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=list(CASES))
+def finished(request, tmp_path_factory):
+    """A scenario and the run of it."""
+    scenario = CASES[request.param]
+    return scenario, run(scenario, tmp_path_factory.mktemp("runs") / scenario.digest)
+
+
+def evidence(found: gradlens.Run) -> dict[str, str]:
+    """SHA-256 of everything that does not hold seconds."""
+    return {name: digest for name, digest in found.manifest.named().items() if name != "run.json"}
+
+
+def test_a_run_is_closed_intact_and_says_what_it_was(finished):
+    scenario, found = finished
+    assert found.is_closed
+    assert found.verify().intact
+    assert found.scenario == scenario.settings
+    assert len(found.log) == scenario.rounds
+    assert Scenario(**found.scenario) == scenario
+
+
+def test_no_update_is_all_zero(finished):
+    for round_ in finished[1].log:
+        for name, update in round_.updates.items():
+            assert (np.abs(update).reshape(len(round_), -1).max(axis=1) > 0).all(), name
+
+
+def test_aggregating_the_logged_updates_gives_the_next_logged_global_model(finished):
+    scenario, found = finished
+    aggregate = AGGREGATORS[next(iter(scenario.aggregator))]()
+    if scenario.detector:
+        aggregate = filtered(aggregate, DETECTORS["layer_norms"]())
+    for prefix, after in zip(found.log.prefixes(), found.states(), strict=True):
+        replayed = step(prefix[-1].global_model, aggregate(prefix), scenario.server_learning_rate)
+        for name, array in after.items():
+            np.testing.assert_array_equal(replayed[name], array)
+
+
+def test_final_bias_updates_sum_to_zero_over_classes(finished):
+    """Sum over classes of y - p, whatever the data and however the update was scaled."""
+    for round_ in finished[1].log:
+        assert np.abs(round_.updates["fc2.bias"].sum(axis=1)).max() < 2e-6
+
+
+def test_the_same_scenario_gives_the_same_bits(finished, tmp_path):
+    scenario, found = finished
+    torch.manual_seed(99)  # whatever was drawn before
+    again = run(scenario, tmp_path / "again")
+    assert evidence(again) == evidence(found)
+
+
+def test_the_truth_names_who_and_when(finished):
+    scenario, found = finished
+    malicious = {f"client-{number:02d}" for number in malicious_clients(scenario)}
+    assert len(malicious) == scenario.num_malicious
+    first = scenario.schedule.get("from_round", {}).get("first", 0)
+    assert set(found.truth["client"][found.truth["compromised"]]) <= malicious
+    for round_ in found.log:
+        rows = found.truth[found.truth["round"] == round_.index]
+        assert set(rows["client"]) == set(round_.clients)
+        assert (rows["compromised"] == rows["client"].isin(malicious)).all()
+        assert (rows["poisoned"] == (rows["compromised"] & (round_.index >= first))).all()
+
+
+def test_metrics_are_there_after_every_round(finished):
+    scenario, found = finished
+    metrics = found.metrics
+    assert metrics["round"].tolist() == list(range(scenario.rounds))
+    assert metrics["main_accuracy"].between(0, 1).all()
+    assert metrics["asr"].isna().all() if scenario.is_control else metrics["asr"].between(0, 1).all()
+    assert (metrics["seconds"] >= metrics["train_seconds"]).all()
+    assert (metrics["train_seconds"] > 0).all()
+    assert (metrics["log_seconds"][1:] > 0).all()
+
+
+def test_the_logged_metrics_are_those_of_the_logged_models(finished):
+    scenario, found = finished
+    task, attack = load_task(scenario.task), build_attack(scenario.attack)
+    model = build_model(task, scenario.model)
+    for state, row in zip(found.states(), found.metrics.itertuples(), strict=True):
+        model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+        with torch.no_grad():
+            right = model(torch.tensor(task.x_test)).argmax(1).numpy() == task.y_test
+            assert row.main_accuracy == pytest.approx(right.mean())
+            if not scenario.is_control:
+                stamped = task.x_test.copy()
+                stamped[:, :, 2:5, 2:5] = 1
+                hit = model(torch.tensor(stamped)).argmax(1).numpy() == 1
+                assert row.asr == pytest.approx(hit[task.y_test != attack.target_label].mean())
+
+
+def test_the_identity_of_the_final_bias_on_the_record(tmp_path):
+    """Under plain SGD the logged update is learning rate x sum over steps of mean(y - p), seen during training."""
+    federation = assemble(PLAIN)
+    found = run(PLAIN, tmp_path / "run")
+    conflict = np.zeros(10)
+
+    def observe(logits: torch.Tensor, labels: torch.Tensor) -> None:
+        one_hot = nn.functional.one_hot(labels, 10)
+        conflict[:] += (one_hot - torch.softmax(logits.double(), 1)).mean(0).numpy()
+
+    for round_ in found.log:
+        for client in range(20):
+            conflict[:] = 0
+            rng = address(PLAIN.seed, Stream.BATCHES, round_.index, client)
+            with one_thread():
+                again = train_clients(
+                    federation.model,
+                    round_.global_model,
+                    [federation.honest[client]],
+                    [rng],
+                    LocalSGD(epochs=1, batch_size=16, learning_rate=0.1),
+                    observe=observe,
+                )
+            for name, update in round_.updates.items():
+                np.testing.assert_array_equal(again[name][0], update[client])
+            np.testing.assert_allclose(round_.updates["fc2.bias"][client], 0.1 * conflict, rtol=0, atol=1e-6)
+
+
+class Stop(Exception):  # noqa: N818 - stands for whatever ends a process
+    pass
+
+
+def stop_after(monkeypatch, method: str, calls: int) -> None:
+    """Makes a method of the writer stop the process instead of answering its call number `calls`."""
+    original, count = getattr(LogWriter, method), iter(range(1_000))
+
+    def stopping(self, *arguments, **settings):
+        if next(count) == calls:
+            self.leave_open()  # as the end of the process would
+            raise Stop
+        return original(self, *arguments, **settings)
+
+    monkeypatch.setattr(LogWriter, method, stopping)
+
+
+@pytest.mark.parametrize("method, calls", [("commit", 0), ("commit", 2), ("add_truth", 0), ("close", 0)])  # noqa: PT006
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, method, calls):
+    scenario = CASES["filtered"]
+    whole = run(scenario, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_after(patched, method, calls)
+        with pytest.raises(Stop):
+            run(scenario, tmp_path / "stopped")
+    assert not gradlens.open(tmp_path / "stopped").is_closed
+    resumed = run(scenario, tmp_path / "stopped")
+    assert evidence(resumed) == evidence(whole)
+    assert resumed.verify().intact
+    assert resumed.truth.equals(whole.truth)
+
+
+@pytest.mark.parametrize("left", [["run.json"], ["run.json", "globals/round-000000.arrow"], [".run.json.part"]])
+def test_a_run_that_was_stopped_at_its_very_start_starts_afresh(tmp_path, left):
+    whole = run(PLAIN, tmp_path / "whole")
+    for folder in ("updates", "globals", "verdicts"):
+        (tmp_path / "stopped" / folder).mkdir(parents=True)
+    for name in left:
+        (tmp_path / "stopped" / name).write_bytes(b"{")
+    assert evidence(run(PLAIN, tmp_path / "stopped")) == evidence(whole)
+
+
+def test_a_closed_run_is_returned_as_it_is(tmp_path, monkeypatch):
+    first = run(PLAIN, tmp_path / "run")
+    monkeypatch.setattr(federated, "assemble", lambda scenario: pytest.fail("it trained again"))
+    assert run(PLAIN, tmp_path / "run").head == first.head
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    run(PLAIN, tmp_path / "run")
+    with pytest.raises(InputError, match=r"another scenario, which differs in learning_rate, seed$"):
+        run(PLAIN.replace(seed=1, learning_rate=0.2), tmp_path / "run")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "important.txt").write_text("keep me")
+    with pytest.raises(InputError, match="notes"):
+        run(PLAIN, tmp_path / "notes")
+    assert (tmp_path / "notes" / "important.txt").read_text() == "keep me"
+    (tmp_path / "file").write_text("a,b")
+    with pytest.raises(InputError, match="file"):
+        run(PLAIN, tmp_path / "file")
+
+
+def test_before_its_round_an_attack_changes_no_bit(tmp_path):
+    late = ATTACKED.replace(schedule={"from_round": {"first": 2}})
+    attacked, control = run(late, tmp_path / "attacked"), run(late.control, tmp_path / "control")
+    for index in (0, 1):
+        for name, update in control.log[index].updates.items():
+            np.testing.assert_array_equal(attacked.log[index].updates[name], update)
+    malicious = np.isin(np.arange(20), malicious_clients(late))
+    for name, update in control.log[2].updates.items():
+        differs = (attacked.log[2].updates[name] != update).reshape(20, -1).any(axis=1)
+        np.testing.assert_array_equal(differs, malicious)
+
+
+def test_malicious_clients_depend_on_seed_and_count_alone():
+    base = ATTACKED.replace(num_malicious=4)
+    drawn = malicious_clients(base)
+    for changes in ({"learning_rate": 0.5}, {"attack": "label_flip"}, {"clients_per_round": 5}, {"rounds": 9}):
+        np.testing.assert_array_equal(malicious_clients(base.replace(**changes)), drawn)
+    draws = [set(malicious_clients(base.replace(num_malicious=count)).tolist()) for count in (1, 2, 4)]
+    assert draws[0] < draws[1] < draws[2]
+    counts = np.zeros(20)
+    for seed in range(400):
+        counts[malicious_clients(base.replace(seed=seed))] += 1
+    assert counts.min() > 45  # 80 expected for each client, sigma 8
+    assert counts.max() < 115
+
+
+def test_participants_are_drawn_anew_in_every_round():
+    scenario = ATTACKED.replace(clients_per_round=7)
+    rounds = [tuple(participants(scenario, index)) for index in range(30)]
+    assert {len(set(clients)) for clients in rounds} == {7}
+    assert len(set(rounds)) == 30
+    np.testing.assert_array_equal(participants(ATTACKED, 3), np.arange(20))
+
+
+def test_a_live_filter_writes_what_it_decided(tmp_path):
+    found = run(CASES["filtered"], tmp_path / "run")
+    verdicts = found.verdicts
+    assert list(verdicts.columns) == list(VERDICT_COLUMNS)
+    assert len(verdicts) == 4 * 20
+    assert (verdicts["kept"] == ~verdicts["flag"]).all()
+    assert set(verdicts["detector"]) == {"layer_norms"}
+    table = gradlens.detect(found, {"layer_norms": DETECTORS["layer_norms"]()})
+    np.testing.assert_array_equal(table["score"], verdicts["score"])
+
+
+def test_threads_are_restored(tmp_path, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(PLAIN.replace(rounds=1), tmp_path / "run")
+        assert torch.get_num_threads() == 2
+        stop_after(monkeypatch, "commit", 0)
+        with pytest.raises(Stop):
+            run(PLAIN, tmp_path / "stopped")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"task": "digitz"}, "expected digits"),
+        ({"samples_per_client": 100}, "2,000 are asked for"),
+        ({"attack": {"trigger": {"size": 7}}}, "leaves images of 8 x 8"),
+        ({"attack": {"trigger": {"target_label": 10}}}, "10 classes, the target is 10"),
+        ({"attack": {"label_flip": {"source_label": 12}}}, "no test image of task digits is eligible"),
+        ({"partition": {"dirichlet": {"minimum": 100}}}, "need 2000 samples"),
+    ],
+)
+def test_a_scenario_that_cannot_run_is_one_line_and_writes_nothing(tmp_path, changes, said):
+    with pytest.raises(InputError) as refused:
+        run(ATTACKED.replace(**changes), tmp_path / "run")
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+class Says(nn.Module):
+    """A model that always answers `label`, whatever it is shown; it remembers what that was."""
+
+    def __init__(self, label: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(nn.functional.one_hot(torch.tensor(label), 10).float())
+        self.shown: list[torch.Tensor] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.shown.append(images)
+        return self.bias.expand(len(images), 10)
+
+
+def test_attack_success_counts_eligible_held_out_images_only():
+    task = load_task("digits")
+    success = partial(attack_success, task)
+    always, never = Says(1), Says(2)
+    assert success(trigger(size=2), always, state_of(always)) == 1.0
+    assert success(trigger(size=2), never, state_of(never)) == 0.0
+    shown = torch.cat(always.shown)
+    assert len(shown) == (task.y_test != 1).sum()
+    assert (shown[:, :, 2:4, 2:4] == 1).all()
+    flip = label_flip(source_label=7, target_label=1)
+    always.shown.clear()
+    assert success(flip, always, state_of(always)) == 1.0
+    np.testing.assert_array_equal(torch.cat(always.shown).numpy(), task.x_test[task.y_test == 7])
+    assert np.isnan(success(build_attack({}), always, state_of(always)))
+    check_attack(flip, task)
+
+
+def test_fashion_mnist_runs_from_its_folder(tmp_path, data_root):
+    folder = str(data_root / "fashion_mnist")
+    scenario = PLAIN.replace(task=folder, model="cnn", num_clients=4, samples_per_client=128, rounds=3, local_epochs=2)
+    found = run(scenario, tmp_path / "run")
+    assert found.log.model.num_parameters == 56_970
+    assert found.verify().intact
+    assert found.metrics["main_accuracy"].iloc[-1] > 0.3

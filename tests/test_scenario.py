@@ -1,0 +1,250 @@
+"""Scenarios: what is written out, what is refused, which settings make another run."""
+
+import pickle
+import tomllib
+
+import numpy as np
+import pytest
+
+from gradlens.log import InputError
+from simulations.scenario import SCENARIOS, Scenario, load_sweep, sweep, varied
+
+ATTACKED = {"attack": {"trigger": {"size": 3}}, "num_malicious": 4, "poison_rate": 0.3}
+
+
+def test_every_setting_of_a_component_is_written_out():
+    scenario = Scenario(partition="dirichlet", attack={"scaling": {"factor": 3}, "trigger": {}}, num_malicious=1)
+    assert scenario.partition == {"dirichlet": {"alpha": 0.5, "minimum": 10}}
+    assert scenario.attack == {
+        "trigger": {"target_label": 1, "size": 4, "row": 2, "column": 2, "value": 1.0},
+        "scaling": {"factor": 3.0},
+    }
+    assert list(scenario.attack) == ["trigger", "scaling"]  # in the order they are applied
+    assert scenario.detector == {}
+    assert scenario.schedule == {"every_round": {}}
+
+
+def test_equal_scenarios_have_equal_digests_however_they_are_spelled():
+    spelled = [
+        Scenario(**ATTACKED, partition="iid"),
+        Scenario(**ATTACKED, partition={"iid": {}}, detector="none", clients_per_round=20),
+        Scenario(**ATTACKED | {"attack": {"trigger": {"value": 1, "size": 3}}}, learning_rate=np.float64(0.1)),
+    ]
+    assert len({scenario.digest for scenario in spelled}) == 1
+    assert len(set(spelled)) == 1
+    assert len(spelled[0].digest) == 12
+    assert int(spelled[0].digest, 16) >= 0
+
+
+def test_settings_and_pickle_bring_a_scenario_back():
+    scenario = Scenario(**ATTACKED)
+    assert scenario.digest == Scenario(**scenario.settings).digest
+    assert scenario.digest != scenario.replace(seed=1).digest
+    assert pickle.loads(pickle.dumps(scenario)) == scenario  # noqa: S301 - our own bytes, as a process pool moves them
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_malicious": 4},  # nobody attacks: no attack
+        {"attack": "trigger"},  # nobody attacks: no attackers
+        {"attack": {"label_flip": {"source_label": 3}}, "poison_rate": 0.5, "schedule": {"from_round": {"first": 3}}},
+        {"attack": "trigger", "num_malicious": 4, "poison_rate": 0.0},
+        {"attack": "scaling", "num_malicious": 4},  # by its default factor of 1
+    ],
+)
+def test_an_attack_that_does_nothing_is_the_control(settings):
+    scenario = Scenario(**settings)
+    assert scenario == Scenario()
+    assert scenario.is_control
+    assert scenario.control == scenario
+
+
+def test_a_control_keeps_everything_but_the_attack():
+    attacked = Scenario(**ATTACKED, schedule={"from_round": {"first": 7}}, detector="final_bias", seed=5)
+    assert not attacked.is_control
+    assert attacked.control == Scenario(detector="final_bias", seed=5)
+    assert attacked.replace(poison_rate=0.9).control == attacked.control
+
+
+def test_an_attack_that_poisons_nothing_has_no_poison_rate():
+    boosted = Scenario(attack={"scaling": {"factor": 3}}, num_malicious=2, poison_rate=0.25)
+    assert boosted == boosted.replace(poison_rate=0.5)
+    assert not boosted.is_control
+
+
+def test_replace_remembers_what_was_given():
+    base = Scenario(num_malicious=4, poison_rate=0.3)  # without an attack both fell back
+    assert base.is_control
+    assert base.replace(attack={"trigger": {"size": 3}}) == Scenario(**ATTACKED)
+
+
+def test_labels_are_short():
+    scenario = Scenario(
+        attack={"trigger": {}, "scaling": {"factor": 3}}, num_malicious=2, partition={"dirichlet": {"alpha": 0.1}}
+    )
+    assert scenario.label("attack") == "trigger+scaling(factor=3)"
+    assert scenario.label("partition") == "dirichlet(alpha=0.1)"
+    assert scenario.label("detector") == "none"
+    assert scenario.label("clients_per_round") == "all"
+    assert scenario.label("learning_rate") == 0.1
+    with pytest.raises(InputError, match="'lerning_rate' is no setting"):
+        scenario.label("lerning_rate")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lr": 0.1}, "'lr' is no setting; expected one of task, model"),
+        ({"learning_rate": -0.1}, "learning_rate: input should be greater than 0, found -0.1"),
+        ({"learning_rate": float("nan")}, "learning_rate: input should be a finite number, found nan"),
+        ({"poison_rate": 1.5}, "poison_rate"),
+        ({"rounds": 0}, "rounds"),
+        ({"rounds": "3"}, "rounds: input should be a valid integer, found '3'"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"seed": -1}, "seed"),
+        ({"task": ""}, "task"),
+        ({"model": "vgg"}, "model: expected one of mlp, cnn, found 'vgg'"),
+        ({"num_malicious": 21}, "num_malicious: expected at most num_clients = 20, found 21"),
+        ({"clients_per_round": 21}, "clients_per_round: expected at most num_clients = 20, found 21"),
+        ({"attack": "triger"}, "attack: expected one of trigger, label_flip, scaling, none, found 'triger'"),
+        ({"attack": {"trigger": {"sise": 3}}}, "trigger: 'sise' is no setting; its settings are target_label, size"),
+        ({"attack": {"trigger": {"size": 0}}}, "trigger: size"),
+        ({"attack": {"trigger": {"size": "3"}}}, "trigger: size: expected int, found '3'"),
+        ({"attack": {"label_flip": {"target_label": 7}}}, "source and target label must differ, both are 7"),
+        ({"attack": {"trigger": {}, "label_flip": {}}}, "must agree on the target label, found [1, 5]"),
+        ({"attack": ["trigger"]}, "attack: expected a name or a table name -> settings, found ['trigger']"),
+        ({"partition": {"dirichlet": {"alpha": 0.0}}}, "partition: dirichlet: alpha"),
+        ({"partition": {"iid": {}, "dirichlet": {}}}, "partition: expected exactly one of iid, dirichlet"),
+        ({"partition": None}, "partition: expected a name"),
+        ({"schedule": {"every_round": {"first": 1}}}, "every_round: 'first' is no setting; it has none"),
+        (ATTACKED | {"schedule": {"from_round": {"first": 25}}}, "from_round(first=25) never comes in 25 rounds"),
+        ({"aggregator": "avarage"}, "aggregator: expected one of mean, median"),
+        ({"detector": "oracle"}, "detector: expected one of"),
+        ({"rounds": 0, "seed": -1}, "(and 1 more)"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, said):
+    with pytest.raises(InputError) as refused:
+        Scenario(**settings)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).startswith("scenario: ")
+
+
+def test_a_scenario_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Scenario().seed = 3
+
+
+def test_a_sweep_is_the_product_with_its_controls_once():
+    cells = sweep(Scenario(**ATTACKED), num_malicious=[0, 1, 2], learning_rate=[0.02, 0.1], seed=range(2))
+    assert len(cells) == len(set(cells)) == 2 * 2 * 2 + 2 * 2
+    assert sum(cell.is_control for cell in cells) == 4
+    assert {cell.control for cell in cells} <= set(cells)
+    assert [(c.num_malicious, c.learning_rate, c.seed) for c in cells[:5]] == [
+        (0, 0.02, 0), (0, 0.02, 1), (0, 0.1, 0), (0, 0.1, 1), (1, 0.02, 0)
+    ]  # fmt: skip
+    assert varied(cells) == ["learning_rate", "attack", "num_malicious", "poison_rate", "seed"]
+
+
+def test_a_sweep_without_a_cell_for_its_control_adds_it():
+    assert sweep(Scenario(**ATTACKED)) == [Scenario(), Scenario(**ATTACKED)]
+
+
+@pytest.mark.parametrize("axes", [{"lerning_rate": [0.1]}, {"seed": []}, {"attack": "trigger"}, {"seed": 3}])
+def test_a_bad_axis_is_one_line(axes):
+    with pytest.raises(InputError) as refused:
+        sweep(Scenario(), **axes)
+    assert next(iter(axes)) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+SWEEP = """
+rounds = 14
+num_malicious = 4
+[[sweep]]
+attack = ["trigger", { trigger = {}, scaling = { factor = 3 } }]
+poison_rate = [0.3]
+seed = [0, 1]
+[[sweep]]
+attack = ["label_flip"]
+schedule = [{ from_round = { first = 7 } }]
+seed = [0, 1]
+"""
+
+
+def test_the_tables_of_a_file_are_united(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text(SWEEP)
+    scenarios, axes = load_sweep(path)
+    assert axes == ["attack", "poison_rate", "schedule", "seed"]
+    assert len(scenarios) == 4 + 2 + 2
+    assert [s.seed for s in scenarios if s.is_control] == [0, 1]
+    flipped = [s for s in scenarios if s.label("attack") == "label_flip"]
+    assert [s.label("schedule") for s in flipped] == ["from_round(first=7)"] * 2
+    assert {s.num_malicious for s in flipped} == {4}
+
+
+def test_a_change_replaces_a_setting_or_a_whole_axis(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text(SWEEP)
+    scenarios, axes = load_sweep(path, seed=3, rounds=9)
+    assert len(scenarios) == 4
+    assert {(s.seed, s.rounds) for s in scenarios} == {(3, 9)}
+    assert "seed" not in axes
+
+
+def test_a_file_of_one_scenario(tmp_path):
+    path = tmp_path / "scenario.toml"
+    path.write_text("rounds = 3\nnum_malicious = 2\n[attack.trigger]\nsize = 3\n")
+    assert Scenario.load(path) == Scenario(rounds=3, num_malicious=2, attack={"trigger": {"size": 3}})
+    assert load_sweep(path) == ([Scenario.load(path)], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rounds = ", "expected a scenario in TOML"),
+        ("round,client\n0,a\n", "expected a scenario in TOML"),
+        ("learning_rate = -1", "learning_rate"),
+        ("sweep = 3", "expected [[sweep]] tables"),
+        ("[[sweep]]\nsed = [1]", "'sed' is no setting"),
+        ("[[sweep]]\nseed = 1", "expected a list of values for seed, found 1"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_it(tmp_path, text, said):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as refused:
+        load_sweep(path)
+    assert said in str(refused.value)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_and_a_sweep_where_one_scenario_is_expected(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        Scenario.load(tmp_path / "none.toml")
+    path = tmp_path / "sweep.toml"
+    path.write_text(SWEEP)
+    with pytest.raises(InputError, match="found a sweep"):
+        Scenario.load(path)
+
+
+@pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_scenarios_that_come_with_it_load(path):
+    scenarios, axes = load_sweep(path)
+    assert len(scenarios) >= 50
+    assert {scenario.control for scenario in scenarios} <= set(scenarios)
+    assert axes[-1] == "seed"
+
+
+def test_the_demo_is_the_sweep_that_the_readme_promises():
+    table = tomllib.loads((SCENARIOS / "demo.toml").read_text())
+    (axes,) = table["sweep"]
+    assert axes["num_malicious"] == [0, 1, 2, 4]
+    assert axes["learning_rate"] == [0.02, 0.1]
+    assert axes["poison_rate"] == [0.25, 1.0]
+    assert len(load_sweep(SCENARIOS / "demo.toml").scenarios) == 78

@@ -1,0 +1,154 @@
+"""Sweeps: every cell once, controls measured, nothing lost when it is stopped, and the same bits in any process."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+
+import gradlens
+from gradlens.log import InputError
+from simulations import federated, run_sweep
+from simulations.attacks import build_attack
+from simulations.federated import attack_success, run
+from simulations.scenario import Scenario, sweep
+from simulations.tasks import build_model, load_task
+
+sweep_module = import_module("simulations.sweep")  # `simulations.sweep` is the function
+BASE = Scenario(rounds=2, num_malicious=3)
+CELLS = sweep(
+    BASE,
+    attack=["trigger", {"trigger": {}, "scaling": {"factor": 2}}, {"label_flip": {"source_label": 3}}],
+    seed=[0, 1],
+)
+AXES = ["attack", "seed"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    return run_sweep(CELLS, tmp_path_factory.mktemp("sweep"), axes=AXES, progress=False)
+
+
+def heads(found: gradlens.Sweep) -> dict[str, dict[str, str]]:
+    return {each.name: {n: h for n, h in each.manifest.named().items() if n != "run.json"} for each in found.runs}
+
+
+def test_every_cell_is_a_closed_run_named_by_its_digest(swept):
+    assert [each.name for each in swept.runs] == [cell.digest for cell in CELLS]
+    assert all(each.is_closed and each.verify().intact for each in swept.runs)
+    assert isinstance(gradlens.open(swept.path), gradlens.Sweep)
+
+
+def test_the_index_says_what_was_varied_and_which_control_belongs_to_whom(swept):
+    index = json.loads((swept.path / "sweep.json").read_text())
+    assert index["format"] == 1
+    assert index["axes"] == swept.axes == AXES
+    assert index["runs"] == {c.digest: {"attack": c.label("attack"), "seed": c.seed} for c in CELLS}
+    assert index["controls"] == {c.digest: c.control.digest for c in CELLS if not c.is_control}
+    assert swept.settings["control"].sum() == 2
+    for cell in CELLS:
+        if not cell.is_control:
+            assert swept.control_of(cell.digest).scenario == cell.control.settings
+
+
+def test_controls_hold_the_attack_measured_where_nobody_attacked(swept):
+    task, table = load_task("digits"), swept.controls
+    assert len(table) == 6 * 2
+    for cell in CELLS:
+        if cell.is_control:
+            continue
+        rows = table[table["run"] == cell.digest].sort_values("round")
+        assert set(rows["control"]) == {cell.control.digest}
+        model, attack = build_model(task, "mlp"), build_attack(cell.attack)
+        states = swept.control_of(cell.digest).states()
+        np.testing.assert_array_equal(rows["asr"], [attack_success(task, attack, model, state) for state in states])
+    boosted = {c.seed: c.digest for c in CELLS if "scaling" in c.attack}
+    unboosted = {c.seed: c.digest for c in CELLS if list(c.attack) == ["trigger"]}
+    for seed in (0, 1):  # what is sent does not matter where nobody sends it
+        pair = [table[table["run"] == names[seed]]["asr"].tolist() for names in (boosted, unboosted)]
+        assert pair[0] == pair[1]
+
+
+def test_a_second_call_runs_nothing(swept, monkeypatch):
+    def untouched(*_):
+        pytest.fail("it ran again")
+
+    monkeypatch.setattr(federated, "assemble", untouched)
+    monkeypatch.setattr(sweep_module, "control_success", untouched)
+    assert heads(run_sweep(CELLS, swept.path, axes=AXES, workers=2, progress=False)) == heads(swept)
+
+
+def test_what_was_finished_is_kept_when_it_is_stopped(swept, tmp_path, monkeypatch):
+    calls = []
+
+    def stopping(scenario, path):
+        calls.append(scenario)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return run(scenario, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep_module, "run", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(CELLS, tmp_path, axes=AXES, progress=False)
+    assert len(gradlens.open(tmp_path).runs) == 3
+    done = {each.name: each.head for each in gradlens.open(tmp_path).runs}
+    whole = run_sweep(CELLS, tmp_path, axes=AXES, progress=False)
+    assert {name: each for name, each in done.items() if whole.run(name).head != each} == {}
+    assert heads(whole) == heads(swept)
+    assert whole.controls.equals(swept.controls)
+
+
+def test_a_larger_sweep_keeps_what_a_smaller_one_ran(swept, tmp_path, monkeypatch):
+    small = run_sweep(CELLS[:2], tmp_path, progress=False)
+    before = {each.name: each.head for each in small.runs}
+    measured = []
+    original = sweep_module.control_success
+    monkeypatch.setattr(
+        sweep_module, "control_success", lambda *question: measured.append(question) or original(*question)
+    )
+    large = run_sweep(CELLS, tmp_path, progress=False)
+    assert {name: large.run(name).head for name in before} == before
+    assert len(measured) == 3  # of the four pairs of a control and an attack one was there
+    assert large.controls.equals(swept.controls)
+    assert large.axes == ["attack", "num_malicious", "seed"]  # those that vary, where none are named
+
+
+def test_processes_give_the_same_bits(swept, tmp_path):
+    assert heads(run_sweep(CELLS, tmp_path, axes=AXES, workers=2, progress=False)) == heads(swept)
+
+
+def test_any_executor_gives_the_same_bits(swept, tmp_path):
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(3) as executor:
+        found = run_sweep(CELLS, tmp_path, axes=AXES, executor=executor, progress=False)
+    assert heads(found) == heads(swept)
+    assert torch.get_num_threads() == before
+
+
+def test_a_failing_run_calls_off_the_rest(tmp_path):
+    cells = [BASE.replace(task="nowhere"), *CELLS]
+    with ThreadPoolExecutor(1) as executor, pytest.raises(InputError, match="found 'nowhere'"):
+        run_sweep(cells, tmp_path, executor=executor, progress=False)
+    assert len(list(tmp_path.glob("*/run.json"))) < len(CELLS)
+
+
+def test_a_sweep_without_its_controls_has_none(tmp_path):
+    attacked = [cell for cell in CELLS if not cell.is_control][:1]
+    found = run_sweep(attacked, tmp_path, progress=False)
+    assert found.controls.empty
+    with pytest.raises(InputError, match="no attack-free control"):
+        found.control_of(attacked[0].digest)
+
+
+def test_bad_calls_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="at least one scenario"):
+        run_sweep([], tmp_path / "none")
+    with pytest.raises(InputError, match="at least one worker, found 0"):
+        run_sweep(CELLS, tmp_path / "none", workers=0)
+    run(BASE, tmp_path / "run")
+    with pytest.raises(InputError, match="expected the folder of a sweep, found a run"):
+        run_sweep(CELLS, tmp_path / "run")
+    assert not (tmp_path / "none").exists()
