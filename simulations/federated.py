@@ -2,8 +2,10 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +61,7 @@ def run(scenario: Scenario, path: Path | str, *, progress: bool = False) -> Run:
     An open run of the same scenario goes on after its last committed round, to the same bits as one that was
     never stopped; a closed one is returned as it is. The truth is written at the end. Metrics of a round:
     main_accuracy and asr after its aggregation (asr only under an attack with a target); seconds, of which
-    train_seconds were local training; log_seconds, what committing the round before it took beside them.
+    train_seconds were local training and log_seconds the wait until the round before was on the disk.
     progress: show a bar. Raises InputError where the folder holds anything else, or task and attack do not fit.
     """
     folder = Path(path)
@@ -68,10 +70,13 @@ def run(scenario: Scenario, path: Path | str, *, progress: bool = False) -> Run:
         return found
     with one_thread():
         federation = assemble(scenario)
-        with _writer(federation, folder, resume=found is not None) as writer:
-            rounds, log_seconds = range(len(writer.log), scenario.rounds), 0.0
-            for index in tqdm(rounds, desc=folder.name, unit="round", leave=False, disable=None if progress else True):
-                log_seconds = _play(federation, writer, index, log_seconds)
+        with _writer(federation, folder, resume=found is not None) as writer, ThreadPoolExecutor(1) as disk:
+            rounds, committed = range(len(writer.log), scenario.rounds), disk.submit(lambda: None)
+            state = dict(writer.global_model)
+            for index in tqdm(rounds, desc=folder.name, unit="round", leave=False, disable=not progress):
+                state, commit = _play(federation, writer, index, state, committed)
+                committed = disk.submit(commit)  # the disk works while the next round trains
+            committed.result()
             if not (folder / "truth.arrow").exists():
                 writer.add_truth(_truth(federation))
     return Run.open(folder)
@@ -160,13 +165,16 @@ def check_attack(attack: Attack, task: Task) -> None:
     attack.stamp(task.x_test[:1])
 
 
-def _play(federation: Federation, writer: LogWriter, index: int, log_seconds: float) -> float:
-    """One round, committed; returns the seconds that committing it took."""
+def _play(
+    federation: Federation, writer: LogWriter, index: int, global_model: State, committed: Future[None]
+) -> tuple[dict[str, np.ndarray], Callable[[], None]]:
+    """One round: the next global model, and what commits the round. The round before is on the disk by then."""
     scenario, start = federation.scenario, time.perf_counter()
     clients = participants(scenario, index)
-    global_model = dict(writer.global_model)
     updates = _sent(federation, clients, index, _trained(federation, clients, index, global_model))
     trained = time.perf_counter()
+    committed.result()
+    waited = time.perf_counter()
     counts = np.array([len(federation.honest[client][1]) for client in clients])
     round_ = Round(index, client_names(scenario)[clients], counts, updates, global_model, buffers=writer.model.buffers)
     log = writer.log.append(round_)
@@ -176,11 +184,9 @@ def _play(federation: Federation, writer: LogWriter, index: int, log_seconds: fl
         "asr": attack_success(federation.task, federation.attack, federation.model, next_global),
         "seconds": time.perf_counter() - start,
         "train_seconds": trained - start,
-        "log_seconds": log_seconds,
+        "log_seconds": waited - trained,
     }
-    start = time.perf_counter()
-    writer.commit(round_, next_global, verdict=_decided(federation, log), metrics=metrics)
-    return time.perf_counter() - start
+    return next_global, partial(writer.commit, round_, next_global, verdict=_decided(federation, log), metrics=metrics)
 
 
 def _trained(federation: Federation, clients: np.ndarray, index: int, global_model: State) -> dict[str, np.ndarray]:
