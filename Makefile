@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install demo test check notebooks clean
+.PHONY: install demo test check reports notebooks clean
 
 install: $(STAMP)
 
@@ -23,6 +23,12 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+reports: export GRADLENS_DATA ?= ../shared/data
+reports: $(STAMP)  ## the committed reports, from real data; what has run already is not run again
+	$(BIN)/gradlens simulate simulations/scenarios/first_look.toml -o runs/first_look
+	$(BIN)/gradlens report runs/first_look -o reports/first_look.html
+	$(BIN)/python reports/picture.py runs/first_look reports/picture.png
 
 notebooks: $(STAMP)  ## opens the notebooks
 	$(BIN)/jupyter lab notebooks

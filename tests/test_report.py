@@ -14,12 +14,14 @@ import pytest
 
 from gradlens import DETECTORS, Run, Sweep, calibrate, report
 from gradlens.evaluation import evaluate
+from gradlens.localize import PHASES
 from gradlens.log import InputError, LogWriter, ModelSpec, Round
 from gradlens.log.files import write_table
 from gradlens.report import attack_table
 from gradlens.report.analysis import analyse, attacked_runs, labelled, outcome, panel, thresholds_of
 from gradlens.report.findings import distinct_controls, sweep_findings
 from gradlens.report.page import finding, listed, measured, number, render, section, table, text, unbroken, write
+from gradlens.report.pictures import localization_picture
 from gradlens.report.provenance import plain_value
 from gradlens.report.single import examine, run_findings, suspects
 from gradlens.report.sweep import filtered_pairs, removed, representative, scores_figure, training_table
@@ -284,8 +286,10 @@ def test_an_executor_gives_the_same_tables(made, made_analysis):
     assert pickle.loads(pickle.dumps(panel())) == panel()  # noqa: S301 - they travel to other processes
 
 
-def test_the_same_sweep_gives_the_same_bytes(made, made_page, tmp_path):
-    assert report(made.path, tmp_path / "again.html", permutations=99).read_text() == made_page.source
+def test_the_same_sweep_gives_the_same_bytes_wherever_it_is_analysed_and_drawn(made, made_page, tmp_path):
+    with ThreadPoolExecutor(2) as executor:
+        again = report(made.path, tmp_path / "again.html", permutations=99, executor=executor)
+    assert again.read_text() == made_page.source
 
 
 def test_equal_control_tests_are_counted_once(made_analysis):
@@ -540,6 +544,18 @@ def test_a_table_sets_numbers_right_and_folds_long_ones():
     assert table(rows * 20, "All of it. More.")["summary"] == "All of it (40 rows)"
     assert table(rows * 20, "All.")["collapsed"]
     assert table([], "Nothing.")["kind"] == "text"
+
+
+@pytest.mark.parametrize(("layers", "panels"), [(4, 1), (8, 2)])
+def test_broad_heat_maps_are_stacked_by_phase(layers, panels):
+    rows = [
+        {"attack": "trigger", "control": control, "phase": phase, "layer": f"fc{i}", "unit": "", "auc": 0.6, "p": 0.2}
+        for control in (False, True)
+        for phase in PHASES
+        for i in range(layers)
+    ]
+    block = localization_picture(pd.DataFrame(rows), "layer_norms", "")
+    assert block["alt"].count("layer_norms: no layer separates (best AUC 0.60, control at most 0.60)") == panels
 
 
 def test_rendering_escapes_every_field():

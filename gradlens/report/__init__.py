@@ -33,7 +33,8 @@ def report(
     detectors: name -> uncalibrated detector; None: one per statistic. fpr: the false-positive rate that
     thresholds are set for. permutations: behind each p-value.
     control, null: for a single run, its attack-free control and attack-free runs to set thresholds on; those of
-    the sweep are found if the run lies in one. executor: works over the settings of a sweep; None: in this process.
+    the sweep are found if the run lies in one. executor: works over the settings of a sweep and draws;
+    None: in this process.
     Returns the path. Raises InputError where the source is no run or sweep, or the path cannot be written.
     """
     source = source if isinstance(source, Run | Sweep) else open_run(source)
@@ -53,5 +54,6 @@ def report(
     lead = f"{len(a.runs)} attacked runs ({conditions}, {seeds}), {controls} attack-free controls"
     lead = ", ".join([lead, *common_settings(source.runs)]) + "."
     return write(
-        render(f"Report on sweep {source.name}", lead, sweep_findings(a, chosen), sections(a, chosen)), out_path
+        render(f"Report on sweep {source.name}", lead, sweep_findings(a, chosen), sections(a, chosen, executor)),
+        out_path,
     )

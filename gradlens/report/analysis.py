@@ -26,6 +26,7 @@ PANEL = ("final_bias", "final_rows", "layer_norms", "layer_cosines", "accumulate
 DEFENCES = ("aggregator", "detector")  # settings of the server, not of the attack
 ATTACKS = ("attack", "num_malicious", "poison_rate", "schedule")  # and of the attack
 WORKED, PARTLY = 0.5, 0.1  # by so much the ASR must end above the control's
+MOST_ROUNDS = 1 << 40  # no run is longer
 COSTLY = 0.1  # so much main accuracy below the control's, and the attack is no backdoor that goes unnoticed
 
 
@@ -74,6 +75,11 @@ def analyse(
         paths = repeat(sweep.path, len(cells))
         parts = list(executor.map(_cell_at, paths, cells, *(repeat(each) for each in settings)))
     tables = {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
+    order = {name: i for i, name in enumerate(runs["condition"].unique())}  # of the sweep, not of the cells
+    for name in ("places", "figures"):
+        tables[name] = tables[name].sort_values(
+            "condition", key=lambda c: c.map(order), kind="stable", ignore_index=True
+        )
     return Analysis(sweep, runs, attack_outcomes(sweep, runs), **tables, left_out=left_out, fpr=fpr)
 
 
@@ -221,16 +227,19 @@ def labelled(sweep: Sweep, runs: pd.DataFrame, raw: pd.DataFrame) -> pd.DataFram
     raw: what `detect` gives, with run. Returns: the same with run (the attacked one), condition, control, seed,
     phase, malicious.
     """
-    parts = []
-    for name, row in zip(runs.index.astype(str), runs.to_dict("records"), strict=True):
+    scores, truths = [], []
+    for i, (name, row) in enumerate(zip(runs.index.astype(str), runs.to_dict("records"), strict=True)):
         truth = sweep.run(name).truth
         attacked = sorted(truth.loc[truth["poisoned"].astype(bool), "round"].unique())
-        sources = [raw[raw["run"].eq(which)] for which in (name, row["control"])]
-        both = pd.concat([part.assign(control=bool(i)) for i, part in enumerate(sources)], ignore_index=True)
-        both = with_truth(both[both["round"].isin(attacked)], truth)
-        phase = np.where(both["round"].isin(attacked[:3]), *PHASES)
-        parts.append(both.assign(run=name, condition=row["condition"], seed=row["seed"], phase=phase))
-    return pd.concat(parts, ignore_index=True)
+        truths.append(truth.assign(round=truth["round"] + i * MOST_ROUNDS))
+        for control, source in ((False, name), (True, row["control"])):
+            own = raw[raw["run"].eq(source) & raw["round"].isin(attacked)]
+            phase = np.where(own["round"].isin(attacked[:3]), *PHASES)
+            said = {"run": name, "condition": row["condition"], "control": control, "seed": row["seed"], "phase": phase}
+            scores.append(own.assign(**said, round=own["round"] + i * MOST_ROUNDS))
+    # one join for all runs, whose rounds are moved apart for it: each join costs as much as thousands of rows
+    table = with_truth(pd.concat(scores, ignore_index=True), pd.concat(truths, ignore_index=True))
+    return table.assign(round=table["round"] % MOST_ROUNDS)
 
 
 def _cell_at(path: Path, cell: pd.DataFrame, *settings: Any) -> dict[str, pd.DataFrame]:

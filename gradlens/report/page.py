@@ -7,8 +7,10 @@ it may come from a client: the template escapes all of it.
 import re
 from base64 import b64encode
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import matplotlib as mpl
@@ -28,6 +30,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 10, "axes.linewidth": 0.7, "legend.fontsize": 8, "figure.facecolor": "white",
     "svg.fonttype": "path", "svg.hashsalt": "gradlens",  # the same tables give the same bytes
 }  # fmt: skip
+DRAWING = Lock()  # matplotlib is not made for threads
 NUMBER = re.compile(r"^[+\-\N{MINUS SIGN}≤≥]? ?\d[\d.,]*(?!\w)|^$|^–$")
 LONG = 16  # rows from which a table is folded away
 
@@ -99,9 +102,15 @@ def code(lines: Sequence[str]) -> Block:
     return {"kind": "code", "text": "\n".join(lines)}
 
 
-def section(name: str, title: str, blocks: Sequence[Block]) -> Section:
-    """A section of the page; `name` is its anchor."""
+def section(name: str, title: str, blocks: Sequence[Block | Future]) -> Section:
+    """A section of the page; `name` is its anchor; blocks may still be in the making."""
     return {"id": name, "title": title, "blocks": list(blocks)}
+
+
+def finished(sections: Sequence[Section]) -> list[Section]:
+    """The sections once all of their blocks are made."""
+    made = [[b.result() if isinstance(b, Future) else b for b in each["blocks"]] for each in sections]
+    return [each | {"blocks": blocks} for each, blocks in zip(sections, made, strict=True)]
 
 
 def finding(about: str, sentence: str, points: Sequence[str] = ()) -> Block:
@@ -127,7 +136,7 @@ def table(rows: Sequence[dict[str, str]], caption: str, *, folded: bool | None =
 
 def figure(draw: Callable[[Figure], None], size: tuple[float, float], caption: str) -> Block:
     """A picture, embedded as SVG; size: width and height in inches. Its titles are what a screen reader says."""
-    with mpl.rc_context(STYLE):
+    with DRAWING, mpl.rc_context(STYLE):
         canvas = Figure(figsize=size, layout="constrained")
         draw(canvas)
         file = BytesIO()

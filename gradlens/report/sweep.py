@@ -1,6 +1,7 @@
 """The sections of a report on a sweep: a function per section, one per table and one per figure."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pandas as pd
 
 from gradlens.plots import percent
 from gradlens.report.analysis import COSTLY, PARTLY, PHASES, WORKED, Analysis, labelled
-from gradlens.report.page import Block, Section, heading, measured, number, rows_of, section, table, text
+from gradlens.report.page import Block, Section, finished, heading, measured, number, rows_of, section, table, text
 from gradlens.report.pictures import (
     bias_picture,
     localization_picture,
@@ -19,21 +20,33 @@ from gradlens.report.pictures import (
 from gradlens.report.provenance import commands, runs_table, settings_table, software_table, thresholds_table
 from gradlens.run import Run
 
+Drawn = Block | Future  # a block, or one that is being drawn
+Draw = Callable[..., Drawn]  # takes a function of `pictures` and its arguments
+
 ORDER = ("worked", "worked in part", "failed", "not measured")
 MOST_FIGURES = 6  # of the filter; the table holds all conditions
 
 
-def sections(a: Analysis, chosen: Mapping[str, Any]) -> list[Section]:
-    """All sections of a sweep's report, in order."""
-    return [
-        section("attack", "1 Did the attack work?", attack_section(a)),
-        section("where", "2 Where is the anomaly?", where_section(a)),
-        section("who", "3 Who is it?", who_section(a, chosen)),
-        section("when", "4 When?", when_section(a, chosen)),
-        section("bias", "5 Final bias per client and class", bias_section(a, chosen)),
-        section("filter", "6 The filter", filter_section(a)),
-        section("provenance", "7 Provenance", provenance_section(a)),
-    ]
+def sections(a: Analysis, chosen: Mapping[str, Any], executor: Executor | None = None) -> list[Section]:
+    """All sections of a sweep's report, in order; the executor, if any, draws."""
+
+    draw = at_once if executor is None else executor.submit
+    return finished(
+        [
+            section("attack", "1 Did the attack work?", attack_section(a)),
+            section("where", "2 Where is the anomaly?", where_section(a, draw)),
+            section("who", "3 Who is it?", who_section(a, chosen, draw)),
+            section("when", "4 When?", when_section(a, chosen, draw)),
+            section("bias", "5 Final bias per client and class", bias_section(a, chosen)),
+            section("filter", "6 The filter", filter_section(a, draw)),
+            section("provenance", "7 Provenance", provenance_section(a)),
+        ]
+    )
+
+
+def at_once(picture: Callable[..., Block], *args: Any) -> Block:
+    """Draws in this process."""
+    return picture(*args)
 
 
 def representative(a: Analysis) -> dict[str, Any]:
@@ -117,7 +130,7 @@ def outcome_table(a: Analysis) -> Block:
 # 2 ------------------------------------------------------------------------------------------------------------
 
 
-def where_section(a: Analysis) -> list[Block]:
+def where_section(a: Analysis, draw: Draw) -> list[Drawn]:
     """Section 2."""
     about = (
         "How well each layer tells malicious from benign updates by itself, by how unusual an update is in its round "
@@ -129,7 +142,8 @@ def where_section(a: Analysis) -> list[Block]:
     layers = a.places.groupby("statistic")["layer"].nunique()
     single = [name for name in names if layers[name] == 1]
     groups = [single, *([name] for name in names if name not in single)]
-    return [text(about), *(localization_figure(a, group) for group in groups if group), best_places(a), all_places(a)]
+    heat_maps = [localization_figure(a, group, draw) for group in groups if group]
+    return [text(about), *heat_maps, best_places(a), all_places(a)]
 
 
 def best_places(a: Analysis) -> Block:
@@ -199,7 +213,7 @@ def surely(p: float) -> str:
     return f"p {p_value(p)}" + ("" if p < 0.05 else ", which chance could give")
 
 
-def localization_figure(a: Analysis, statistics: list[str]) -> Block:
+def localization_figure(a: Analysis, statistics: list[str], draw: Draw = at_once) -> Drawn:
     """The heat map of one statistic, or of those that look at a single layer, together."""
     axes = [axis for axis in a.sweep.axes if axis != "seed"]
     part = a.places[a.places["statistic"].isin(statistics)]
@@ -208,13 +222,14 @@ def localization_figure(a: Analysis, statistics: list[str]) -> Block:
         f"AUC per layer and condition by the statistic {' and '.join(statistics)}, mean over seeds, in the first three "
         "attacked rounds and later. The colour scale is the same in every such figure."
     )
-    return localization_picture(part[[*axes, "control", "phase", "layer", "unit", "auc", "p"]], name, caption)
+    columns = [*axes, "control", "phase", "layer", "unit", "auc", "p"]
+    return draw(localization_picture, part[columns], name, caption)
 
 
 # 3 ------------------------------------------------------------------------------------------------------------
 
 
-def who_section(a: Analysis, chosen: Mapping[str, Any]) -> list[Block]:
+def who_section(a: Analysis, chosen: Mapping[str, Any], draw: Draw) -> list[Drawn]:
     """Section 3."""
     about = (
         "Each detector scores every update of the attacked rounds. AUC and TPR are threshold-free; flags use "
@@ -224,7 +239,7 @@ def who_section(a: Analysis, chosen: Mapping[str, Any]) -> list[Block]:
     return [
         text(about),
         detector_table(a, chosen["condition"]),
-        roc_figure(a, chosen),
+        roc_figure(a, chosen, draw),
         client_table(a, chosen),
         heading("False alarms where nobody attacks"),
         alarm_table(a),
@@ -251,11 +266,11 @@ def detector_table(a: Analysis, name: str) -> Block:
     return table(rows, f"Detectors under {name}, mean over seeds with 95 % interval.")
 
 
-def roc_figure(a: Analysis, chosen: Mapping[str, Any]) -> Block:
+def roc_figure(a: Analysis, chosen: Mapping[str, Any], draw: Draw = at_once) -> Drawn:
     """ROC curves of the representative condition beside those of its control."""
     name = chosen["condition"]
     caption = f"ROC curves under {name}, the updates of all seeds pooled; right: the control, with the same labels."
-    return roc_picture(chosen["scores"], a.figures[a.figures["condition"].eq(name)], caption)
+    return draw(roc_picture, chosen["scores"], a.figures[a.figures["condition"].eq(name)], caption)
 
 
 def client_table(a: Analysis, chosen: Mapping[str, Any]) -> Block:
@@ -321,7 +336,7 @@ def auc_table(a: Analysis) -> Block:
 # 4 ------------------------------------------------------------------------------------------------------------
 
 
-def when_section(a: Analysis, chosen: Mapping[str, Any]) -> list[Block]:
+def when_section(a: Analysis, chosen: Mapping[str, Any], draw: Draw) -> list[Drawn]:
     """Section 4."""
     first = attacked_rounds(a.sweep.run(chosen["run"]))[0]
     about = (
@@ -330,7 +345,7 @@ def when_section(a: Analysis, chosen: Mapping[str, Any]) -> list[Block]:
         f"condition {chosen['why']}. Beside it stands its control, run {chosen['control']}, on the same axes."
     )
     detectors = {str(chosen["detector"]): None} | ({"final_bias": None} if has_scores(a, "final_bias") else {})
-    return [text(about), *(scores_figure(a, chosen, name) for name in detectors)]
+    return [text(about), *(scores_figure(a, chosen, name, draw) for name in detectors)]
 
 
 def has_scores(a: Analysis, detector: str) -> bool:
@@ -343,13 +358,13 @@ def attacked_rounds(run: Run) -> list[int]:
     return sorted(set(run.truth.loc[run.truth["poisoned"].astype(bool), "round"].tolist()))
 
 
-def scores_figure(a: Analysis, chosen: Mapping[str, Any], detector: str) -> Block:
+def scores_figure(a: Analysis, chosen: Mapping[str, Any], detector: str, draw: Draw = at_once) -> Drawn:
     """Scores of the representative run beside those of its control."""
     raw = a.raw[a.raw["detector"].eq(detector)]
     own = with_malicious(raw[raw["run"].eq(chosen["run"])], a.sweep.run(chosen["run"]).truth)
     free = raw[raw["run"].eq(chosen["control"])].assign(malicious=False)
     rules = a.thresholds[a.thresholds["run"].eq(chosen["run"]) & a.thresholds["detector"].eq(detector)]
-    return scores_picture(own, free, dict(rules.iloc[0]))
+    return draw(scores_picture, own, free, dict(rules.iloc[0]))
 
 
 def with_malicious(raw: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
@@ -379,7 +394,7 @@ def bias_section(a: Analysis, chosen: Mapping[str, Any]) -> list[Block]:
 # 6 ------------------------------------------------------------------------------------------------------------
 
 
-def filter_section(a: Analysis) -> list[Block]:
+def filter_section(a: Analysis, draw: Draw) -> list[Drawn]:
     """Section 6."""
     pairs = filtered_pairs(a)
     if not pairs:
@@ -389,7 +404,8 @@ def filter_section(a: Analysis) -> list[Block]:
         "The same conditions with and without the server's defence, and the same without any attack, which shows what "
         "the defence costs where there is nothing to filter."
     )
-    return [text(about), filter_table(a, pairs), *(training_figure(a, base) for base in list(pairs)[:MOST_FIGURES])]
+    drawn = [training_figure(a, base, draw) for base in list(pairs)[:MOST_FIGURES]]
+    return [text(about), filter_table(a, pairs), *drawn]
 
 
 def filtered_pairs(a: Analysis) -> dict[str, list[Any]]:
@@ -439,12 +455,12 @@ def removed(a: Analysis, name: str) -> tuple[str, str]:
     return tuple(percent(part.mean()) if len(part) else "–" for part in (out[poisoned], out[~poisoned]))  # type: ignore[return-value]
 
 
-def training_figure(a: Analysis, base: str) -> Block:
+def training_figure(a: Analysis, base: str, draw: Draw = at_once) -> Drawn:
     """Main accuracy and ASR over rounds, with and without the defence, beside the control."""
     caption = (
         f"Main accuracy and ASR over rounds under {base}; right: the controls, on which the attack is only measured."
     )
-    return training_picture(training_table(a, base), caption)
+    return draw(training_picture, training_table(a, base), caption)
 
 
 def training_table(a: Analysis, base: str) -> pd.DataFrame:
