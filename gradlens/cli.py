@@ -117,7 +117,7 @@ def localize(run: Folder, as_csv: AsCsv = False, as_json: AsJson = False) -> Non
     if isinstance(found, gradlens.Sweep):
         from gradlens.localize import localize_sweep
 
-        table = localize_sweep(found)
+        table = localize_sweep(found, progress=True)
     else:
         table = gradlens.localize(found)
     table = table.sort_values("auc", ascending=False, kind="stable", ignore_index=True)
@@ -170,9 +170,9 @@ def _reported(found: gradlens.Run | gradlens.Sweep, out: Path, workers: int) -> 
     from multiprocessing import get_context
 
     if workers == 1 or isinstance(found, gradlens.Run):
-        return gradlens.report(found, out)
+        return gradlens.report(found, out, progress=True)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
-        return gradlens.report(found, out, executor=executor)
+        return gradlens.report(found, out, executor=executor, progress=True)
 
 
 def _change(text: str) -> tuple[str, Any]:

@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 
 from gradlens.log import InputError
 
-__all__ = ["bootstrap", "evaluate", "roc_points", "with_truth"]
+__all__ = ["auc", "bootstrap", "evaluate", "roc_points", "with_truth"]
 
 METRICS = ("auc", "tpr_1", "tpr_5", "fpr", "abstained")
 RESAMPLES = 2_000
@@ -114,7 +114,7 @@ def _figures(updates: pd.DataFrame) -> dict[str, float]:
     score, malicious = score.astype(np.float64), malicious.astype(bool)
     flagged, benign = int(flag[~malicious].sum()), int((~malicious).sum())
     return {
-        "auc": _auc(score, malicious),
+        "auc": auc(score, malicious),
         "tpr_1": _tpr_at(0.01, score, malicious),
         "tpr_5": _tpr_at(0.05, score, malicious),
         "fpr": flagged / benign if benign else np.nan,
@@ -124,7 +124,8 @@ def _figures(updates: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def _auc(score: np.ndarray, malicious: np.ndarray) -> float:
+def auc(score: np.ndarray, malicious: np.ndarray) -> float:
+    """Chance that a malicious one of the scores [update] is the higher, a tie counting half; NaN without both kinds."""
     positives, negatives = int(malicious.sum()), int((~malicious).sum())
     if not positives or not negatives:
         return np.nan

@@ -93,7 +93,9 @@ def localize_sweep(
 
     axes = [axis for axis in sweep.axes if axis != "seed"]
     parts = []
-    for key, names in tqdm(_conditions(sweep.settings, axes), "localize", unit=" conditions", disable=not progress):
+    for key, names in tqdm(
+        _conditions(sweep.settings, axes), "localize", unit=" conditions", disable=None if progress else True
+    ):
         attacked = [(runs[name], runs[name].truth) for name in names]
         for control in (False, True):
             logs = [seen(sweep.control_of(run.name) if control else run) for run, _ in attacked]

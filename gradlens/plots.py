@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from gradlens.evaluation import roc_points
+from gradlens.evaluation import auc
 from gradlens.log import CannotSay, InputError, UpdateLog
 from gradlens.scorers import robust_zscore
 from gradlens.statistics import final_bias
@@ -78,13 +78,6 @@ def percent(share: float) -> str:
     value = round(100 * share, 1)
     digits = 0 if value >= 10 or value == round(value) else 1
     return f"{value:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def area(scores: np.ndarray, malicious: np.ndarray) -> float:
-    """AUC of scores [update] against bool [update], the area under `roc_points`; NaN without both kinds."""
-    table = pd.DataFrame({"detector": "", "score": scores, "abstained": "", "malicious": malicious})
-    points = roc_points(table)
-    return float(np.trapezoid(points["tpr"], points["fpr"])) if len(points) else float("nan")
 
 
 def plot_final_bias(
@@ -166,7 +159,7 @@ def _bias_finding(index: int, table: pd.DataFrame, deviation: pd.Series, poisone
     """What the picture shows: whether the malicious clients deviate most, or who does."""
     marked = deviation.index.isin(poisoned)
     if marked.any() and not marked.all():
-        value = area(deviation.to_numpy(), marked)
+        value = auc(deviation.to_numpy(), marked)
         who = f"the {marked.sum()} malicious clients" if marked.sum() > 1 else "the malicious client"
         verb = "" if marked.sum() > 1 else "s"
         if value >= CLEAR:
@@ -370,7 +363,7 @@ def _score_finding(scores: pd.DataFrame, marked: set[str], known: bool, threshol
     flags = scores["flag"].astype(bool) if "flag" in scores else scores["score"] > (threshold or np.inf)
     if marked:
         malicious = scores["malicious"].astype(bool)
-        value = area(scores["score"].to_numpy(), malicious.to_numpy())
+        value = auc(scores["score"].to_numpy(), malicious.to_numpy())
         verb = "stand out" if value >= CLEAR else "stand out in part" if value >= PARTLY else "do not stand out"
         caught = f", {percent(flags[malicious].mean())} of their updates flagged" if threshold is not None else ""
         return f"Malicious clients {verb}: AUC {value:.2f} over {count(rounds, 'round')}{caught}"

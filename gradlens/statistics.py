@@ -88,8 +88,8 @@ def accumulated_norms(log: UpdateLog) -> pd.DataFrame:
     The norm of the sum of its residuals (`Accumulated`), divided by the root of the rounds it took part in: the
     noise of local training keeps this constant, a systematic pull lets it grow with that root.
     Returns: float64 [client, layer], in units of the weights.
-    Raises: CannotSay below 3 comparable clients, or before half of them have taken part twice: of one residual
-    only the clipped norm is left, the same for half of the cohort.
+    Raises: CannotSay below 3 comparable clients, or before half of them have taken part twice: until then nothing
+    has added up.
     """
     round_ = _cohort(log)
     accumulated = log.accumulated

@@ -225,7 +225,7 @@ def naive_accumulated(rounds, layer):
         x = round_.flat(layer).astype(np.float64)
         residuals = x - np.median(x, axis=0)
         norms = np.linalg.norm(residuals, axis=1)
-        bound = np.median(norms[norms > 0])
+        bound = 3 * np.median(norms[norms > 0])
         for client, residual, norm in zip(round_.clients, residuals, norms, strict=True):
             sums[client] = sums.get(client, 0) + residual * min(1, bound / norm) if norm else sums.get(client, 0)
             counts[client] = counts.get(client, 0) + 1
@@ -251,6 +251,19 @@ def test_accumulated_of_a_kept_log_has_the_kept_clients_in_its_last_round(model)
     sums, counts = naive_accumulated([log[0], log[1], log[2].take(np.arange(4))], "fc2.weight")
     assert kept.rounds.tolist() == [counts[c] for c in kept.clients] == [3, 3, 3, 3, 2]
     np.testing.assert_allclose(kept.sums["fc2.weight"], np.array([sums[c] for c in kept.clients]), rtol=1e-5)
+
+
+def test_one_round_counts_at_most_three_median_residuals(model):
+    rounds = [random_round(i, "abcde") for i in range(2)]
+    updates = {name: array.copy() for name, array in rounds[1].updates.items()}
+    updates["fc2.weight"][4] *= 200
+    wild = UpdateLog(model, [rounds[0], random_round(1, "abcde", updates=updates)])
+    sums, _ = naive_accumulated(list(wild), "fc2.weight")
+    before = wild[:1].accumulated.sums["fc2.weight"][4]
+    added = np.linalg.norm(wild.accumulated.sums["fc2.weight"][4] - before)
+    residuals = wild[1].flat("fc2.weight") - wild[1].median["fc2.weight"].reshape(-1)
+    assert added == pytest.approx(3 * np.median(np.linalg.norm(residuals, axis=1)), rel=1e-4)
+    np.testing.assert_allclose(wild.accumulated.sums["fc2.weight"][4], sums["e"], rtol=1e-4)
 
 
 def test_a_non_finite_update_adds_nothing(model):

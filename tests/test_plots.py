@@ -11,10 +11,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
-from gradlens.evaluation import roc_points
+from gradlens.evaluation import auc, roc_points
 from gradlens.log import InputError, ModelSpec, Round, UpdateLog
 from gradlens.plots import (
-    area,
     clients_by_bias,
     conditions,
     percent,
@@ -365,9 +364,9 @@ def test_roc_without_a_curve_says_so(ax):
 def test_area_is_the_auc_of_scikit_learn(pairs):
     values, malicious = (np.array(column) for column in zip(*pairs, strict=True))
     if malicious.all() or not malicious.any():
-        assert np.isnan(area(values, malicious))
+        assert np.isnan(auc(values, malicious))
     else:
-        assert area(values, malicious) == pytest.approx(roc_auc_score(malicious, values))
+        assert auc(values, malicious) == pytest.approx(roc_auc_score(malicious, values))
 
 
 # plot_training ------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def clipped_residual(round_, client, layer):
     residuals = x - np.median(x, axis=0)
     norms = np.linalg.norm(residuals, axis=1)
     row = round_.clients.tolist().index(client)
-    return residuals[row] * min(1, np.median(norms) / norms[row])
+    return residuals[row] * min(1, 3 * np.median(norms) / norms[row])
 
 
 def oracle(name, log):

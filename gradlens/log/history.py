@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gradlens.detectors import Detector, Verdict
 
 BUDGET = 1_000_000_000  # bytes of accumulated updates held in full; above it they are sketched
+CLIP = 3.0  # median residual norms that one round of a client counts at most
 SKETCH = 512  # numbers that a sketch keeps of a larger layer
 RECENT = 3  # rounds held with their Grams and medians
 REMEMBERED = 4_096  # tables and verdicts held
@@ -27,10 +28,10 @@ Answer = TypeVar("Answer")
 class Accumulated:
     """For every client seen so far, the sum of its residuals over its rounds.
 
-    A residual is the client's update minus the coordinate-wise median of that round's comparable clients, its
-    norm clipped, layer by layer, at the cohort's median residual norm; a client with a non-finite update adds
-    nothing in that round. The sampling noise of local training averages out in such a sum while a systematic
-    conflict of objectives adds up; divide by the root of `rounds` to compare clients.
+    A residual is the client's update minus the coordinate-wise median of that round's comparable clients. Layer by
+    layer its norm is clipped at three times the cohort's median residual norm, so that no single round decides; a
+    client with a non-finite update adds nothing in that round. The sampling noise of local training averages out
+    in such a sum while a systematic conflict of objectives adds up; divide by the root of `rounds` to compare clients.
     clients: str [client], sorted; rounds: int64 [client], summed; sums: layer -> float32 [client, number].
     sketched: the sums are count sketches (linear: inner products hold in expectation), to stay within 1 GB.
     """
@@ -237,14 +238,14 @@ def _advance(before: Accumulated, round_: Round, model: ModelSpec) -> Accumulate
 
 
 def _clipped_residuals(round_: Round, layer: str) -> np.ndarray:
-    """Float32 [finite client, number]: updates minus the median's, norms clipped at their median."""
+    """Float32 [finite client, number]: updates minus the median's, norms clipped at three times their median."""
     residuals = round_.flat(layer)[round_.finite] - round_.median[layer].reshape(-1)
     norms = np.sqrt(np.einsum("ij,ij->i", residuals, residuals, dtype=np.float64))
     comparable = norms[round_.comparable[round_.finite]]
     positive = comparable[comparable > 0]  # among many equal updates the median residual would be 0
     if not len(positive):
         return residuals
-    bound = np.median(positive)
+    bound = CLIP * np.median(positive)
     residuals *= np.minimum(1.0, bound / np.maximum(norms, bound)).astype(np.float32)[:, None]
     return residuals
 

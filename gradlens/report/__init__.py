@@ -27,6 +27,7 @@ def report(
     null: Sequence[Run] = (),
     permutations: int = 999,
     executor: Executor | None = None,
+    progress: bool = False,
 ) -> Path:
     """Writes what a run or a sweep shows as one self-contained HTML file: findings first, then the evidence.
 
@@ -34,7 +35,7 @@ def report(
     thresholds are set for. permutations: behind each p-value.
     control, null: for a single run, its attack-free control and attack-free runs to set thresholds on; those of
     the sweep are found if the run lies in one. executor: works over the settings of a sweep and draws;
-    None: in this process.
+    None: in this process. progress: show a bar while a sweep is analysed.
     Returns the path. Raises InputError where the source is no run or sweep, or the path cannot be written.
     """
     source = source if isinstance(source, Run | Sweep) else open_run(source)
@@ -46,7 +47,7 @@ def report(
         lead = f"One recorded run of {count(len(source.log), 'round')}; the model's layers are {layers}."
         page = render(f"Report on run {source.name}", lead, run_findings(e), run_sections(e))
         return write(page, out_path)
-    a = analyse(source, detectors, fpr=fpr, permutations=permutations, executor=executor)
+    a = analyse(source, detectors, fpr=fpr, permutations=permutations, executor=executor, progress=progress)
     chosen = representative(a)
     conditions = count(len(a.outcomes), "attacked condition")
     seeds, controls = count(a.outcomes["seeds"].max(), "seed"), len(a.runs["control"].unique())

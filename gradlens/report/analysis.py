@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from gradlens.detectors import DETECTORS, Detector, calibrate, detect
 from gradlens.evaluation import bootstrap, evaluate, with_truth
 from gradlens.localize import PHASES, localize_sweep
-from gradlens.log import CannotSay, InputError, UpdateLog
+from gradlens.log import InputError
 from gradlens.plots import conditions
 from gradlens.run import Run, Sweep
-from gradlens.statistics import STATISTICS, Statistic
 
 PANEL = ("final_bias", "final_rows", "layer_norms", "layer_cosines", "accumulated_norms")
 DEFENCES = ("aggregator", "detector")  # settings of the server, not of the attack
@@ -61,8 +61,9 @@ def analyse(
     fpr: float = 0.05,
     permutations: int = 999,
     executor: Executor | None = None,
+    progress: bool = False,
 ) -> Analysis:
-    """All tables of a sweep's report; the executor, if any, works over the cells.
+    """All tables of a sweep's report; the executor, if any, works over the cells; progress: show a bar of them.
 
     Raises InputError where the sweep has no attacked run with its control, or a run has no ground truth.
     """
@@ -70,10 +71,11 @@ def analyse(
     cells = [part for _, part in runs.groupby("cell", sort=False)]
     settings = (panel() if detectors is None else detectors, fpr, permutations)
     if executor is None:
-        parts = [_cell(sweep, cell, *settings) for cell in cells]
+        done = (_cell(sweep, cell, *settings) for cell in cells)
     else:
         paths = repeat(sweep.path, len(cells))
-        parts = list(executor.map(_cell_at, paths, cells, *(repeat(each) for each in settings)))
+        done = executor.map(_cell_at, paths, cells, *(repeat(each) for each in settings))
+    parts = list(tqdm(done, "analyse", len(cells), unit="setting", disable=None if progress else True))
     tables = {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
     order = {name: i for i, name in enumerate(runs["condition"].unique())}  # of the sweep, not of the cells
     for name in ("places", "figures"):
@@ -205,22 +207,6 @@ def thresholds_of(
     return calibrated
 
 
-def statistics_of(detectors: Mapping[str, Detector]) -> dict[str, Statistic]:
-    """The statistics to localise with; one that a detector of the panel rests on is read from its verdicts."""
-    remembered = {getattr(d, "statistic", None): d for d in detectors.values()}
-    return {name: _evidence(remembered[s]) if s in remembered else s for name, s in STATISTICS.items()}
-
-
-def _evidence(detector: Detector) -> Statistic:
-    def statistic(log: UpdateLog) -> pd.DataFrame:
-        verdict = log.verdict(detector)
-        if verdict.evidence is None:
-            raise CannotSay(verdict.abstained)
-        return verdict.evidence
-
-    return statistic
-
-
 def labelled(sweep: Sweep, runs: pd.DataFrame, raw: pd.DataFrame) -> pd.DataFrame:
     """The scores of some runs in their attacked rounds, and of their controls with the same clients called malicious.
 
@@ -260,7 +246,7 @@ def _cell(
             said = {key: getattr(detector, key, None) for key in ("threshold", "null")}
             thresholds.append({"run": run.name, "detector": name, **said})
     raw = pd.concat(scores, ignore_index=True)
-    places = localize_sweep(part, statistics_of(detectors), permutations=permutations)
+    places = localize_sweep(part, permutations=permutations)
     places.insert(0, "condition", _named(sweep, cell, places))
     clean = raw[raw["run"].isin(cell["control"])].assign(cell=cell["cell"].iloc[0], malicious=False)
     return {

@@ -12,7 +12,7 @@ from gradlens.evaluation import evaluate, with_truth
 from gradlens.localize import localize
 from gradlens.log import InputError
 from gradlens.plots import CLEAR, PARTLY, count, percent
-from gradlens.report.analysis import final, outcome, statistics_of, thresholds_of
+from gradlens.report.analysis import final, outcome, thresholds_of
 from gradlens.report.page import Block, Section, finding, listed, number, rows_of, section, table, text
 from gradlens.report.pictures import (
     ALONE,
@@ -79,8 +79,7 @@ def examine(
         scores = _labelled(raw, free, truth)
         figures = evaluate(scores, by=["control"])
         sources = [run] if control is None else [run, control]
-        by = statistics_of(detectors)
-        found = [localize([(source.log, truth)], by, permutations=permutations) for source in sources]
+        found = [localize([(source.log, truth)], permutations=permutations) for source in sources]
         places = pd.concat([part.assign(control=bool(i)) for i, part in enumerate(found)], ignore_index=True)
     return Examination(run, control, raw, free, rules, truth, scores, figures, places, around[2], fpr)
 
