@@ -105,7 +105,7 @@ def calibrate(detector: Detector, null: Any = None, fpr: float = 0.05) -> Detect
         logs, what = [null], f"declared clean: {_stretch(null)}"
     else:
         logs = [_attack_free(source) for source in ([null] if hasattr(null, "log") else null)]
-        what = f"attack-free: {len(logs)} runs"
+        what = f"attack-free: {len(logs)} run{'s' if len(logs) != 1 else ''}"
     scores = np.concatenate([np.zeros(0), *(_null_scores(detector, log) for log in logs)])
     return CalibratedDetector(detector, _rank(scores, fpr, what), fpr, f"{what}, {len(scores)} scores, fpr {fpr:g}")
 

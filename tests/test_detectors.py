@@ -123,7 +123,7 @@ def test_rank_of_nineteen_and_twenty_scores():
     many = planted.clean_log(1, clients=[f"client-{i:02d}" for i in range(1, 100)])
     assert 100 * 0.29 < 29  # in floating point; k = 100 - 29
     assert calibrate(detector, [many], 0.29).threshold == 71  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match=r"fpr 0.01 needs 99 null scores, found 19 \(attack-free: 1 runs\)"):
+    with pytest.raises(InputError, match=r"fpr 0.01 needs 99 null scores, found 19 \(attack-free: 1 run\)"):
         calibrate(detector, [nineteen], 0.01)
 
 
@@ -205,7 +205,7 @@ def test_abstentions_are_no_null_and_stay_abstentions():
         calibrate(inner, [small], 0.05)
     verdict = calibrate(inner, attack_free(1), 0.05)(small)
     assert "2 comparable clients" in verdict.abstained
-    assert verdict.null == "attack-free: 1 runs, 72 scores, fpr 0.05"
+    assert verdict.null == "attack-free: 1 run, 72 scores, fpr 0.05"
 
 
 @pytest.mark.parametrize("null", [None, "logs", "stretch"])
