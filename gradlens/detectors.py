@@ -142,7 +142,7 @@ def detect(run: Any, detectors: Mapping[str, Detector]) -> pd.DataFrame:
     for prefix in log.prefixes():  # rounds outside: each is read once
         for name, detector in detectors.items():
             v = prefix.verdict(detector)
-            answers.append((prefix[-1].index, name, v.clients, v.scores, v.flags, v.abstained))
+            answers.append((prefix.last_index, name, v.clients, v.scores, v.flags, v.abstained))
     return _rows(answers)
 
 

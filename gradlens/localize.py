@@ -114,11 +114,11 @@ def unusual(
     """How unusual every update of a log (of these rounds) was, statistic -> `Unusual`, those that could say."""
     answers: dict[str, list[tuple[int, pd.DataFrame]]] = {name: [] for name in statistics}
     for prefix in log.prefixes():
-        if rounds is not None and prefix[-1].index not in rounds:
+        if rounds is not None and prefix.last_index not in rounds:
             continue
         for name, statistic in statistics.items():
             try:
-                answers[name].append((prefix[-1].index, prefix.remembered(statistic)))
+                answers[name].append((prefix.last_index, prefix.remembered(statistic)))
             except CannotSay:
                 continue
     return {name: _unusual(tables) for name, tables in answers.items() if tables}

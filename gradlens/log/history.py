@@ -99,6 +99,12 @@ class UpdateLog(Sequence[Round]):
         part._last, part._kept = (self._last, self._kept) if to_the_end else (None, b"")
         return part
 
+    @property
+    def last_index(self) -> int:
+        """The index of the last round; a round that was looked at before is not read again for it."""
+        position = self._window[-1]
+        return self._memory.indices[position] if position in self._memory.indices else self[-1].index
+
     def prefixes(self) -> Iterator["UpdateLog"]:
         """`log[:1]`, `log[:2]`, ...: what was known after each round."""
         return (self[: k + 1] for k in range(len(self)))
@@ -173,6 +179,7 @@ class _Memory:
 
     sources: list[Round | Callable[[], Round]]
     recent: OrderedDict[int, Round] = field(default_factory=OrderedDict)
+    indices: dict[int, int] = field(default_factory=dict)  # of the rounds that were looked at
     sums: dict[int, tuple[int, Accumulated]] = field(default_factory=dict)  # start -> stop and the sum so far
     answers: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
 
@@ -180,6 +187,7 @@ class _Memory:
         if position not in self.recent:
             source = self.sources[position]
             self.recent[position] = source if isinstance(source, Round) else source()
+            self.indices[position] = self.recent[position].index
             if len(self.recent) > RECENT:
                 self.recent.popitem(last=False)
         self.recent.move_to_end(position)

@@ -1,5 +1,6 @@
 """What the server saw in one round: `Layer`, `ModelSpec`, `Round`."""
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -40,10 +41,10 @@ class Layer:
         if self.dtype not in DTYPES:
             raise InputError(f"layer {self.name!r}: dtype must be one of {', '.join(DTYPES)}, found {self.dtype}")
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many numbers the layer holds."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -369,7 +370,7 @@ class LazyLayers(Mapping[str, np.ndarray]):
 
 
 def _as_matrix(array: np.ndarray) -> np.ndarray:
-    return array.reshape(len(array), int(np.prod(array.shape[1:], dtype=np.int64)))
+    return array.reshape(len(array), math.prod(array.shape[1:]))
 
 
 def _kind(name: str, buffers: Collection[str]) -> Literal["parameter", "buffer"]:

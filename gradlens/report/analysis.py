@@ -238,6 +238,8 @@ def _cell(
     """The tables of one cell's runs, under their names in `Analysis`."""
     free = [sweep.run(str(name)) for name in cell["control"].unique()]
     part = replace(sweep, runs=[*(sweep.run(str(name)) for name in cell.index), *free])
+    for run in free:
+        detect(run, detectors)  # each round is read once for all; `calibrate` finds the verdicts in the log's memory
     by_seed = {seed: thresholds_of(detectors, free, seed, fpr) for seed in dict.fromkeys(map(seed_of, part.runs))}
     scores, thresholds = [], []
     for run in part.runs:
