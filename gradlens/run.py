@@ -12,7 +12,7 @@ import pandas as pd
 
 from gradlens.log.files import read_state, read_table
 from gradlens.log.history import UpdateLog
-from gradlens.log.manifest import Manifest, Verification, describe_in_flight, read_manifest, stem, verify
+from gradlens.log.manifest import MANIFEST, Manifest, Verification, describe_in_flight, read_manifest, stem, verify
 from gradlens.log.record import InputError
 from gradlens.log.writer import TRUTH_COLUMNS, read_header, sources
 
@@ -119,10 +119,10 @@ class Sweep:
 
     @classmethod
     def open(cls, path: Path | str) -> "Sweep":
-        """Opens the folder of a sweep; runs that are not there yet are left out."""
+        """Opens the folder of a sweep; runs of which nothing is committed yet are left out."""
         folder = Path(path)
         index = _read_index(folder / SWEEP)
-        runs = [Run.open(folder / name) for name in index["runs"] if (folder / name).is_dir()]
+        runs = [Run.open(folder / name) for name in index["runs"] if _has_begun(folder / name)]
         if not runs:
             raise InputError(f"{folder}: the sweep names {len(index['runs'])} runs, none of which is here")
         return cls(folder, runs, index)
@@ -173,6 +173,11 @@ def open_run(path: Path | str) -> Run | Sweep:
     if not folder.is_dir():
         raise InputError(f"{folder}: expected the folder of a run or a sweep, found a file")
     return Sweep.open(folder) if (folder / SWEEP).is_file() else Run.open(folder)
+
+
+def _has_begun(folder: Path) -> bool:
+    path = folder / MANIFEST
+    return path.is_file() and b"\n" in path.read_bytes()
 
 
 def _read_index(path: Path) -> dict[str, Any]:

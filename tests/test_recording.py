@@ -200,6 +200,19 @@ def test_a_sweep_pairs_each_run_with_its_control(tmp_path, record):
         found.control_of("control")
 
 
+def test_a_run_that_was_stopped_before_its_first_commit_is_not_there_yet(tmp_path, record):
+    record("begun")
+    record("stopped")
+    (tmp_path / "stopped" / "manifest.jsonl").write_bytes(b'{"files": {"run.js')
+    (tmp_path / "stillborn" / "updates").mkdir(parents=True)
+    runs = {"begun": {"seed": 0}, "stopped": {"seed": 1}, "stillborn": {"seed": 2}, "missing": {"seed": 3}}
+    index = {"format": 1, "axes": ["seed"], "runs": runs, "controls": {}}
+    (tmp_path / "sweep.json").write_text(json.dumps(index))
+    found = open_run(tmp_path)
+    assert isinstance(found, Sweep)
+    assert [run.name for run in found.runs] == ["begun"]
+
+
 @pytest.mark.parametrize("index", ["{", "[]", '{"format": 2, "axes": [], "runs": {}, "controls": {}}'])
 def test_a_broken_sweep_is_one_clear_line(tmp_path, index):
     (tmp_path / "sweep.json").write_text(index)
