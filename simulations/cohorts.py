@@ -42,7 +42,7 @@ def participants(scenario: Scenario, index: int) -> np.ndarray:
     too few, to malicious clients that do not attack in this round.
     """
     order = address(scenario.seed, Stream.PARTICIPANTS, index).permutation(scenario.num_clients)
-    places, schedule, malicious = scenario.clients_per_round or scenario.num_clients, _schedule(scenario), None
+    places, schedule = scenario.clients_per_round or scenario.num_clients, _schedule(scenario)
     if schedule.present is not None:
         malicious = malicious_clients(scenario)
         rng = address(scenario.seed, Stream.SCHEDULE, index)

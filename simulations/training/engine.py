@@ -12,8 +12,8 @@ from simulations.tasks import Loss
 from simulations.training.compiled import has_compiler
 from simulations.training.convolution import SMALL
 from simulations.training.local import AS_EVERYBODY, Dataset, LocalSGD, Workspace, train_on
-from simulations.training.model import State, prepared, state_of
-from simulations.training.stacked import StackedEngine, has_buffers, has_convolutions, unstackable
+from simulations.training.model import State, buffers, prepared, state_of
+from simulations.training.stacked import StackedEngine, has_convolutions, unstackable
 
 Engine = Callable[..., dict[str, np.ndarray]]
 # (global model, datasets, generators, training=, references=) -> updates, as `train_clients`
@@ -77,11 +77,13 @@ def engine_for(
     if name not in ENGINES:
         raise InputError(f"engine: expected one of {', '.join(ENGINES)}, found {name!r}")
     x, convolutions = datasets[0][0], has_convolutions(model)
+    if name == "plain":
+        return PlainEngine(model, loss, settings, x, device=device, workers=workers)
     steps = rounds * settings.epochs * sum(-(-len(dataset[1]) // settings.batch_size) for dataset in datasets)
-    pays = steps // (1 if convolutions else len(datasets)) >= PAYS and not has_buffers(model) and has_compiler()
+    pays = steps // (1 if convolutions else len(datasets)) >= PAYS and not buffers(model) and has_compiler()
     small = not convolutions or _patches_are_small(model, x[: settings.batch_size])
-    stacks = len(datasets) > 1 and not has_buffers(model) and not unstackable(model) and small
-    if name == "stacked" or (name == "auto" and stacks and (pays or not convolutions)):
+    stacks = len(datasets) > 1 and not buffers(model) and not unstackable(model) and small
+    if name == "stacked" or (stacks and (pays or not convolutions)):
         try:
             return StackedEngine(
                 model, loss, settings, x, device=device, compile=pays and small, largest=largest or len(datasets),

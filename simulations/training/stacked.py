@@ -20,8 +20,8 @@ from simulations.attacks import Reference, Tensors, Training
 from simulations.tasks import Loss
 from simulations.training.compiled import traced
 from simulations.training.convolution import with_patches
-from simulations.training.local import AS_EVERYBODY, Dataset, LocalSGD
-from simulations.training.model import Masks, Slot, State, buffers, dropouts, prepared, tensors, trained
+from simulations.training.local import AS_EVERYBODY, NOTHING, Dataset, LocalSGD
+from simulations.training.model import Masks, Slot, State, dropouts, prepared, tensors, trained
 
 WIDTH = 2**24  # parameters in one stack at most; more clients train in several
 BLOCK = 2**22  # numbers of samples gathered at once
@@ -174,7 +174,7 @@ class StackedEngine:
             buffered = {name: torch.where(active, each, state[name]) for name, each in after_buffers.items()}
             return kept, dict(gradients) if velocities else {}, buffered
 
-        first = references[0] if references else Reference({}, {}, None, None)
+        first = references[0] if references else NOTHING
         honest = {name: torch.stack([each.honest[name] for each in references]) for name in first.honest}
         many = vmap(of_one, randomness="error")
         return lambda parameters, velocities, state, batch: many(parameters, velocities, state, batch, honest)
@@ -315,8 +315,3 @@ def has_convolutions(model: nn.Module) -> bool:
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any of its modules is a batch norm."""
     return any(isinstance(module, nn.modules.batchnorm._NormBase) for module in model.modules())
-
-
-def has_buffers(model: nn.Module) -> bool:
-    """Whether it has layers that are not trained."""
-    return bool(buffers(model))
