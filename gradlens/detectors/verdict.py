@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
-from gradlens import statistics
 from gradlens.log import CannotSay, InputError, Round, UpdateLog
-from gradlens.scorers import Scorer, isolation_forest, local_outlier_factor, robust_zscore, two_cluster_margin
+from gradlens.scorers import Scorer, robust_zscore
 from gradlens.statistics import Statistic
 
-__all__ = ["DETECTORS", "Detector", "Verdict", "calibrate", "detect", "score_by"]
+__all__ = ["TEXTBOOK", "Detector", "Verdict", "calibrate", "detect", "score_by", "verdict_on"]
 
 TEXTBOOK = 3.5  # Iglewicz & Hoaglin 1993, for one feature; the largest of several passes it more often
 
@@ -72,10 +71,10 @@ class ScoreDetector:
             features = log.remembered(self.statistic)
             scores = np.asarray(self.scorer(features), dtype=np.float64)
         except CannotSay as reason:
-            return _verdict(round_, np.zeros(len(round_)), np.inf, abstained=str(reason), null=self._null)
+            return verdict_on(round_, np.zeros(len(round_)), np.inf, abstained=str(reason), null=self._null)
         if scores.shape != (len(round_),) or np.isnan(scores).any():
             raise InputError(f"{self!r} must give one number per client, {len(round_)}, found {scores}")
-        return _verdict(round_, scores, self.threshold, evidence=features, null=self._null)
+        return verdict_on(round_, scores, self.threshold, evidence=features, null=self._null)
 
     @property
     def _null(self) -> str:
@@ -146,19 +145,7 @@ def detect(run: Any, detectors: Mapping[str, Detector]) -> pd.DataFrame:
     return _rows(answers)
 
 
-DETECTORS: Mapping[str, Callable[..., Detector]] = {
-    "final_bias": partial(score_by, statistics.final_bias, robust_zscore, threshold=TEXTBOOK),
-    "final_rows": partial(score_by, statistics.final_rows, robust_zscore, threshold=TEXTBOOK),
-    "layer_norms": partial(score_by, statistics.layer_norms, robust_zscore, threshold=TEXTBOOK),
-    "layer_cosines": partial(score_by, statistics.layer_cosines, robust_zscore, threshold=TEXTBOOK),
-    "accumulated_norms": partial(score_by, statistics.accumulated_norms, robust_zscore, threshold=TEXTBOOK),
-    "two_clusters": partial(score_by, statistics.final_rows, two_cluster_margin, threshold=TEXTBOOK),
-    "isolation_forest": partial(score_by, statistics.layer_cosines, isolation_forest, threshold=0.6),
-    "local_outlier_factor": partial(score_by, statistics.layer_cosines, local_outlier_factor, threshold=1.5),
-}
-
-
-def _verdict(round_: Round, scores: np.ndarray, threshold: float, **said: Any) -> Verdict:
+def verdict_on(round_: Round, scores: np.ndarray, threshold: float, **said: Any) -> Verdict:
     """The verdict on recorded and refused clients, who is not comparable at +inf and flagged."""
     refused = sorted(round_.refused)
     clients = np.concatenate([round_.clients, np.array(refused, dtype=np.str_)])
