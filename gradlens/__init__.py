@@ -1,8 +1,9 @@
 """gradlens finds the clients that poison a federated model and shows where they gave themselves away."""
 
 from gradlens.aggregators import AGGREGATORS, filtered
+from gradlens.attribution import influence, label_drift, suspected_labels, sybils
 from gradlens.detectors import DETECTORS, Verdict, calibrate, detect, score_by
-from gradlens.evaluation import evaluate, with_truth
+from gradlens.evaluation import evaluate, per_client, rounds_to_detection, with_truth
 from gradlens.localize import localize
 from gradlens.log import CannotSay, InputError, LogWriter, ModelSpec, Round, UpdateLog
 from gradlens.report import report
@@ -29,9 +30,15 @@ __all__ = [
     "detect",
     "evaluate",
     "filtered",
+    "influence",
+    "label_drift",
     "localize",
     "open",
+    "per_client",
     "report",
+    "rounds_to_detection",
     "score_by",
+    "suspected_labels",
+    "sybils",
     "with_truth",
 ]

@@ -7,8 +7,10 @@ Exit status 0 is success, 1 a `verify` that found a fault, 2 bad input, which is
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -31,13 +33,34 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 PICTURES = (".png", ".svg", ".pdf")
+USUAL = tuple(  # what `detect` asks unless told otherwise: quick, without a model to run or a history to wait for
+    name
+    for name in ("final_bias", "final_rows", "layer_norms", "layer_cosines", "accumulated_norms", "panel")
+    if name in gradlens.DETECTORS
+)
 UsageFault: type[Exception] = typer.BadParameter.__mro__[2]  # the parent of everything wrong on a command line
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run or of a sweep.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Write the answer as JSON.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Write the whole table as CSV.")]
 Workers = Annotated[int, typer.Option("--workers", "-w", min=1, help="Processes to run in.")]
-Named = Annotated[list[str] | None, typer.Option("--detector", "-d", help="A detector by name; repeat for several.")]
+OnWhat = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        metavar="processes|ADDRESS",
+        help="Where a sweep runs; ADDRESS is a Dask scheduler, tcp://HOST:PORT.",
+    ),
+]
+Named = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--detector",
+        "-d",
+        help=f"A detector by name, or all; repeat for several. Without it: {', '.join(USUAL)}.",
+        show_default=False,
+    ),
+]
 
 
 class Stopped(BaseException):
@@ -46,6 +69,8 @@ class Stopped(BaseException):
 
 def main() -> None:
     """Runs the command line; what went wrong is one line on standard error."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last, for the user's own tasks: nothing there hides a library
     try:
         with _stoppable():
             status = app(standalone_mode=False)
@@ -84,12 +109,7 @@ def simulate(
     workers: Annotated[
         int, typer.Option("--workers", "-w", min=1, help="Processes of a sweep, or threads of a single run.")
     ] = 2,
-    executor: Annotated[
-        str,
-        typer.Option(
-            metavar="processes|ADDRESS", help="Where a sweep runs; ADDRESS is a Dask scheduler, tcp://HOST:PORT."
-        ),
-    ] = "processes",
+    executor: OnWhat = "processes",
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Replace a setting or an axis; repeatable.")
     ] = None,
@@ -126,30 +146,55 @@ def detect(
     fpr: Annotated[
         float | None, typer.Option(help="Calibrate on each cohort itself to this nominal false-positive rate.")
     ] = None,
+    workers: Workers = 1,
+    executor: OnWhat = "processes",
     as_csv: AsCsv = False,
     as_json: AsJson = False,
 ) -> None:
     """Scores every client in every round, and says who was flagged how often."""
-    detectors = _detectors(detector, fpr)
-    bar = tqdm(_runs(run), desc="detect", unit="run", disable=None, leave=False)
-    tables = [gradlens.detect(each, detectors).assign(run=each.name) for each in bar]
+    names = _names(detector)
+    _detectors(names, fpr)  # what is wrong with them is said before any work
+    runs = _runs(run)
+    with _sharing(executor, min(workers, len(runs)), several=len(runs) > 1) as pool:
+        done = (pool.map if pool else map)(_detected, [each.path for each in runs], repeat(names), repeat(fpr))
+        tables = list(tqdm(done, "detect", len(runs), unit="run", disable=None, leave=False))
     table = pd.concat(tables, ignore_index=True)
     table = table[["run", *(c for c in table.columns if c != "run")]] if len(tables) > 1 else table.drop(columns="run")
     _write(table, as_csv, as_json, lambda: _flagged(table))
 
 
 @app.command(epilog="Example: gradlens localize runs/demo --csv > localized.csv")
-def localize(run: Folder, as_csv: AsCsv = False, as_json: AsJson = False) -> None:
-    """Ranks layers, units and classes by how well they tell poisoned updates from benign ones; needs the truth."""
-    found = gradlens.open(run)
-    if isinstance(found, gradlens.Sweep):
-        from gradlens.localize import localize_sweep
+def localize(
+    run: Folder,
+    suspects: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES|CSV",
+            help="Whom to tell from the others instead of the truth: clients, with commas between, or the flags in "
+            "what `gradlens detect RUN -d NAME --csv` wrote.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Workers = 1,
+    executor: OnWhat = "processes",
+    as_csv: AsCsv = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ranks layers, units and classes by how well they tell poisoned updates, or those of suspects, from the others."""
+    from gradlens.localize import localize_sweep
 
-        table = localize_sweep(found, progress=True)
-    else:
-        table = gradlens.localize(found)
+    found = gradlens.open(run)
+    several = isinstance(found, gradlens.Sweep)
+    with _sharing(executor, workers if several else 1, several=several) as pool:
+        if not isinstance(found, gradlens.Sweep):
+            who = None if suspects is None else _suspects(suspects, found)
+            table = gradlens.localize(found, control=_control_of(found), suspects=who)
+        elif suspects is None:
+            table = localize_sweep(found, executor=pool, progress=True)
+        else:
+            raise InputError(f"--suspects: they are those of one run; name the folder of a run of the sweep {run}")
     table = table.sort_values("auc", ascending=False, kind="stable", ignore_index=True)
-    _write(table, as_csv, as_json, lambda: table[table["unit"] == ""].head(20).to_string(index=False))
+    _write(table, as_csv, as_json, lambda: _ranked(table))
 
 
 @app.command(epilog="Example: gradlens report runs/demo -o reports/demo.html")
@@ -203,20 +248,40 @@ def _simulated(
     toml: Path, out: Path, workers: int, changes: Mapping[str, Any], executor: str = "processes"
 ) -> gradlens.Run | gradlens.Sweep:
     from simulations import load_sweep, run, run_sweep
-    from simulations.sweep import dask_executor
 
-    sys.path.append(str(Path.cwd()))  # last, for the user's own tasks: nothing there hides a library
     scenarios, axes = load_sweep(toml, **changes)
-    if executor != "processes" and "://" not in executor:
-        raise InputError(f"--executor: expected processes, or tcp://HOST:PORT of a Dask scheduler, found {executor!r}")
+    _check(executor)
     if executor != "processes":
         if len(scenarios) == 1:
             raise InputError(f"--executor: it shares out the runs of a sweep, {toml} is a single scenario")
-        with dask_executor(executor) as pool:
+        with _sharing(executor, workers, several=True) as pool:
             return run_sweep(scenarios, out, axes=axes, executor=pool)
     if len(scenarios) == 1:
         return run(scenarios[0], out, workers=workers, progress=True)
     return run_sweep(scenarios, out, axes=axes, workers=workers)
+
+
+def _sharing(executor: str, workers: int, *, several: bool) -> AbstractContextManager[Executor | None]:
+    """What the runs of a sweep are shared out by; None for this process."""
+    _check(executor)
+    if executor == "processes":
+        return processes(workers) if workers > 1 else nullcontext()
+    if not several:
+        raise InputError("--executor: it shares out the runs of a sweep, this is a single run")
+    from simulations.sweep import dask_executor
+
+    return dask_executor(executor)
+
+
+def _check(executor: str) -> None:
+    if executor != "processes" and "://" not in executor:
+        raise InputError(f"--executor: expected processes, or tcp://HOST:PORT of a Dask scheduler, found {executor!r}")
+
+
+def _detected(path: Path, names: Sequence[str], fpr: float | None) -> pd.DataFrame:
+    """What `detect` says of one run, wherever it is asked."""
+    run = gradlens.Run.open(path)
+    return gradlens.detect(run, _detectors(names, fpr)).assign(run=run.name)
 
 
 def _reported(found: gradlens.Run | gradlens.Sweep, out: Path, workers: int) -> Path:
@@ -271,12 +336,49 @@ def _runs(path: Path) -> list[gradlens.Run]:
     return found.runs if isinstance(found, gradlens.Sweep) else [found]
 
 
-def _detectors(names: list[str] | None, fpr: float | None) -> dict[str, Detector]:
-    for name in names or []:
-        if name not in gradlens.DETECTORS:
-            raise InputError(f"--detector: expected one of {', '.join(gradlens.DETECTORS)}, found {name!r}")
-    built = {name: gradlens.DETECTORS[name]() for name in names or gradlens.DETECTORS}
+def _names(asked: Sequence[str] | None) -> list[str]:
+    """The detectors asked for, each once."""
+    for name in asked or []:
+        if name not in gradlens.DETECTORS and name != "all":
+            raise InputError(f"--detector: expected all or one of {', '.join(gradlens.DETECTORS)}, found {name!r}")
+    return list(gradlens.DETECTORS if "all" in (asked or []) else dict.fromkeys(asked or USUAL))
+
+
+def _detectors(names: Sequence[str], fpr: float | None) -> dict[str, Detector]:
+    built = {name: gradlens.DETECTORS[name]() for name in names}
     return built if fpr is None else {name: gradlens.calibrate(each, None, fpr) for name, each in built.items()}
+
+
+def _suspects(text: str, run: gradlens.Run) -> list[str] | pd.DataFrame:
+    """The clients that --suspects names, or the verdicts in its file, those on this run."""
+    path = Path(text)
+    if not path.is_file():
+        return [name for name in (part.strip() for part in text.split(",")) if name]
+    try:
+        table = pd.read_csv(path, dtype={"client": str, "run": str}, keep_default_na=False)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"--suspects: {path} is not readable as CSV: {error}") from error
+    return table[table["run"].eq(run.name)] if "run" in table else table
+
+
+def _control_of(run: gradlens.Run) -> gradlens.Run | None:
+    """The attack-free control of a run that lies in the folder of its sweep, None if there is none."""
+    from gradlens.run import SWEEP
+
+    folder = run.path.resolve().parent
+    try:
+        return gradlens.Sweep.open(folder).control_of(run.name) if (folder / SWEEP).is_file() else None
+    except InputError:  # it is a control itself, or its control has not run yet
+        return None
+
+
+def _ranked(table: pd.DataFrame) -> str:
+    """The layers that separate best; of suspects, what the figures mean."""
+    whole = table[table["unit"] == ""].drop(columns=["unit", "labels"]).dropna(axis="columns", how="all")
+    lines = [whole.head(20).to_string(index=False, float_format=lambda value: f"{value:.4g}")]
+    if table["labels"].eq("suspects").any():
+        lines.append("by the suspects given, not by the truth: p says that they differ there, not that they are guilty")
+    return "\n".join(lines)
 
 
 def _write(table: pd.DataFrame, as_csv: bool, as_json: bool, short: Callable[[], str]) -> None:

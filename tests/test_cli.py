@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 import gradlens
+import simulations
 from conftest import STATE, random_round
 from gradlens import cli
 from gradlens.log import LogWriter
@@ -23,6 +24,7 @@ from gradlens.log import LogWriter
 def command(capsys, monkeypatch, tmp_path):
     """Runs `gradlens ...` in an empty folder; gives exit status, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a command adds the folder it is called in
 
     def run(*words) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["gradlens", *map(str, words)])
@@ -60,6 +62,14 @@ def test_help_names_every_command_and_each_shows_an_example(command):
         assert f"Example: gradlens {name}" in " ".join(page.split())
 
 
+def test_every_command_finds_what_lies_where_it_is_called_after_all_libraries(command, planted, tmp_path):
+    """A task of the user's own is imported by simulate and by inspect --plot."""
+    before = [*sys.path]
+    for _ in range(2):
+        assert command("inspect", planted)[0] == 0
+        assert sys.path == [*before, str(tmp_path)]
+
+
 def test_inspect_says_what_a_run_holds(command, planted):
     status, out, _ = command("inspect", planted, "--json")
     facts = json.loads(out)
@@ -77,6 +87,53 @@ def test_detect_names_the_planted_client(command, planted):
     worst = table.loc[table.groupby("round")["score"].idxmax(), "client"]
     assert set(worst) == {"client-3"}
     assert "client-3" in command("detect", planted, "-d", "final_bias")[1]
+
+
+def asked(out) -> list[str]:
+    """The detectors in a table of `detect`."""
+    return list(dict.fromkeys(pd.read_csv(io.StringIO(out), keep_default_na=False)["detector"]))
+
+
+def test_detect_asks_a_few_detectors_unless_told_all(command, planted):
+    usual = asked(command("detect", planted, "--csv")[1])
+    assert usual == list(cli.USUAL)
+    assert {"final_bias", "layer_norms", "accumulated_norms"} <= set(usual) < set(gradlens.DETECTORS)
+    page = " ".join(command("detect", "--help")[1].split())
+    assert f"Without it: {', '.join(usual)}." in page
+    assert asked(command("detect", planted, "-d", "all", "--csv")[1]) == list(gradlens.DETECTORS)
+    assert asked(command("detect", planted, "-d", "final_rows", "-d", "final_bias", "--csv")[1]) == [
+        "final_rows",
+        "final_bias",
+    ]
+
+
+def test_localize_by_suspects_needs_no_truth(command, planted, recorded):
+    status, out, _ = command("localize", planted, "--suspects", "client-3", "--csv")
+    table, truth = pd.read_csv(io.StringIO(out)), pd.read_csv(io.StringIO(command("localize", planted, "--csv")[1]))
+    assert status == 0
+    assert set(table["labels"]) == {"suspects"}
+    pd.testing.assert_frame_equal(table.drop(columns="labels"), truth.drop(columns="labels"))
+    said = command("localize", planted, "--suspects", "client-3")[1]
+    assert "by the suspects given, not by the truth" in said
+    assert "by the suspects" not in command("localize", planted)[1]
+    someone = str(gradlens.open("run").log[0].clients[0])  # a run without truth
+    assert command("localize", "run", "--suspects", f"{someone}, {someone}")[0] == 0
+
+
+def test_suspects_may_be_what_detect_wrote(command, planted, tmp_path):
+    out = command("detect", planted, "-d", "final_bias", "--csv")[1]
+    (tmp_path / "flags.csv").write_text(out)
+    status, out, _ = command("localize", planted, "--suspects", "flags.csv", "--csv")
+    flags = pd.read_csv(tmp_path / "flags.csv", keep_default_na=False)
+    expected = gradlens.localize(gradlens.open(planted), suspects=flags)
+    assert status == 0
+    assert len(pd.read_csv(io.StringIO(out))) == len(expected)
+    assert set(flags.loc[flags["flag"], "client"]) >= {"client-3"}
+    of_another = flags.assign(run="another")
+    of_another.to_csv("flags.csv", index=False)
+    status, out, err = command("localize", planted, "--suspects", "flags.csv")
+    assert (status, out) == (2, "")
+    assert "no run has both poisoned and benign updates" in err
 
 
 def test_localize_names_the_planted_layer(command, planted):
@@ -121,8 +178,19 @@ def scenario(tmp_path, text):
         (["report", "table.csv", "-o", "out.html"], "found a file"),
         (["verify", "table.csv"], "found a file"),
         (["localize", "run"], "the ground truth is needed here, and this run has none"),
-        (["detect", "run", "-d", "kurm"], "expected one of final_bias"),
+        (["detect", "run", "-d", "kurm"], "expected all or one of final_bias"),
         (["detect", "run", "--fpr", "1.5"], "fpr is a rate above 0 and below 1, found 1.5"),
+        (["detect", "run", "--executor", "threads"], "--executor: expected processes, or tcp://HOST:PORT"),
+        (
+            ["detect", "run", "--executor", "tcp://127.0.0.1:1"],
+            "it shares out the runs of a sweep, this is a single run",
+        ),
+        (["localize", "run", "--executor", "tcp://127.0.0.1:1"], "this is a single run"),
+        (["localize", "run", "--suspects", "mallory"], "suspects: the log has no client 'mallory'"),
+        (
+            ["localize", "run", "--suspects", "table.csv"],
+            "suspects: expected columns round, client and flag, found no 'flag'",
+        ),
         (["simulate", "nowhere.toml", "-o", "out"], "no such file"),
         (["simulate", "table.csv", "-o", "out"], "expected a scenario in TOML"),
         (["simulate", "unknown.toml", "-o", "out"], "'learning_rat' is no setting"),
@@ -183,6 +251,51 @@ def test_a_small_sweep_from_toml_to_report(command, tmp_path):
     assert "<html" in (tmp_path / "deep" / "er" / "out.html").read_text()
 
 
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Two seeds of an attack and of its control, three rounds each."""
+    base = simulations.Scenario(rounds=3, attack="trigger")
+    scenarios = simulations.sweep(base, num_malicious=[0, 4], seed=[0, 1])
+    return simulations.run_sweep(scenarios, tmp_path_factory.mktemp("runs") / "sweep", progress=False).path
+
+
+@pytest.mark.parametrize("words", [["detect", "-d", "final_bias", "-d", "layer_norms", "--fpr", "0.1"], ["localize"]])
+def test_workers_change_nothing(command, sweep, words):
+    alone = command(words[0], sweep, *words[1:], "--csv", "-w", "1")
+    shared = command(words[0], sweep, *words[1:], "--csv", "-w", "2")
+    assert alone == shared
+    assert alone[0] == 0
+    table = pd.read_csv(io.StringIO(alone[1]))
+    assert len(table) > 10
+    if words[0] == "detect":
+        assert sorted(table["run"].unique()) == sorted(run.name for run in gradlens.open(sweep).runs)
+
+
+def test_a_run_of_a_sweep_is_localized_beside_its_control(command, sweep):
+    found = gradlens.open(sweep)
+    name = found.settings.index[~found.settings["control"]][0]
+    table = pd.read_csv(io.StringIO(command("localize", sweep / name, "--csv")[1]))
+    assert table["control_auc"].notna().all()
+    status, _, err = command("localize", sweep, "--suspects", "client-1")
+    assert (status, "those of one run; name the folder of a run" in err) == (2, True)
+
+
+def test_an_executor_by_address_does_the_work(command, sweep, monkeypatch):
+    """The Dask scheduler's stead is taken by threads; what runs there is asked for by path."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    addresses = []
+
+    def stand_in(address):
+        addresses.append(address)
+        return ThreadPoolExecutor(2)
+
+    monkeypatch.setattr(sys.modules["simulations.sweep"], "dask_executor", stand_in)
+    for words in (["detect", sweep, "-d", "final_bias"], ["localize", sweep]):
+        assert command(*words, "--csv", "--executor", "tcp://host:1") == command(*words, "--csv")
+    assert addresses == ["tcp://host:1"] * 2
+
+
 def test_inspect_draws_the_label_counts_of_a_simulated_run(command, tmp_path, planted):
     assert command("simulate", scenario(tmp_path, "rounds = 1\n"), "-o", "one", "-w", "1")[0] == 0
     status, out, _ = command("inspect", "one", "--plot", "deep/er/labels.png")
@@ -202,8 +315,6 @@ def test_one_picture_is_of_one_run(command, tmp_path):
 
 
 def test_workers_of_a_single_scenario_are_threads(command, tmp_path, monkeypatch):
-    import simulations
-
     asked, original = [], simulations.run
 
     def noting(each, path, **settings):

@@ -6,11 +6,20 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 import planted
-from gradlens.detectors import DETECTORS, detect
-from gradlens.evaluation import bootstrap, evaluate, roc_points, with_truth
+from gradlens.detectors import DETECTORS, calibrate, detect
+from gradlens.evaluation import (
+    average_precision,
+    bootstrap,
+    detection_times,
+    evaluate,
+    per_client,
+    roc_points,
+    rounds_to_detection,
+    with_truth,
+)
 from gradlens.log import InputError
 
 INF = np.inf
@@ -31,8 +40,8 @@ def table(benign, malicious, threshold=INF, **columns) -> pd.DataFrame:
     )
 
 
-def figure(scores: pd.DataFrame, metric: str) -> pd.Series:
-    found = evaluate(scores)
+def figure(scores: pd.DataFrame, metric: str, null: pd.DataFrame | None = None) -> pd.Series:
+    found = evaluate(scores, null=null)
     return found[found["metric"] == metric].iloc[0]
 
 
@@ -50,6 +59,21 @@ def test_truth_joins_by_round_and_client():
     assert not joined.loc[joined["client"] != planted.CULPRIT, "malicious"].any()
     assert len(joined) == len(scores) - 4
     assert joined["malicious"].dtype == bool
+
+
+def test_idle_updates_stay_where_they_are_asked_for():
+    log = planted.clean_log(3)
+    truth = planted.truth_of(log, [planted.CULPRIT], rounds=[1])
+    scores = detect(log, {"norms": DETECTORS["layer_norms"]()})
+    joined = with_truth(scores, truth, idle=True)
+    assert len(joined) == len(scores)
+    culprit = joined[joined["compromised"]]
+    assert culprit["client"].unique().tolist() == [planted.CULPRIT]
+    assert culprit["malicious"].tolist() == [False, True, False]
+    without = with_truth(scores, truth)
+    assert len(without) == len(scores) - 2
+    pd.testing.assert_frame_equal(evaluate(joined), evaluate(without))
+    pd.testing.assert_frame_equal(roc_points(joined), roc_points(without))
 
 
 def test_truth_of_another_run_is_refused():
@@ -211,10 +235,10 @@ def test_groups_keep_their_order_and_their_figures():
     easy, hard = table([1, 2], [3], attack="trigger"), table([2, 3], [1], attack="flip")
     found = evaluate(pd.concat([easy, hard]), by=["attack"])
     assert found.columns.tolist() == ["attack", "detector", "metric", "value", "low", "high", "seeds", "bound"]
-    assert found["metric"].tolist() == ["auc", "tpr_1", "tpr_5", "fpr", "abstained"] * 2
+    assert found["metric"].tolist() == ["auc", "pr_auc", "tpr_1", "tpr_5", "fpr", "abstained"] * 2
     assert found.set_index(["attack", "metric"]).loc[("trigger", "auc"), "value"] == 1
     assert found.set_index(["attack", "metric"]).loc[("flip", "auc"), "value"] == 0
-    assert found["attack"].tolist() == ["trigger"] * 5 + ["flip"] * 5
+    assert found["attack"].tolist() == ["trigger"] * 6 + ["flip"] * 6
 
 
 def test_nothing_to_evaluate_is_an_empty_table():
@@ -241,3 +265,233 @@ def test_a_missing_column_is_named():
         evaluate(table([1], [2]).drop(columns="malicious"))
     with pytest.raises(InputError, match="scores need the column 'attack'"):
         roc_points(table([1], [2]), by=["attack"])
+
+
+# Average precision
+
+
+@settings(deadline=None)
+@given(labelled)
+def test_average_precision_against_scikit_learn(rows):
+    score, malicious = np.array([s for s, _ in rows]), np.array([m for _, m in rows])
+    assume(malicious.any() and not malicious.all())
+    expected = average_precision_score(malicious, score)
+    assert average_precision(score, malicious) == pytest.approx(expected)
+    assert figure(table(score[~malicious], score[malicious]), "pr_auc")["value"] == pytest.approx(expected)
+
+
+def test_average_precision_by_hand():
+    # thresholds 5: 1 of 1; 4: 1 of 2, no gain; 3: 3 of 4, the two gained together
+    assert figure(table([4, 1], [5, 3, 3]), "pr_auc")["value"] == pytest.approx(1 / 3 + 2 / 3 * 3 / 4)
+    assert average_precision(np.array([INF, INF, 0]), np.array([True, False, False])) == 0.5
+    assert np.isnan(figure(table([1, 2], []), "pr_auc")["value"])
+
+
+# A null
+
+
+def naive_null_figures(scores, null, rate):
+    """Of one seed: the share of malicious and of benign ones above the ceil((m + 1)(1 - rate))-th smallest."""
+    m = len(null)
+    k = int(np.ceil((m + 1) * (1 - rate) - 1e-9))
+    threshold = np.sort(null)[min(k, m) - 1]
+    above = (scores["score"] > threshold) | (scores["score"] == INF)
+    return above[scores["malicious"]].mean(), above[~scores["malicious"]].mean(), k > m
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(levels, min_size=1, max_size=130), st.integers(0, 2**16))
+def test_thresholds_of_a_null_against_the_definition(null, seed):
+    rng = np.random.default_rng(seed)
+    parts = [table(rng.integers(0, 13, 30), rng.integers(5, 15, 6), seed=i) for i in range(3)]
+    free = table(null, [], seed=99).sample(frac=1, random_state=0)
+    found = evaluate(pd.concat(parts), null=free).set_index("metric")
+    for suffix, rate in (("1", 0.01), ("5", 0.05)):
+        tpr, fpr, unresolved = zip(*(naive_null_figures(part, null, rate) for part in parts), strict=True)
+        bound = "<=" if unresolved[0] else ""
+        assert found.loc[f"tpr_{suffix}", ["value", "bound"]].tolist() == [pytest.approx(np.mean(tpr)), bound]
+        assert found.loc[f"tpr_{suffix}", "low"] == 0 or not unresolved[0]
+        expected = [pytest.approx(np.mean(fpr)), bound] if np.mean(fpr) else [pytest.approx(1 - 0.05 ** (1 / 90)), "<="]
+        assert found.loc[f"fpr_{suffix}", ["value", "bound"]].tolist() == expected
+
+
+def test_a_null_by_hand():
+    null = table(range(1, 100), [], seed=7)  # 99 scores: the 99th and the 95th smallest
+    scores = table([98, 99, 100, 20], [95, 96, 99, 120], seed=1)
+    for metric, value in (("tpr_1", 0.25), ("tpr_5", 0.75), ("fpr_1", 0.25), ("fpr_5", 0.75)):
+        assert figure(scores, metric, null)["value"] == value
+        assert figure(scores, metric, null)["bound"] == ""
+    names = ["auc", "pr_auc", "tpr_1", "tpr_5", "fpr_1", "fpr_5", "fpr", "abstained"]
+    assert evaluate(scores, null=null)["metric"].tolist() == names
+
+
+def test_the_threshold_is_that_of_calibrate():
+    free, log = planted.clean_log(8, seed=1), planted.PLANTED["boosted"].log()
+    detector, truth = DETECTORS["layer_norms"](), planted.truth_of(log, [planted.CULPRIT])
+    null = detect(free, {"d": detector}).assign(seed=1)
+    scores = with_truth(detect(log, {"d": detector}), truth).assign(seed=0)
+    flags = with_truth(detect(log, {"d": calibrate(detector, [free], fpr=0.05)}), truth).assign(seed=0)
+    assert figure(scores, "tpr_5", null)["value"] == flags.loc[flags["malicious"], "flag"].mean() == 1
+    assert figure(scores, "fpr_5", null)["value"] == figure(flags, "fpr")["value"]
+
+
+def test_a_null_of_the_same_seed_is_left_out():
+    null = pd.concat([table(range(30), [], seed=0), table(range(100, 130), [], seed=1)])
+    scores = pd.concat([table([50], [60], seed=0), table([50], [60], seed=1), table([50], [60], seed=2)])
+    # seed 0 is judged by 100-129 alone, seed 1 by 0-29, seed 2 by both; 31 x 0.05 and 61 x 0.05 leave 1 and 3 above
+    assert figure(scores, "tpr_5", null)["value"] == pytest.approx(1 / 3)
+    own_only = figure(table([50], [60], seed=0), "tpr_5", null[null["seed"] == 0])
+    assert np.isnan(own_only["value"])
+    assert (own_only["seeds"], own_only["bound"]) == (0, "")
+
+
+def test_a_null_is_that_of_the_same_group_and_without_abstentions():
+    easy, hard = (table([5], [9], task=task, attack="flip", seed=0) for task in "ab")
+    null = pd.concat([table([8] * 20, [], task="a"), table([10] * 20, [], task="b")]).assign(seed=5)
+    silent = table([99] * 80, [], task="a", seed=5).assign(abstained="why")
+    found = evaluate(pd.concat([easy, hard]), by=["task", "attack"], null=pd.concat([null, silent]))
+    assert found[found["metric"] == "tpr_5"].set_index("task")["value"].to_dict() == {"a": 1, "b": 0}
+    elsewhere = evaluate(easy, by=["task"], null=null[null["task"] == "b"])
+    assert np.isnan(elsewhere.set_index("metric")["value"]["tpr_5"])
+
+
+def test_an_infinite_score_passes_every_threshold():
+    null = table([INF] * 100, [], seed=1)
+    assert figure(table([1], [INF, 5], seed=0), "tpr_5", null)["value"] == 0.5
+
+
+def test_a_null_with_attackers_is_refused():
+    with pytest.raises(InputError, match="free of attacks, found 2 malicious rows"):
+        evaluate(table([1], [2]), null=table([1], [2, 3]))
+
+
+def test_a_null_too_small_bounds_the_rate_from_above():
+    for metric in ("tpr_1", "fpr_1"):
+        found = figure(table([1, 9], [5, 6], seed=0), metric, table(range(6), [], seed=1))
+        assert found[["value", "low", "high", "bound"]].tolist() == [0.5, 0, 0.5, "<="]
+
+
+# Per client
+
+
+def over_rounds(rows, **columns) -> pd.DataFrame:
+    """Rows (client, round, score, flag, malicious, abstained); `columns` are constant."""
+    names = ["client", "round", "score", "flag", "malicious", "abstained"]
+    return pd.DataFrame(rows, columns=names).assign(detector="d", **columns)
+
+
+ROUNDS = [
+    ("a", 2, 4.0, True, True, ""),
+    ("a", 0, 1.0, False, False, ""),
+    ("a", 1, 9.0, False, False, "silent"),
+    ("b", 0, 2.0, False, False, ""),
+    ("b", 1, 0.0, True, False, ""),
+    ("c", 0, 0.0, False, False, "early"),
+    ("c", 1, 0.0, True, False, "late"),
+]
+
+
+def test_clients_over_rounds_by_hand():
+    found = per_client(over_rounds(ROUNDS))
+    assert found.columns.tolist() == ["client", "detector", "score", "flag", "abstained", "malicious", "rounds"]
+    assert found.drop(columns="detector").to_numpy().tolist() == [
+        ["a", 2.5, True, "", True, 2],
+        ["b", 1.0, True, "", False, 2],
+        ["c", 0.0, False, "late", False, 0],
+    ]
+    assert per_client(over_rounds(ROUNDS), how="last")["score"].tolist() == [4, 0, 0]
+    assert per_client(over_rounds(ROUNDS), how={"d": "last"})["score"].tolist() == [4, 0, 0]
+    assert per_client(over_rounds(ROUNDS), how={"e": "last"})["score"].tolist() == [2.5, 1, 0]
+    thrice = over_rounds([*ROUNDS, ("b", 2, 0.0, False, False, "")])
+    assert per_client(thrice, flagged="half")["flag"].tolist() == [True, False, False]
+
+
+def test_attackers_that_come_and_go_keep_their_idle_rounds():
+    scores = over_rounds(ROUNDS).assign(compromised=lambda t: t["client"].isin(["a", "b"]))
+    found = per_client(scores)
+    assert found["client"].tolist() == ["a", "c"]  # b is compromised and poisoned nothing
+    assert found["score"].tolist() == [2.5, 0]  # with the idle round 0
+    poisoned_only = scores[scores["malicious"] | ~scores["compromised"]]
+    assert per_client(poisoned_only)["score"].tolist() == [4, 0]
+
+
+def test_clients_of_several_runs_are_kept_apart():
+    two = pd.concat([over_rounds(ROUNDS, seed=0, attack="x"), over_rounds(ROUNDS, seed=1, attack="x")])
+    found = per_client(two, by=["attack"])
+    assert found["seed"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.columns[:4].tolist() == ["attack", "seed", "client", "detector"]
+    figures = evaluate(found, by=["attack"]).set_index("metric")
+    assert figures["value"]["auc"] == 1
+    assert figures["value"]["abstained"] == pytest.approx(1 / 3)
+    with pytest.raises(InputError, match="two scores of one detector in round"):
+        per_client(two.drop(columns="seed"))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**16))
+def test_clients_over_rounds_against_loops(seed):
+    rng = np.random.default_rng(seed)
+    played = [(client, round_) for client in "abcd" for round_ in range(5) if rng.random() < 0.8]
+    rows = [
+        (*each, rng.choice([0, 1, 2.5, INF]), rng.random() < 0.4, rng.random() < 0.1, str(rng.choice(["", "why"])))
+        for each in played
+    ]
+    scores = over_rounds(rows).sample(frac=1, random_state=seed)
+    for how in ("mean", "last"):
+        found = per_client(scores, how=how, flagged="half").set_index("client")
+        assert set(found.index) == set(scores["client"])
+        for client, mine in scores.sort_values("round").groupby("client"):
+            said = mine[mine["abstained"] == ""]
+            expected = 0.0 if said.empty else said["score"].mean() if how == "mean" else said["score"].iloc[-1]
+            assert found["score"][client] == pytest.approx(expected)
+            assert found["flag"][client] == (len(said) > 0 and said["flag"].mean() >= 0.5)
+            assert found["malicious"][client] == mine["malicious"].any()
+            assert found["abstained"][client] == ("why" if said.empty else "")
+
+
+def test_settings_of_per_client_are_checked():
+    with pytest.raises(InputError, match="how must be 'mean' or 'last', found 'max'"):
+        per_client(over_rounds(ROUNDS), how={"d": "max"})
+    with pytest.raises(InputError, match="flagged must be 'any' or 'half', found 'all'"):
+        per_client(over_rounds(ROUNDS), flagged="all")
+    assert per_client(over_rounds([])).empty
+
+
+# Rounds to detection
+
+ATTACKED = [  # a poisons from 2 on and is flagged at 5; b poisons in 3 and 6, flagged where it abstains
+    *[("a", r, 0.0, r in (1, 5, 6), r >= 2, "") for r in range(7)],
+    *[("b", r, 0.0, r in (3, 5), r in (3, 6), "no" if r == 3 else "") for r in range(8)],
+    *[("c", r, 0.0, True, False, "") for r in range(8)],
+]
+
+
+def test_rounds_to_detection_by_hand():
+    scores = over_rounds(ATTACKED, seed=0)
+    times = detection_times(scores, per="client")
+    assert times.columns.tolist() == ["seed", "client", "detector", "first", "rounds", "detected"]
+    assert times[["first", "rounds", "detected"]].to_numpy().tolist() == [[2, 3, True], [3, 4, False]]
+    assert detection_times(scores)[["first", "rounds", "detected"]].to_numpy().tolist() == [[2, 3, True]]
+    idle = scores.assign(compromised=scores["client"].isin(["a", "b"]))
+    times = detection_times(idle, per="client")  # now b's idle round 5 counts; a's round 1 was before its attack
+    assert times[["first", "rounds", "detected"]].to_numpy().tolist() == [[2, 3, True], [3, 2, True]]
+
+
+def test_detection_is_summed_up_over_seeds():
+    quick, never = ([("a", r, 0.0, r == when, True, "") for r in range(5)] for when in (1, 9))
+    parts = [over_rounds(quick, seed=0), over_rounds(quick, seed=1), over_rounds(never, seed=2)]
+    found = rounds_to_detection(pd.concat(parts))
+    assert found.columns.tolist() == ["detector", "detected", "low", "high", "median", "cases", "seeds"]
+    assert found[["detected", "median", "cases", "seeds"]].to_numpy().tolist() == [[pytest.approx(2 / 3), 1, 3, 3]]
+    assert found["low"][0] < 2 / 3 < found["high"][0]
+    assert rounds_to_detection(pd.concat([parts[0], parts[2], over_rounds(never, seed=3)]))["median"][0] == INF
+    two = pd.concat([parts[0].assign(attack="x"), parts[2].assign(attack="y")])
+    assert rounds_to_detection(two, by=["attack"])["detected"].tolist() == [1, 0]
+
+
+def test_nothing_attacked_is_nothing_to_detect():
+    calm = over_rounds([("c", r, 0.0, True, False, "") for r in range(3)])
+    assert detection_times(calm).empty
+    assert rounds_to_detection(calm).empty
+    with pytest.raises(InputError, match="per must be 'run' or 'client'"):
+        detection_times(calm, per="round")

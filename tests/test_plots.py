@@ -21,6 +21,7 @@ from gradlens.plots import (
     plain,
     plot_final_bias,
     plot_localization,
+    plot_localization_along,
     plot_roc,
     plot_scores,
     plot_training,
@@ -216,6 +217,139 @@ def test_conditions_name_what_is_varied_and_drop_settings_that_tell_nothing_apar
     apart = [{"attack": "trigger(size=3)"}, {"attack": "trigger(size=4)"}]
     assert conditions(apart) == ["trigger(size=3)", "trigger(size=4)"]
     assert conditions([{}]) == ["all runs"]
+
+
+# plot_localization_along --------------------------------------------------------------------------------------
+
+
+def along(axis="learning_rate", values=(0.02, 0.05, 0.2)) -> pd.DataFrame:
+    """One statistic falls along the axis, one stays; each has its control."""
+    rows = []
+    for i, value in enumerate(values):
+        falling, figures = 0.95 - 0.2 * i, (0.01, 5, 4.0 - 2 * i, 0.48 + 0.01 * i, 1.0 + 3 * i, "truth")
+        for place, auc_ in (
+            (("fc2.bias", "final_bias", ""), falling),
+            (("fc2.bias", "final_bias", "3"), falling),
+            (("fc1.weight", "layer_norms", ""), 0.97),
+        ):
+            rows.append((value, False, *place, auc_, auc_ - 0.05, auc_ + 0.02, *figures))
+    columns = [axis, "control", "layer", "statistic", "unit", "auc", "low", "high", "p", "seeds"]
+    table = pd.DataFrame(rows, columns=[*columns, "effect", "control_auc", "control_effect", "labels"])
+    free = table.assign(control=True, auc=table["control_auc"], control_auc=np.nan, control_effect=np.nan)
+    return pd.concat([table, free], ignore_index=True)
+
+
+def labels_of(ax) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_along_draws_each_place_with_its_interval_and_its_control(ax):
+    plot_localization_along(along(), "learning_rate", ax=ax)
+    assert labels_of(ax) == [
+        "layer_norms in fc1.weight",
+        "final_bias in fc2.bias",
+        "chance",
+        "control: the same clients, no attack",
+    ]
+    drawn = {container.get_label(): container for container in ax.containers}
+    falling, bars = drawn["final_bias in fc2.bias"], drawn["final_bias in fc2.bias"].lines[2][0]
+    np.testing.assert_allclose(falling.lines[0].get_ydata(), [0.95, 0.75, 0.55])
+    ends = [segment[:, 1] for segment in bars.get_segments()]
+    np.testing.assert_allclose(ends, [[0.9, 0.97], [0.7, 0.77], [0.5, 0.57]])
+    grey = [line for line in ax.lines if line.get_color() == "0.6" and len(line.get_xdata())]
+    assert len(grey) == 2
+    for line in grey:
+        np.testing.assert_allclose(line.get_ydata(), [0.48, 0.49, 0.5])
+    chance = [line for line in ax.lines if line.get_label() == "chance"]
+    assert set(chance[0].get_ydata()) == {0.5}
+
+
+def test_along_differs_without_colour(ax):
+    plot_localization_along(along(), "learning_rate", ax=ax)
+    lines = [container.lines[0] for container in ax.containers]
+    assert len({line.get_linestyle() for line in lines}) == 2 or len({line.get_marker() for line in lines}) == 2
+    assert len({line.get_marker() for line in lines}) == 2
+
+
+def test_along_titles_are_the_finding(ax):
+    places = [("fc2.bias", "final_bias"), ("fc1.weight", "layer_norms")]
+    plot_localization_along(along(), "learning_rate", places=places, ax=ax)
+    assert title(ax) == (
+        "final_bias in fc2.bias falls with learning rate: AUC 0.95 at 0.02, 0.55 at 0.2 "
+        "(there layer_norms in fc1.weight 0.97, control at most 0.50)"
+    )
+    turned = along(values=(0.2, 0.05, 0.02))  # the order of the table is not that of the axis
+    plot_localization_along(turned, "learning_rate", places=places, ax=ax)
+    assert title(ax).startswith("final_bias in fc2.bias rises with learning rate: AUC 0.55 at 0.02, 0.95 at 0.2")
+    plot_localization_along(along(), "learning_rate", places=places[1:], ax=ax)
+    assert title(ax) == "layer_norms in fc1.weight stays with learning rate: AUC 0.97 to 0.97 (control at most 0.50)"
+    both = pd.concat([along(), turned.assign(learning_rate=turned["learning_rate"] + 1)])
+    plot_localization_along(both, "learning_rate", places=places[:1], ax=ax)
+    assert title(ax).startswith("final_bias in fc2.bias changes with learning rate: AUC 0.55 to 0.95")
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "label", "ticks", "scale"),
+    [
+        ("learning_rate", (0.02, 0.05, 0.2), "learning rate", ["0.02", "0.05", "0.2"], "log"),
+        ("num_malicious", (1, 2, 3), "malicious clients", ["1", "2", "3"], "linear"),
+        ("num_malicious", (0, 2, 8), "malicious clients", ["0", "2", "8"], "linear"),
+        (
+            "partition",
+            ("iid", "dirichlet(alpha=1)", "$\\frac{"),
+            "partition",
+            ["iid", "dirichlet 1", "$\\frac{"],
+            "linear",
+        ),
+    ],
+)
+def test_along_marks_the_values_of_its_axis(ax, axis, values, label, ticks, scale):
+    plot_localization_along(along(axis, values), axis, ax=ax)
+    draw(ax)
+    assert ax.get_xlabel() == label
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ticks
+    assert ax.get_xscale() == scale
+    assert ax.get_ylabel().startswith("AUC")
+
+
+def test_along_rounds_since_the_attack_began(ax):
+    plot_localization_along(along("since", range(4)), "since", ax=ax)
+    assert ax.get_xlabel() == "rounds since the attack began"
+    assert "over the rounds since the attack began" in title(ax)
+
+
+def test_along_in_robust_sigmas_stands_beside_the_farthest_benign_client(ax):
+    plot_localization_along(along(), "learning_rate", measure="effect", places=[("fc2.bias", "final_bias")], ax=ax)
+    assert ax.get_ylabel() == "effect [robust sigmas]"
+    assert "control: the farthest benign client" in labels_of(ax)
+    assert title(ax) == (
+        "final_bias in fc2.bias falls with learning rate: effect 4.00 at 0.02, 0.00 at 0.2 (control at most 7.00)"
+    )
+
+
+def test_along_without_a_control_has_none(ax):
+    alone = along().drop(columns="control").drop_duplicates(["learning_rate", "layer", "statistic", "unit"])
+    plot_localization_along(alone.assign(control_auc=np.nan), "learning_rate", ax=ax)
+    assert labels_of(ax)[-1] == "chance"
+    assert "control" not in title(ax)
+
+
+def test_along_refuses_what_is_no_single_line(ax):
+    two = pd.concat([along().assign(phase="early"), along().assign(phase="later")])
+    with pytest.raises(InputError, match=r"has several rows at learning_rate 0.02; choose the rows of one condition"):
+        plot_localization_along(two, "learning_rate", ax=ax)
+    with pytest.raises(InputError, match="axis: expected a column of the table"):
+        plot_localization_along(along(), "learning_rat", ax=ax)
+    with pytest.raises(InputError, match="measure: expected one of auc, effect, found 'p'"):
+        plot_localization_along(along(), "learning_rate", measure="p", ax=ax)
+    plot_localization_along(along().iloc[:0], "learning_rate", ax=ax)
+    assert title(ax) == "Nothing was localised along learning_rate"
+
+
+def test_a_heat_map_ignores_the_columns_of_localize_that_are_no_setting(ax):
+    table = along().drop(columns=["learning_rate"]).drop_duplicates(["control", "layer", "statistic", "unit"])
+    plot_localization(table, statistic="final_bias", ax=ax)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["all runs"]
 
 
 # plot_scores --------------------------------------------------------------------------------------------------
@@ -550,6 +684,8 @@ def test_every_picture_survives_hostile_names(ax):
     table = held(np.eye(len(HOSTILE), dtype=int) + 1, [*HOSTILE[:-2], " ", ""])
     draw(label_counts(table.assign(client=table["client"].map(lambda c: HOSTILE[int(c[1:])])), ax=Figure().subplots()))
     draw(plot_localization(places().assign(layer=HOSTILE[1], num_malicious=HOSTILE[3]), ax=Figure().subplots()))
+    hostile = along().assign(layer=HOSTILE[1]).drop_duplicates(["learning_rate", "control", "statistic", "unit"])
+    draw(plot_localization_along(hostile, "learning_rate", ax=Figure().subplots()))
 
 
 @settings(max_examples=200)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy import stats
 from scipy.cluster.vq import kmeans2
+from sklearn.base import BaseEstimator
+from sklearn.cluster import HDBSCAN, AgglomerativeClustering, KMeans
 from sklearn.covariance import EllipticEnvelope
 from sklearn.ensemble import IsolationForest
 from sklearn.neighbors import LocalOutlierFactor
@@ -20,16 +22,22 @@ from sklearn.svm import OneClassSVM
 from gradlens.log import InputError
 from gradlens.scorers import (
     SCORERS,
+    agglomerative_margin,
+    density_clusters,
+    hdbscan_outlier,
+    isolation_forest,
+    lloyd,
     local_outlier_factor,
     outlier,
     robust_zscore,
     robustly_scaled,
     two_cluster_margin,
+    two_means,
     zscore,
 )
 
 every_scorer = pytest.mark.parametrize("scorer", SCORERS.values(), ids=list(SCORERS))
-quick_scorer = pytest.mark.parametrize("scorer", [zscore, robust_zscore, two_cluster_margin, local_outlier_factor])
+quick_scorer = pytest.mark.parametrize("scorer", SCORERS.values(), ids=list(SCORERS))
 
 
 def table(*columns) -> pd.DataFrame:
@@ -130,6 +138,145 @@ def test_two_cluster_margin_goes_on_to_the_end_of_two_means(seed):
     small, large = centres[np.argsort(np.bincount(labels))]
     expected = np.linalg.norm(z - large, axis=1) - np.linalg.norm(z - small, axis=1)
     np.testing.assert_allclose(two_cluster_margin(pd.DataFrame(x)), expected)
+
+
+# Clustering
+
+
+def test_agglomerative_margin_by_hand():
+    """Median 3, MAD 1: average linkage joins {1, 2, 3, 4} first, as 2-means does."""
+    x = np.array([1, 2, 3, 4, 100.0])
+    np.testing.assert_allclose(agglomerative_margin(table(x)), (np.abs(x - 2.5) - np.abs(x - 100)) / 1.4826)
+
+
+def test_agglomerative_margin_isolates_one_far_client_where_two_means_halves():
+    x = np.concatenate([np.linspace(0, 10, 12), np.linspace(14, 24, 9), [44]])
+    assert (agglomerative_margin(table(x)) > 0).tolist() == [False] * 21 + [True]
+    assert (two_cluster_margin(table(x)) > 0).sum() == 10
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_agglomerative_margin_against_scikit_learn(seed):
+    x = np.random.default_rng(seed).standard_t(2, size=(15, 3))
+    z = robustly_scaled(x)
+    side = AgglomerativeClustering(2, linkage="average").fit_predict(z) == 1
+    if 2 * side.sum() > len(side):
+        side = ~side
+    small, large = z[side].mean(axis=0), z[~side].mean(axis=0)
+    expected = np.linalg.norm(z - large, axis=1) - np.linalg.norm(z - small, axis=1)
+    np.testing.assert_allclose(agglomerative_margin(pd.DataFrame(x)), expected)
+
+
+@pytest.mark.parametrize("scorer", [agglomerative_margin, two_cluster_margin])
+def test_margins_say_nothing_of_equal_halves(scorer):
+    assert scorer(table([0, 1, 2, 50, 51, 52])).tolist() == [0] * 6
+
+
+def test_hdbscan_outlier_by_hand():
+    """{0, ..., 4} hang together at steps of 1, then come 7 and 9; the majority is 4 of 7."""
+    found = hdbscan_outlier(table([0, 1, 2, 3, 4, 7, 9]))
+    scale = 1.4826 * 2  # median 3, deviations 3 2 1 0 1 4 6
+    np.testing.assert_allclose(found, np.array([1, 1, 1, 1, 1, 3, 5]) / scale)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_hdbscan_outlier_agrees_with_the_labels(seed):
+    """Whoever scikit-learn's HDBSCAN leaves outside scores more than anybody inside."""
+    x = np.random.default_rng(seed).standard_t(3, size=(17, 3))
+    z = robustly_scaled(x)
+    labels = HDBSCAN(17 // 2 + 1, min_samples=1, allow_single_cluster=True, copy=True).fit_predict(z)
+    found = hdbscan_outlier(pd.DataFrame(x))
+    assert found[labels < 0].min() > found[labels == 0].max()
+    d = np.linalg.norm(z[:, None] - z, axis=2) + np.where(np.eye(17), np.inf, 0)
+    np.testing.assert_allclose(found, d[:, labels == 0].min(axis=1))
+
+
+def test_density_clusters_by_hand():
+    x = np.array([0, 1, 2, 3, 10, 11, 12, 50.0])
+    d = np.abs(x[:, None] - x)
+    assert density_clusters(d, 3, 1).tolist() in ([0] * 4 + [1] * 3 + [-1], [1] * 4 + [0] * 3 + [-1])
+    assert density_clusters(d, 5, 1, single=True).tolist() == [0] * 7 + [-1]
+    assert density_clusters(d, 9).tolist() == [-1] * 8
+    assert density_clusters(np.zeros((4, 4)), 3).tolist() == [0] * 4
+
+
+def test_density_clusters_leaves_its_input_alone(rng):
+    d = np.abs(np.subtract.outer(*[rng.normal(size=9)] * 2))
+    before = d.copy()
+    density_clusters(d, 3, 1)
+    np.testing.assert_array_equal(d, before)
+
+
+def test_equal_rows_far_apart_are_clusters_of_their_own():
+    """An infinite density has no excess over another, and no warning."""
+    d = np.abs(np.subtract.outer(*[np.repeat([0.0, 1, 5], 3)] * 2))
+    labels = density_clusters(d, 2, 2)
+    assert [len(set(labels[i : i + 3])) for i in (0, 3, 6)] == [1, 1, 1]
+    assert set(labels) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lloyd_is_scikit_learns_k_means_from_the_same_start(seed):
+    rng = np.random.default_rng(seed)
+    tables = 50 + rng.normal(size=(3, 25, 2))
+    starts = tables[:, :4]
+    labels, centres = lloyd(tables, starts)
+    for x, start, label, centre in zip(tables, starts, labels, centres, strict=True):
+        model = KMeans(4, init=start, n_init=1, tol=0, algorithm="lloyd").fit(x)
+        np.testing.assert_array_equal(label, model.labels_)
+        np.testing.assert_allclose(centre, model.cluster_centers_)
+
+
+@pytest.mark.parametrize("shape", [(12, 3), (5, 40)])
+def test_two_means_starts_from_the_principal_direction(shape, rng):
+    z = rng.normal(size=shape)
+    z[0] += 5
+    upper = (z - z.mean(axis=0)) @ np.linalg.svd(z - z.mean(axis=0))[2][0] > 0
+    start = np.stack([z[~upper].mean(axis=0), z[upper].mean(axis=0)])
+    _, expected = kmeans2(z, start, iter=300, minit="matrix")
+    second, centres = two_means(z)
+    assert second.tolist() in ((expected == 1).tolist(), (expected == 0).tolist())
+    np.testing.assert_allclose(centres[1], z[second].mean(axis=0))
+
+
+def test_two_means_of_equal_rows():
+    second, centres = two_means(np.full((4, 2), 0.1))
+    assert not second.any()
+    np.testing.assert_array_equal(centres, np.full((2, 2), 0.1))
+
+
+# Isolation forest
+
+
+@pytest.mark.parametrize(("rows", "features"), [(12, 5), (60, 3), (300, 4)])
+def test_isolation_forest_means_what_scikit_learns_does(rows, features, rng):
+    """No farther from a forest of 500 trees than two forests of 100 are apart; 300 rows are sub-sampled."""
+    x = rng.normal(size=(rows, features))
+    x[3] += 4
+    z = robustly_scaled(x)
+    truth = -IsolationForest(n_estimators=500, random_state=0).fit(z).score_samples(z)
+    found = isolation_forest(pd.DataFrame(x))
+    assert found.argmax() == 3
+    assert np.abs(found - truth).max() < 0.05
+    assert abs((found - truth).mean()) < 0.01
+    assert np.corrcoef(found, truth)[0, 1] > 0.95
+
+
+def test_isolation_forest_by_hand():
+    """Of two rows each is cut off at once: depth 1, expected depth 1. Of 0, 1 and 10^6 the last falls first."""
+    np.testing.assert_allclose(isolation_forest(table([0, 1])), [0.5, 0.5])
+    expected = 2 * (np.log(2) + np.euler_gamma) - 4 / 3
+    found = isolation_forest(table([0, 1, 1e6]))
+    np.testing.assert_allclose(found, 2 ** (-np.array([2, 2, 1]) / expected), rtol=1e-3)
+    expected = 2 * (np.log(3) + np.euler_gamma) - 3 / 2  # of four; trees are cut off at depth 2, with 1 left to cut
+    found = isolation_forest(table([0, 1, 1e6, 1e12]))
+    np.testing.assert_allclose(found, 2 ** (-np.array([3, 3, 2, 1]) / expected), rtol=1e-3)
+
+
+def test_isolation_forest_leaves_constant_features_out(rng):
+    x = rng.normal(size=(9, 2))
+    wide = np.concatenate([x, np.ones((9, 30))], axis=1)
+    np.testing.assert_array_equal(isolation_forest(pd.DataFrame(wide)), isolation_forest(pd.DataFrame(x)))
 
 
 @every_scorer
@@ -272,6 +419,28 @@ def test_bridge_takes_an_estimator_in_the_manner_of_pyod(rng):
     x = rng.normal(size=(9, 2))
     expected = np.linalg.norm(robustly_scaled(x), axis=1)
     np.testing.assert_allclose(outlier(Norm())(pd.DataFrame(x)), expected)
+
+
+def test_bridge_takes_an_estimator_that_keeps_to_pyods_rules(rng):
+    """PyOD's own `decision_function` and `labels_` say the opposite of scikit-learn's: its scores must win."""
+
+    class Detector(BaseEstimator):
+        def __init__(self, contamination=0.1):
+            self.contamination = contamination
+
+        def fit(self, z, y=None):
+            self.decision_scores_ = self.decision_function(z)
+            self.labels_ = (self.decision_scores_ > 2).astype(int)
+            return self
+
+        def decision_function(self, z):
+            return np.abs(z).sum(axis=1)
+
+    x = rng.normal(size=(9, 2))
+    x[4] += 20
+    found = outlier(Detector())(pd.DataFrame(x))
+    np.testing.assert_allclose(found, np.abs(robustly_scaled(x)).sum(axis=1))
+    assert found.argmax() == 4
 
 
 def test_bridge_refuses_what_does_not_score(rng):

@@ -7,19 +7,59 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from gradlens import statistics
+from gradlens import scorers, statistics
+from gradlens.detectors.clusters import deepsight, flame, freqfed, rflbat
+from gradlens.detectors.directions import alignins, fltrust, rlr, signguard
+from gradlens.detectors.distances import dnc, krum, multi_krum, multi_metrics
+from gradlens.detectors.final_layer import auror, bilgin, lfighter, tolpegin
+from gradlens.detectors.history import flanders, fldetector, foolsgold
+from gradlens.detectors.panel import panel
 from gradlens.detectors.verdict import TEXTBOOK, Detector, Verdict, calibrate, detect, score_by
-from gradlens.scorers import isolation_forest, local_outlier_factor, robust_zscore, two_cluster_margin
 
 __all__ = ["DETECTORS", "Detector", "Verdict", "calibrate", "detect", "score_by"]
 
+_by_z = partial(partial, score_by, scorer=scorers.robust_zscore, threshold=TEXTBOOK)
+
 DETECTORS: Mapping[str, Callable[..., Detector]] = {
-    "final_bias": partial(score_by, statistics.final_bias, robust_zscore, threshold=TEXTBOOK),
-    "final_rows": partial(score_by, statistics.final_rows, robust_zscore, threshold=TEXTBOOK),
-    "layer_norms": partial(score_by, statistics.layer_norms, robust_zscore, threshold=TEXTBOOK),
-    "layer_cosines": partial(score_by, statistics.layer_cosines, robust_zscore, threshold=TEXTBOOK),
-    "accumulated_norms": partial(score_by, statistics.accumulated_norms, robust_zscore, threshold=TEXTBOOK),
-    "two_clusters": partial(score_by, statistics.final_rows, two_cluster_margin, threshold=TEXTBOOK),
-    "isolation_forest": partial(score_by, statistics.layer_cosines, isolation_forest, threshold=0.6),
-    "local_outlier_factor": partial(score_by, statistics.layer_cosines, local_outlier_factor, threshold=1.5),
+    # a statistic by its robust z
+    "final_bias": _by_z(statistics.final_bias),
+    "final_rows": _by_z(statistics.final_rows),
+    "layer_norms": _by_z(statistics.layer_norms),
+    "layer_cosines": _by_z(statistics.layer_cosines),
+    "spectral": _by_z(statistics.spectral),
+    "accumulated_norms": _by_z(statistics.accumulated_norms),
+    "accumulated_spectral": _by_z(statistics.accumulated_spectral),
+    "accumulated_neighbours": _by_z(statistics.accumulated_neighbours),
+    "label_drift_residual": _by_z(statistics.label_drift_residual),
+    "persistence": _by_z(statistics.persistence),
+    # a statistic by other scorers
+    "two_clusters": partial(score_by, statistics.final_rows, scorers.two_cluster_margin, threshold=TEXTBOOK),
+    "agglomerative": partial(score_by, statistics.final_rows, scorers.agglomerative_margin, threshold=TEXTBOOK),
+    "hdbscan": partial(score_by, statistics.layer_cosines, scorers.hdbscan_outlier, threshold=TEXTBOOK),
+    "isolation_forest": partial(score_by, statistics.layer_cosines, scorers.isolation_forest, threshold=0.6),
+    "local_outlier_factor": partial(score_by, statistics.layer_cosines, scorers.local_outlier_factor, threshold=1.5),
+    # published, by the final layer
+    "bilgin": bilgin,
+    "tolpegin": tolpegin,
+    "lfighter": lfighter,
+    "auror": auror,
+    "deepsight": deepsight,
+    "freqfed": freqfed,
+    # published, by distance and direction
+    "krum": krum,
+    "multi_krum": multi_krum,
+    "multi_metrics": multi_metrics,
+    "dnc": dnc,
+    "flame": flame,
+    "rflbat": rflbat,
+    "signguard": signguard,
+    "alignins": alignins,
+    "rlr": rlr,
+    "fltrust": fltrust,
+    # published, over a client's rounds
+    "foolsgold": foolsgold,
+    "fldetector": fldetector,
+    "flanders": flanders,
+    # all together
+    "panel": panel,
 }

@@ -7,6 +7,7 @@ hold all their clients, also those that were not comparable then.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,35 +50,38 @@ class PublishedDetector:
 
     def __call__(self, log: UpdateLog) -> Verdict:
         """The verdict on the last round; raises InputError where the rule breaks its promise of finite scores."""
-        round_ = log[-1]
-        comparable = round_.comparable
-        refused = sorted(round_.refused)
-        clients = np.concatenate([round_.clients, np.array(refused, dtype=np.str_)])
-        scores, weights = np.full(len(clients), np.inf), np.zeros(len(clients))
-        shown, null = np.flatnonzero(comparable), "uncalibrated: the published rule"
-        try:
-            judgement = self._judged(log, comparable)
-        except CannotSay as reason:
-            scores[shown] = 0
-            return Verdict(clients, scores, np.isposinf(scores), abstained=str(reason), null=null)
-        scores[shown] = judgement.scores
-        flags = np.isposinf(scores)
-        flags[shown] = judgement.flags
-        if judgement.weights is not None:
-            weights[shown] = judgement.weights
-        evidence = None if judgement.evidence is None else judgement.evidence.reindex(round_.clients)
-        return Verdict(clients, scores, flags, None if judgement.weights is None else weights, evidence, null=null)
-
-    def _judged(self, log: UpdateLog, comparable: np.ndarray) -> Judgement:
-        found = int(comparable.sum())
-        if found < self.smallest:
-            index = log[-1].index
-            raise CannotSay(f"round {index} has {found} comparable clients, at least {self.smallest} are needed")
-        judgement = self.rule(log if comparable.all() else log.keep(comparable), **dict(self.settings))
-        if np.shape(judgement.scores) != (found,) or not np.isfinite(judgement.scores).all():
-            raise InputError(f"{self!r} must give a finite score for each of {found} clients")
-        return judgement
+        return judged(log, partial(self.rule, **dict(self.settings)), self.smallest, "uncalibrated: the published rule")
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings)
         return f"{self.rule.__name__.strip('_')}({settings})"
+
+
+def judged(log: UpdateLog, judge: Callable[[UpdateLog], Judgement], smallest: int, null: str) -> Verdict:
+    """The verdict made of what a rule says of the comparable clients of the last round.
+
+    Who is refused or not comparable scores +inf and is flagged; below `smallest` comparable clients, or where the
+    rule cannot say, it is an abstention. Raises: InputError where the rule's scores are not finite, one per client.
+    """
+    round_ = log[-1]
+    comparable = round_.comparable
+    clients = np.concatenate([round_.clients, np.array(sorted(round_.refused), dtype=np.str_)])
+    shown, scores, weights = np.flatnonzero(comparable), np.full(len(clients), np.inf), np.zeros(len(clients))
+    try:
+        if len(shown) < smallest:
+            found = f"round {round_.index} has {len(shown)} comparable clients"
+            raise CannotSay(f"{found}, at least {smallest} are needed")
+        judgement = judge(log if comparable.all() else log.keep(comparable))
+    except CannotSay as reason:
+        scores[shown] = 0
+        return Verdict(clients, scores, np.isposinf(scores), abstained=str(reason), null=null)
+    if np.shape(judgement.scores) != shown.shape or not np.isfinite(judgement.scores).all():
+        raise InputError(f"a detector's rule must give a finite score for each of {len(shown)} clients")
+    scores[shown] = judgement.scores
+    flags = np.isposinf(scores)
+    flags[shown] = judgement.flags
+    evidence = None if judgement.evidence is None else judgement.evidence.reindex(round_.clients)
+    if judgement.weights is None:
+        return Verdict(clients, scores, flags, evidence=evidence, null=null)
+    weights[shown] = judgement.weights
+    return Verdict(clients, scores, flags, weights, evidence, null=null)

@@ -105,7 +105,11 @@ def calibrate(detector: Detector, null: Any = None, fpr: float = 0.05) -> Detect
     else:
         logs = [_attack_free(source) for source in ([null] if hasattr(null, "log") else null)]
         what = f"attack-free: {len(logs)} run{'s' if len(logs) != 1 else ''}"
-    scores = np.concatenate([np.zeros(0), *(_null_scores(detector, log) for log in logs)])
+    fit = getattr(detector, "fitted", None)  # a panel learns from the null more than where to cut
+    if fit is not None:
+        detector, scores = fit(logs)
+    else:
+        scores = np.concatenate([np.zeros(0), *(_null_scores(detector, log) for log in logs)])
     return CalibratedDetector(detector, _rank(scores, fpr, what), fpr, f"{what}, {len(scores)} scores, fpr {fpr:g}")
 
 

@@ -4,12 +4,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 from zlib import crc32
 
 import numpy as np
 from scipy import sparse
 
+from gradlens.log import kernels
+from gradlens.log.kernels import BLOCK, Columns
 from gradlens.log.record import InputError, LazyLayers, ModelSpec, Round
 
 if TYPE_CHECKING:
@@ -30,15 +32,18 @@ class Accumulated:
 
     A residual is the client's update minus the coordinate-wise median of that round's comparable clients. Layer by
     layer its norm is clipped at three times the cohort's median residual norm, so that no single round decides; a
-    client with a non-finite update adds nothing in that round. The sampling noise of local training averages out
+    client that is not comparable adds nothing in that round. The sampling noise of local training averages out
     in such a sum while a systematic conflict of objectives adds up; divide by the root of `rounds` to compare clients.
     clients: str [client], sorted; rounds: int64 [client], summed; sums: layer -> float32 [client, number].
+    lengths, squares: layer -> float64 [client], the sums of the residuals' norms and of their squares.
     sketched: the sums are count sketches (linear: inner products hold in expectation), to stay within 1 GB.
     """
 
     clients: np.ndarray
     rounds: np.ndarray
     sums: Mapping[str, np.ndarray]
+    lengths: Mapping[str, np.ndarray]
+    squares: Mapping[str, np.ndarray]
     sketched: bool = False
 
     def of(self, clients: np.ndarray) -> np.ndarray:
@@ -133,6 +138,19 @@ class UpdateLog(Sequence[Round]):
         part._kept = self._kept + b"|" + positions.tobytes()
         return part
 
+    def only(self, *layers: str) -> "UpdateLog":
+        """The log of these layers alone, of whose rounds nothing else is read: to scan a long log for a final bias.
+
+        Whether a client is finite and comparable is then judged by these layers alone, too: what it sent elsewhere
+        is not seen. Raises: InputError where the model has no such layer, or none of them is a parameter.
+        """
+        model = self.model.only(layers)
+
+        def source(position: int) -> Callable[[], Round]:
+            return lambda: self[position].only(layers)
+
+        return UpdateLog.lazy(model, [source(position) for position in range(len(self))])
+
     @property
     def accumulated(self) -> Accumulated:
         """The sum of every client's residuals over the rounds of this log (`Accumulated`)."""
@@ -158,6 +176,24 @@ class UpdateLog(Sequence[Round]):
                 self._memory.answers.popitem(last=False)
         return known
 
+    def folded(self, step: Callable[[Answer | None, "UpdateLog"], Answer]) -> Answer:
+        """`step` over the rounds: `step(None, log[:1])`, `step(that, log[:2])`, ..., the answer for this log.
+
+        For what is carried from round to round: asked of prefix after prefix, each round is looked at once. Of a
+        `step` that can be hashed the latest two states are held, which must not change when they are carried on.
+        """
+        if self._last is not None:
+            return step(self[:-1].folded(step) if len(self) > 1 else None, self)
+        try:
+            held = self._memory.states.setdefault((step, self._window.start), {})
+        except TypeError:  # it cannot be hashed
+            held = {}
+        stop, state = _latest(held, self._window)
+        for position in range(stop, self._window.stop):
+            state = step(state, self[: position + 1 - self._window.start])
+            _hold(held, position + 1, state)
+        return cast(Answer, state)
+
     def recorded(self, round_: Round, source: Callable[[], Round]) -> "UpdateLog":
         """The log with one more round that is from now on read from where it was written.
 
@@ -180,11 +216,14 @@ class _Memory:
     sources: list[Round | Callable[[], Round]]
     recent: OrderedDict[int, Round] = field(default_factory=OrderedDict)
     indices: dict[int, int] = field(default_factory=dict)  # of the rounds that were looked at
-    sums: dict[int, tuple[int, Accumulated]] = field(default_factory=dict)  # start -> stop and the sum so far
+    sums: dict[int, dict[int, Accumulated]] = field(default_factory=dict)  # start -> stop -> the sum until there
     answers: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+    states: dict[Any, dict[int, Any]] = field(default_factory=dict)  # (step, start) -> stop -> the state there
 
     def round(self, position: int) -> Round:
         if position not in self.recent:
+            for earlier in self.recent.values():
+                earlier.forget()
             source = self.sources[position]
             self.recent[position] = source if isinstance(source, Round) else source()
             self.indices[position] = self.recent[position].index
@@ -194,13 +233,26 @@ class _Memory:
         return self.recent[position]
 
     def accumulated(self, window: range, model: ModelSpec) -> Accumulated:
-        stop, total = self.sums.get(window.start, (window.start, _nothing(model)))
-        if stop > window.stop:
-            stop, total = window.start, _nothing(model)
+        held = self.sums.setdefault(window.start, {})
+        stop, total = _latest(held, window)
+        total = total or _nothing(model)
         for position in range(stop, window.stop):
             total = _advance(total, self.round(position), model)
-        self.sums[window.start] = (window.stop, total)
+            _hold(held, position + 1, total)
         return total
+
+
+def _latest(held: Mapping[int, Answer], window: range) -> tuple[int, Answer | None]:
+    """Of what is held, the latest that lies within a window, and its stop; None at its start."""
+    stop = max((stop for stop in held if stop <= window.stop), default=window.start)
+    return stop, held.get(stop)
+
+
+def _hold(held: dict[int, Answer], stop: int, state: Answer) -> None:
+    """Two are held: a log whose last round is cut down by `keep` goes on from the one before."""
+    held[stop] = state
+    for other in [each for each in held if each not in (stop, stop - 1)]:
+        del held[other]
 
 
 def fitted(model: ModelSpec, round_: Round) -> Round:
@@ -219,43 +271,67 @@ def fitted(model: ModelSpec, round_: Round) -> Round:
 
 def _nothing(model: ModelSpec) -> Accumulated:
     sums = {name: np.zeros((0, model[name].size), np.float32) for name in model.parameters}
-    return Accumulated(np.zeros(0, np.str_), np.zeros(0, np.int64), sums)
+    nothing = dict.fromkeys(model.parameters, np.zeros(0))
+    return Accumulated(np.zeros(0, np.str_), np.zeros(0, np.int64), sums, nothing, nothing)
 
 
 def _advance(before: Accumulated, round_: Round, model: ModelSpec) -> Accumulated:
     """The sums after one more round; a new value, so that what was handed out does not change."""
     clients = np.union1d(before.clients, round_.clients)
     sketched = before.sketched or len(clients) * model.num_parameters * 4 > BUDGET
-    seen, rows = (
-        np.searchsorted(clients, before.clients),
-        np.searchsorted(clients, round_.clients[round_.finite]),
-    )
+    seen = np.searchsorted(clients, before.clients)
+    rows = np.searchsorted(clients, round_.clients[round_.comparable])
     rounds = np.zeros(len(clients), np.int64)
     rounds[seen] = before.rounds
     rounds[rows] += 1
-    sums = {}
+    sums, lengths, squares = {}, {}, {}
     for name in model.parameters:
-        past, residuals = before.sums[name], _clipped_residuals(round_, name)
+        residuals, norms, factors = _residuals(round_, name)
+        lengths[name], squares[name] = np.zeros(len(clients)), np.zeros(len(clients))
+        lengths[name][seen], squares[name][seen] = before.lengths[name], before.squares[name]
+        lengths[name][rows] += norms * factors
+        squares[name][rows] += (norms * factors) ** 2
+        past = before.sums[name]
         if sketched:
-            residuals = _sketch(name, residuals)
             past = past if before.sketched else _sketch(name, past)
         sums[name] = np.zeros((len(clients), past.shape[1]), np.float32)
         sums[name][seen] = past
-        sums[name][rows] += residuals
-    return Accumulated(clients, rounds, sums, sketched)
+        if sketched:
+            sums[name][rows] += _sketch(name, _clipped(residuals, factors, 0, model[name].size))
+            continue
+        for start in range(0, model[name].size, BLOCK):
+            block = _clipped(residuals, factors, start, min(start + BLOCK, model[name].size))
+            for row, numbers in zip(rows, block, strict=True):
+                sums[name][row, start : start + BLOCK] += numbers
+    return Accumulated(clients, rounds, sums, lengths, squares, sketched)
+
+
+def _residuals(round_: Round, layer: str) -> tuple[Columns, np.ndarray, np.ndarray]:
+    """What is added up: (start, stop) -> the comparable clients' updates minus the median's, float32 [client, number];
+    the norms of these residuals, float64 [client]; and what clips them at three times their median.
+    """
+    comparable, median = round_.comparable, round_.median[layer].reshape(-1)
+    columns = round_.columns(layer)
+
+    def residuals(start: int, stop: int) -> np.ndarray:
+        numbers = columns(start, stop)
+        return (numbers if comparable.all() else numbers[comparable]) - median[start:stop]
+
+    norms = np.sqrt(kernels.squares(residuals, int(comparable.sum()), median.size))
+    positive = norms[norms > 0]  # among many equal updates the median residual would be 0
+    bound = CLIP * np.median(positive) if len(positive) else np.inf
+    return residuals, norms, bound / np.maximum(norms, bound) if len(positive) else np.ones(len(norms))
+
+
+def _clipped(residuals: Columns, factors: np.ndarray, start: int, stop: int) -> np.ndarray:
+    block = residuals(start, stop)
+    return np.multiply(block, factors.astype(np.float32)[:, None], out=block)
 
 
 def _clipped_residuals(round_: Round, layer: str) -> np.ndarray:
-    """Float32 [finite client, number]: updates minus the median's, norms clipped at three times their median."""
-    residuals = round_.flat(layer)[round_.finite] - round_.median[layer].reshape(-1)
-    norms = np.sqrt(np.einsum("ij,ij->i", residuals, residuals, dtype=np.float64))
-    comparable = norms[round_.comparable[round_.finite]]
-    positive = comparable[comparable > 0]  # among many equal updates the median residual would be 0
-    if not len(positive):
-        return residuals
-    bound = CLIP * np.median(positive)
-    residuals *= np.minimum(1.0, bound / np.maximum(norms, bound)).astype(np.float32)[:, None]
-    return residuals
+    """Float32 [comparable client, number]: updates minus the median's, norms clipped at three times their median."""
+    residuals, _, factors = _residuals(round_, layer)
+    return _clipped(residuals, factors, 0, round_.median[layer].size)
 
 
 def _sketch(layer: str, matrix: np.ndarray) -> np.ndarray:

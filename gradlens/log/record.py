@@ -8,9 +8,13 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from gradlens.log import kernels
+from gradlens.log.kernels import BLOCK, Columns
+
 GROSS = 1_000.0  # a client whose update is this many times the cohort's median norm is no reference for anybody
 PAIRWISE = 5_000  # clients up to which inner products of all pairs are formed
-BLOCK = 1 << 14  # numbers of a layer that are worked on at a time
+ORDERED = 256_000_000  # bytes of a round's numbers that are held in ascending order; above it each use sorts anew
+TWINS = 1e-9  # share of their squares by which the inner products of equal updates may differ
 DTYPES = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8")
 
 
@@ -119,6 +123,13 @@ class ModelSpec:
         """How many numbers are trained."""
         return sum(self[name].size for name in self.parameters)
 
+    def only(self, names: Collection[str]) -> Self:
+        """The specification of these layers alone; raises InputError where there is no such layer."""
+        if unknown := [name for name in names if name not in self._by_name]:
+            raise InputError(f"the model has no layer {unknown[0]!r}, only {list(self)}")
+        final = (name if name in names else None for name in (self.final_weight, self.final_bias))
+        return type(self)(tuple(layer for layer in self.layers if layer.name in names), *final)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `run.json` holds them."""
         layers = [
@@ -224,14 +235,22 @@ class Round:
         """The updates of one layer as a matrix [client, number]."""
         return _as_matrix(self.updates[layer])
 
-    def blocks(self, layer: str, size: int = BLOCK) -> Iterator[np.ndarray]:
-        """The updates of one layer in slices [client, at most `size` numbers], without copying the layer."""
+    def columns(self, layer: str) -> Columns:
+        """The function (start, stop) -> these numbers of the layer, [client, number], without copying the layer."""
         updates = self.updates
         pieces = updates.pieces(layer) if isinstance(updates, LazyLayers) else [updates[layer]]
         matrices = [_as_matrix(piece) for piece in pieces]
-        for start in range(0, matrices[0].shape[1], size):
-            slices = [matrix[:, start : start + size] for matrix in matrices]
-            yield slices[0] if len(slices) == 1 else np.concatenate(slices)
+        if len(matrices) == 1:
+            return lambda start, stop: matrices[0][:, start:stop]
+        return lambda start, stop: np.concatenate([matrix[:, start:stop] for matrix in matrices])
+
+    def blocks(self, layer: str, size: int = BLOCK) -> Iterator[np.ndarray]:
+        """The updates of one layer in slices [client, at most `size` numbers], without copying the layer."""
+        columns, numbers = self.columns(layer), self._size(layer)
+        return (columns(start, min(start + size, numbers)) for start in range(0, numbers, size))
+
+    def _size(self, layer: str) -> int:
+        return math.prod(np.shape(self.global_model[layer]))
 
     def take(self, selection: np.ndarray) -> "Round":
         """The round of the clients in a mask [client] or a list of positions; nothing is computed again."""
@@ -245,6 +264,16 @@ class Round:
         part.__dict__["norms"] = LazyLayers(self.parameters, lambda name: self.norms[name][positions])
         part.__dict__["finite"] = self.finite[positions]
         return part
+
+    def only(self, layers: Collection[str]) -> "Round":
+        """The round of these layers alone, in its own order; nothing is computed or read of the others."""
+        names = [name for name in self.updates if name in layers]
+        updates = LazyLayers(names, lambda name: self.updates[name], keep=False)
+        if isinstance(self.updates, LazyLayers):
+            updates.pieces = self.updates.pieces
+        state = {name: self.global_model[name] for name in names}
+        buffers = tuple(name for name in self.buffers if name in names)
+        return replace(self, updates=updates, global_model=state, buffers=buffers)
 
     @cached_property
     def parameters(self) -> tuple[str, ...]:
@@ -263,33 +292,54 @@ class Round:
     def _gram_of(self, layer: str) -> np.ndarray:
         if len(self.clients) > PAIRWISE:
             raise CannotSay(f"{len(self.clients)} clients: nothing pairwise is formed above {PAIRWISE:,}")
-        gram = np.zeros((len(self.clients), len(self.clients)))
-        with np.errstate(all="ignore"):  # a client's NaN or infinity stays in its own row and column
-            for block in self.blocks(layer):
-                numbers = block.astype(np.float64)
-                gram += numbers @ numbers.T
+        gram, squares = kernels.gram(self.columns(layer), np.argsort(self.clients), self._size(layer))
+        self.norms.give(layer, np.sqrt(squares))
+        return self._with_equal_entries(gram, layer)
+
+    def _with_equal_entries(self, gram: np.ndarray, layer: str) -> np.ndarray:
+        """Equal updates get equal entries, whose last digits else hang on where a client stands."""
+        squares = np.diagonal(gram)
+        with np.errstate(invalid="ignore"):  # of clients that are not finite
+            near = np.abs(gram - squares[:, None]) <= TWINS * squares[:, None]
+        near &= near.T
+        done = np.zeros(len(gram), dtype=bool)
+        for client in np.flatnonzero(near.sum(axis=1) > 1):
+            for other in np.flatnonzero(near[client] & ~done):
+                if other > client and all(np.array_equal(b[client], b[other]) for b in self.blocks(layer)):
+                    gram[other], done[other] = gram[client], True
+                    gram[:, other] = gram[:, client]
         return gram
 
     @cached_property
-    def norms(self) -> Mapping[str, np.ndarray]:
-        """Layer -> float64 [client]: L2 norm of each client's update."""
-        return LazyLayers(self.parameters, self._norms_of)
+    def total_gram(self) -> np.ndarray:
+        """Float64 [client, client]: inner products of the whole updates, all parameters together."""
+        return np.sum([self.gram[name] for name in self.parameters], axis=0)
 
-    def _norms_of(self, layer: str) -> np.ndarray:
-        if len(self.clients) <= PAIRWISE:
-            return np.sqrt(np.diagonal(self.gram[layer]))
-        squares = np.zeros(len(self.clients))
-        with np.errstate(all="ignore"):
-            for block in self.blocks(layer):
-                numbers = block.astype(np.float64)
-                squares += np.einsum("ij,ij->i", numbers, numbers)
-        return np.sqrt(squares)
+    @cached_property
+    def squared_distances(self) -> np.ndarray:
+        """Float64 [client, client]: squared Euclidean distances of the whole updates; inf or NaN to who is not finite.
+
+        Exactly 0 between equal updates.
+        """
+        squares = np.diagonal(self.total_gram)
+        with np.errstate(invalid="ignore"):
+            return np.maximum(squares[:, None] + squares[None, :] - 2 * self.total_gram, 0)
+
+    @cached_property
+    def norms(self) -> "LazyLayers":
+        """Layer -> float64 [client]: L2 norm of each client's update, which rests on that client alone."""
+        return LazyLayers(
+            self.parameters,
+            lambda name: np.sqrt(kernels.squares(self.columns(name), len(self.clients), self._size(name))),
+        )
 
     @cached_property
     def finite(self) -> np.ndarray:
         """Bool [client]: every number that the client sent, buffers included, is finite."""
         finite = np.ones(len(self.clients), dtype=bool)
-        for name in self.updates:
+        for name in self.parameters:  # the square of a float32 number is finite in float64
+            finite &= np.isfinite(self.norms[name])
+        for name in self.buffers:
             for block in self.blocks(name):
                 finite &= np.isfinite(block).all(axis=1)
         return finite
@@ -307,31 +357,70 @@ class Round:
         return self.finite & (norms <= GROSS * median if median > 0 else True)
 
     @cached_property
+    def ordered(self) -> Mapping[str, np.ndarray]:
+        """Layer -> float32 [rank, number]: the comparable clients' values of each number in ascending order.
+
+        As large as the updates: see `in_order`, which spares the memory where that is too much, and `forget`.
+        """
+
+        def make(layer: str) -> np.ndarray:
+            count = int(self.comparable.sum())
+            return kernels.ascending(self._chosen(layer, self.comparable), count, self._size(layer))
+
+        return LazyLayers(self.parameters, make)
+
+    def in_order(self, layer: str, clients: np.ndarray | None = None) -> Columns:
+        """The function (start, stop) -> float32 [rank, number]: values of these clients in ascending order.
+
+        clients: a mask [client] of finite ones, None: the comparable ones, whose order is found once for all who ask
+        while it takes less than 256 MB for the whole round.
+        """
+        clients = self.comparable if clients is None else clients
+        rows = int(clients.sum())
+        held = 4 * rows * sum(self._size(name) for name in self.parameters) <= ORDERED
+        if held and np.array_equal(clients, self.comparable):
+            whole = self.ordered[layer]
+            return lambda start, stop: whole[:, start:stop]
+        columns = self._chosen(layer, clients)
+        return lambda start, stop: kernels.ascend(columns(start, stop), np.empty((rows, stop - start), np.float32))
+
+    def _chosen(self, layer: str, clients: np.ndarray) -> Columns:
+        columns = self.columns(layer)
+        return columns if clients.all() else lambda start, stop: columns(start, stop)[clients]
+
+    @cached_property
     def median(self) -> Mapping[str, np.ndarray]:
         """Layer -> float32 [*shape]: coordinate-wise median of the comparable clients' updates, 0 without any."""
-        return LazyLayers(self.parameters, self._median_of)
+        return LazyLayers(self.parameters, lambda name: self.trimmed_mean(name).astype(np.float32))
 
-    def _median_of(self, layer: str) -> np.ndarray:
+    def trimmed_mean(self, layer: str, trimmed: int | None = None, clients: np.ndarray | None = None) -> np.ndarray:
+        """Float64 [*shape]: mean of each number without its `trimmed` smallest and largest values.
+
+        trimmed: None, as many as possible: the median; clients: as in `in_order`. 0 without clients.
+        """
+        count = int((self.comparable if clients is None else clients).sum())
+        trimmed = max(0, count - 1) // 2 if trimmed is None else trimmed
+        shape, ranks = np.shape(self.global_model[layer]), range(trimmed, count - trimmed)
+        if not ranks:
+            return np.zeros(shape)
+        weights = np.ones(len(ranks))
+        total = kernels.weighted_sum(self.in_order(layer, clients), ranks, weights, self._size(layer))
+        return (total / len(ranks)).reshape(shape)
+
+    def weighted_mean(self, layer: str, clients: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Float64 [*shape]: mean of the updates of the clients at these positions, summed in this order.
+
+        weights: float64 [chosen client], not all 0. 0 without clients.
+        """
         shape = np.shape(self.global_model[layer])
-        if not self.comparable.any():
-            return np.zeros(shape, np.float32)
-        rows = slice(None) if self.comparable.all() else self.comparable
-        parts = [coordinate_median(block[rows]) for block in self.blocks(layer)]
-        return np.concatenate(parts).reshape(shape)
+        if not len(clients):
+            return np.zeros(shape)
+        total = kernels.weighted_sum(self.columns(layer), clients, weights, self._size(layer))
+        return (total / weights.sum()).reshape(shape)
 
-
-def coordinate_median(matrix: np.ndarray) -> np.ndarray:
-    """The median of each column of a finite matrix [client, number], float32 [number].
-
-    Sorting the transposed block keeps each column's numbers side by side in memory: several times faster
-    than `np.median(matrix, axis=0)`.
-    """
-    columns = np.sort(np.ascontiguousarray(matrix.T), axis=1)
-    middle = matrix.shape[0] // 2
-    if matrix.shape[0] % 2:
-        return columns[:, middle].astype(np.float32)
-    # halves first: the sum of two large float32 numbers must not overflow
-    return (columns[:, middle - 1] * np.float32(0.5) + columns[:, middle] * np.float32(0.5)).astype(np.float32)
+    def forget(self) -> None:
+        """Gives back the memory of what is as large as the updates and can be found again."""
+        self.__dict__.pop("ordered", None)
 
 
 class LazyLayers(Mapping[str, np.ndarray]):
@@ -361,6 +450,10 @@ class LazyLayers(Mapping[str, np.ndarray]):
         if self._keep:
             self._made[name] = array
         return array
+
+    def give(self, name: str, array: np.ndarray) -> None:
+        """Puts in an array that was found on the way, where it is not there yet."""
+        self._made.setdefault(name, array)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

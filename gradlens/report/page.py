@@ -71,7 +71,14 @@ WORDS = [
     (
         "[low, high]",
         "95 % interval: the figure is computed in every seed and the seeds are resampled (bootstrap). "
-        "A single seed has none. ≥ and ≤ mark figures that the number of updates only bounds.",
+        "A single seed has none. Where layers are compared the rounds of each run are resampled, too; for a single run "
+        "they alone. ≥ and ≤ mark figures that the number of updates only bounds.",
+    ),
+    (
+        "Effect",
+        "How far, where the AUC says how often: the median of how unusual malicious updates are minus that of benign "
+        "ones, in robust standard deviations of the cohort. Farthest benign: the same of the benign client of the "
+        "control that moves that layer most, as one with unusual labels does.",
     ),
     (
         "p",

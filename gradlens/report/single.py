@@ -23,7 +23,16 @@ from gradlens.report.pictures import (
     training_picture,
 )
 from gradlens.report.provenance import commands, runs_table, settings_table, software_table, thresholds_table
-from gradlens.report.sweep import attacked_rounds, flag_table, p_value, poisoners, shown, surely, with_malicious
+from gradlens.report.sweep import (
+    attacked_rounds,
+    effects,
+    flag_table,
+    p_value,
+    poisoners,
+    shown,
+    surely,
+    with_malicious,
+)
 from gradlens.run import SWEEP, Run, Sweep
 
 MOST = 8  # clients named in a sentence
@@ -79,7 +88,11 @@ def examine(
         scores = _labelled(raw, free, truth)
         figures = evaluate(scores, by=["control"])
         sources = [run] if control is None else [run, control]
-        found = [localize([(source.log, truth)], permutations=permutations) for source in sources]
+        beside = None if control is None else [control]
+        found = [
+            localize([(source.log, truth)], permutations=permutations, control=beside if source is run else None)
+            for source in sources
+        ]
         places = pd.concat([part.assign(control=bool(i)) for i, part in enumerate(found)], ignore_index=True)
     return Examination(run, control, raw, free, rules, truth, scores, figures, places, around[2], fpr)
 
@@ -361,7 +374,8 @@ def where_section(e: Examination) -> list[Block]:
         return [text("Which layer gives malicious clients away can be said only where the ground truth names some.")]
     about = (
         "How well each layer tells the malicious updates from the benign ones by itself, over all attacked rounds. "
-        "One run gives no interval over seeds; p says how often randomly named clients would do as well."
+        "The intervals of one run are over its rounds and say nothing of other seeds; p says how often randomly named "
+        "clients would do as well."
     )
     order = e.run.log.model.parameters.index
     part = e.places.assign(by=e.places["statistic"]).sort_values("layer", key=lambda c: c.map(order), kind="stable")
@@ -381,6 +395,7 @@ def places_table(e: Examination) -> Block:
             "AUC": shown(row),
             "p": p_value(row.p),
             "AUC on control": free.get((row.layer, row.statistic), "–"),
+            **effects(row),
         }
         for row in rows_of(whole[~whole["control"]])
     ]

@@ -200,7 +200,13 @@ def place_row(row: Any, free: Mapping[Any, list[Any]]) -> dict[str, str]:
         "AUC": shown(row),
         "p": p_value(row.p),
         "AUC on control": shown(control[0]) if control else "–",
+        **effects(row),
     }
+
+
+def effects(row: Any) -> dict[str, str]:
+    """How far the malicious clients stand out there, and how far a benign one does."""
+    return {"Effect": number(row.effect, 1), "Farthest benign": number(row.control_effect, 1)}
 
 
 def p_value(p: float) -> str:

@@ -8,25 +8,96 @@ from collections.abc import Mapping
 
 from gradlens.log import CannotSay
 from gradlens.statistics.cohort import Statistic
-from gradlens.statistics.final_layer import final_bias, final_rows
-from gradlens.statistics.history import accumulated_norms
-from gradlens.statistics.layers import layer_cosines, layer_norms
+from gradlens.statistics.final_layer import (
+    ddif,
+    final_bias,
+    final_bias_deviation,
+    final_bias_direction,
+    final_rows,
+    final_spectrum,
+    neup,
+    threshold_exceedings,
+)
+from gradlens.statistics.history import (
+    accumulated_neighbours,
+    accumulated_norms,
+    accumulated_spectral,
+    consistency,
+    label_drift_residual,
+    persistence,
+    prediction_residual,
+)
+from gradlens.statistics.layers import (
+    aggregate_cosines,
+    global_cosines,
+    kurtosis,
+    large_share,
+    layer_cosines,
+    layer_norms,
+    neighbour_cosines,
+    neighbour_distances,
+    sign_agreement,
+    spectral,
+)
 
 __all__ = [
     "STATISTICS",
     "CannotSay",
     "Statistic",
+    "accumulated_neighbours",
     "accumulated_norms",
+    "accumulated_spectral",
+    "aggregate_cosines",
+    "consistency",
+    "ddif",
     "final_bias",
+    "final_bias_deviation",
+    "final_bias_direction",
     "final_rows",
+    "final_spectrum",
+    "global_cosines",
+    "kurtosis",
+    "label_drift_residual",
+    "large_share",
     "layer_cosines",
     "layer_norms",
+    "neighbour_cosines",
+    "neighbour_distances",
+    "neup",
+    "persistence",
+    "prediction_residual",
+    "sign_agreement",
+    "spectral",
+    "threshold_exceedings",
 ]
 
 STATISTICS: Mapping[str, Statistic] = {
+    # the final layer
     "final_bias": final_bias,
+    "final_bias_deviation": final_bias_deviation,
+    "final_bias_direction": final_bias_direction,
     "final_rows": final_rows,
+    "neup": neup,
+    "threshold_exceedings": threshold_exceedings,
+    "ddif": ddif,
+    "final_spectrum": final_spectrum,
+    # every layer, in one round
     "layer_norms": layer_norms,
     "layer_cosines": layer_cosines,
+    "aggregate_cosines": aggregate_cosines,
+    "global_cosines": global_cosines,
+    "sign_agreement": sign_agreement,
+    "large_share": large_share,
+    "kurtosis": kurtosis,
+    "spectral": spectral,
+    "neighbour_distances": neighbour_distances,
+    "neighbour_cosines": neighbour_cosines,
+    # over a client's rounds
     "accumulated_norms": accumulated_norms,
+    "accumulated_spectral": accumulated_spectral,
+    "accumulated_neighbours": accumulated_neighbours,
+    "label_drift_residual": label_drift_residual,
+    "consistency": consistency,
+    "persistence": persistence,
+    "prediction_residual": prediction_residual,
 }

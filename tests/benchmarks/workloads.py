@@ -65,6 +65,31 @@ WORKLOADS = {
 }
 
 
+# The work of rules over one round of updates: the layers of the models above.
+LAYERS = {
+    "cnn": {"0": (32, 3, 3, 3), "2": (32, 32, 3, 3), "6": (128, 8192), "8": (CLASSES, 128)},
+    "lenet": {"0": (16, 1, 5, 5), "2": (32, 16, 3, 3), "5": (64, 800), "7": (CLASSES, 64)},
+}
+COHORTS = {"20x1060138": (20, "cnn"), "100x56970": (100, "lenet")}
+
+
+def shapes_of(cohort: str) -> dict[str, tuple[int, ...]]:
+    """Layer -> shape: every weight and its bias."""
+    weights = LAYERS[COHORTS[cohort][1]]
+    return {f"{name}.{kind}": s for name, w in weights.items() for kind, s in (("weight", w), ("bias", w[:1]))}
+
+
+def updates_of(cohort: str) -> np.ndarray:
+    """Noise, float32 [client, parameter]: no rule's speed depends on what the updates say."""
+    parameters = WORKLOADS[COHORTS[cohort][1]].parameters
+    return np.random.default_rng(0).standard_normal((COHORTS[cohort][0], parameters), dtype=np.float32)
+
+
+def fastest(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds of the fastest of several calls, after one that warms up."""
+    return min(seconds_of(call, repeats))
+
+
 def asked() -> tuple[Workload, int]:
     """The workload and the number of rounds of the command line."""
     return WORKLOADS[sys.argv[1]], int(sys.argv[2])

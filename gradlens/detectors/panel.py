@@ -1,0 +1,332 @@
+"""The panel: several statistics of every layer, judged together, with one score and what it was made of.
+
+No single number tells an attacker from a client with unusual labels: skew moves everything, but in proportion.
+The panel learns from attack-free clients how its parts move together and scores how far a client is from that
+(its Mahalanobis distance): a first layer that moves more than the client's final bias explains is far out, though
+neither of the two is unusual by itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+
+from gradlens import statistics
+from gradlens.detectors.published import Judgement, judged
+from gradlens.detectors.verdict import TEXTBOOK, Detector, Verdict
+from gradlens.log import CannotSay, InputError, ModelSpec, UpdateLog
+from gradlens.scorers import robustly_scaled
+from gradlens.statistics import Statistic
+
+__all__ = ["PARTS", "Observed", "Panel", "Part", "panel"]
+
+GROUPS = 8  # of layers that lie together, in a model of more layers
+FAR = 20.0  # robust sigmas that one round counts at most
+ROWS = 5  # null rows for every feature, at least, where there are as many
+SELF = 0.75  # share of a cohort that is taken as benign where nothing else is known
+SMALLEST = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """A statistic with a column per layer, and how the panel reads it.
+
+    averaged: over the client's rounds, each in robust sigmas of its cohort; False: the statistic looks back by itself.
+    logarithm: of a size, so that twice and half are equally far.
+    """
+
+    statistic: Statistic
+    averaged: bool = False
+    logarithm: bool = False
+
+
+PARTS: Mapping[str, Part] = {
+    "size": Part(statistics.layer_norms, averaged=True, logarithm=True),
+    "distance": Part(statistics.neighbour_distances, averaged=True, logarithm=True),
+    "direction": Part(statistics.layer_cosines, averaged=True),
+    "signs": Part(statistics.sign_agreement, averaged=True),
+    "company": Part(statistics.neighbour_cosines, averaged=True),
+    "spectrum": Part(statistics.spectral, averaged=True),
+    "accumulated size": Part(statistics.accumulated_norms, logarithm=True),
+    "accumulated spectrum": Part(statistics.accumulated_spectral),
+    "accumulated company": Part(statistics.accumulated_neighbours),
+    "persistence": Part(statistics.persistence),
+}
+
+
+def panel() -> Detector:
+    """The distance of each client's statistics, all parts and layers together, from what benign clients show.
+
+    Parts are the statistics of `PARTS`, layer by layer (in at most 8 groups of layers): of each round, averaged over
+    the client's rounds, and accumulated. They are centred on the cohort's median, scaled, drawn in by arcsinh and
+    compared by the Mahalanobis distance under a Ledoit-Wolf covariance; the score is that distance over the root of
+    the number of features, about 1 for an inconspicuous client. The verdict's evidence holds each feature's
+    contribution to the squared score.
+    `calibrate(panel(), null)` learns scales and covariance from the null. Uncalibrated they come from the
+    cohort itself, its three quarters that lie closest together, which tells much less; then a client is
+    flagged whose score lies 3.5 robust sigmas above the cohort's median.
+    Source: the parts are this project's; the estimator is Ledoit & Wolf 2004, J. Multivariate Analysis 88.
+    """
+    return Panel(tuple(PARTS.items()))
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What the panel saw in one log: a row per comparable client and round.
+
+    positions: int64 [row], rounds before this one; clients: str [row]; features: names [feature]; values: float64
+    [row, feature].
+    """
+
+    positions: np.ndarray
+    clients: np.ndarray
+    features: tuple[str, ...]
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What `panel` builds; reference: what benign clients show, None: each cohort shows it itself."""
+
+    parts: tuple[tuple[str, Part], ...]
+    reference: "Reference | None" = None
+
+    def __call__(self, log: UpdateLog) -> Verdict:
+        """The verdict on the last round."""
+        null = "uncalibrated: each cohort itself" if self.reference is None else "uncalibrated: fitted to a null"
+        return judged(log, self._judge, SMALLEST, null)
+
+    def _judge(self, log: UpdateLog) -> Judgement:
+        features, values = self.seen(log)
+        if not values.any():  # all clients are equal
+            return Judgement(np.zeros(len(values)), np.zeros(len(values), bool))
+        fit = _own_fit(values) if self.reference is None else self.reference.at(len(log) - 1, features)
+        parts = fit.contributions(values)
+        scores = np.sqrt(np.maximum(parts.sum(axis=1), 0))
+        flags = robustly_scaled(scores[:, None])[:, 0] > TEXTBOOK
+        evidence = pd.DataFrame(parts, index=pd.Index(log[-1].clients, name="client"), columns=list(features))
+        return Judgement(scores, flags, evidence=evidence)
+
+    def seen(self, log: UpdateLog) -> tuple[tuple[str, ...], np.ndarray]:
+        """Names [feature] and values [client of the last round, feature], minus the cohort's median.
+
+        A part that cannot say yet is 0 throughout: nobody stands out by it.
+        """
+        groups = _groups(log.model)
+        names = tuple(f"{part}: {_named(group, log.model)}" for part, _ in self.parts for group in groups)
+        values = [_grouped(_part_values(part, log), groups) for _, part in self.parts]
+        return names, np.concatenate(values, axis=1)
+
+    def observed(self, log: UpdateLog) -> Observed:
+        """What the panel sees after each round of a log."""
+        positions, clients, values, names = [], [], [], ()
+        for position, prefix in enumerate(log.prefixes()):
+            comparable = prefix[-1].comparable
+            if comparable.sum() < SMALLEST:
+                continue
+            names, seen = self.seen(prefix if comparable.all() else prefix.keep(comparable))
+            values.append(seen)
+            clients.append(prefix[-1].clients[comparable])
+            positions.append(np.full(len(seen), position))
+        if not values:
+            raise InputError(f"a null of the panel needs rounds of {SMALLEST} comparable clients, found none")
+        return Observed(np.concatenate(positions), np.concatenate(clients), names, np.concatenate(values))
+
+    def scores(self, seen: Observed) -> np.ndarray:
+        """The score of every row of what was seen of a log, float64 [row]; raises InputError without a reference."""
+        if self.reference is None:
+            raise InputError("the panel has no reference yet; fit it to attack-free logs first")
+        scores = np.zeros(len(seen.values))
+        for position in np.unique(seen.positions):
+            rows = seen.positions == position
+            fit = self.reference.at(int(position), seen.features)
+            scores[rows] = np.sqrt(np.maximum(fit.contributions(seen.values[rows]).sum(axis=1), 0))
+        return scores
+
+    def fitted(self, nulls: Sequence[UpdateLog | Observed]) -> tuple["Panel", np.ndarray]:
+        """The panel that knows what these attack-free logs show, and their own scores, each out of sample.
+
+        A row is scored by what the other logs show (of one log: the other clients), in five folds.
+        """
+        seen = [null if isinstance(null, Observed) else self.observed(null) for null in nulls]
+        reference = Reference.of(seen)
+        return replace(self, reference=reference), reference.scores_out_of_sample()
+
+    def __repr__(self) -> str:
+        return "panel()" if self.reference is None else f"panel(fitted to {len(self.reference.values)} rows)"
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What benign clients show: rows of attack-free logs; fold: which rows belong together, int64 [row]."""
+
+    features: tuple[str, ...]
+    positions: np.ndarray
+    fold: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, seen: Sequence[Observed], folds: int = 5) -> "Reference":
+        """The rows of several logs; raises InputError where they are of different models."""
+        if len({each.features for each in seen}) != 1:
+            raise InputError("the null of a panel must be of one model; found logs whose layers differ")
+        if len(seen) > 1:
+            fold = np.concatenate([np.full(len(each.values), i % folds) for i, each in enumerate(seen)])
+        else:
+            fold = np.unique(seen[0].clients, return_inverse=True)[1] % folds
+        positions = np.concatenate([each.positions for each in seen])
+        return cls(seen[0].features, positions, fold, np.concatenate([each.values for each in seen]))
+
+    @lru_cache(maxsize=4_096)  # noqa: B019 - a reference lives as long as its detector
+    def at(self, position: int, features: tuple[str, ...]) -> "Fit":
+        """The fit for the round after `position` others: of the null's rows after as many, or the nearest."""
+        if features != self.features:
+            raise InputError(f"the panel was calibrated on another model: {self.features[0]!r}, found {features[0]!r}")
+        return Fit.of(self.values[self._near(position, np.ones(len(self.values), bool))])
+
+    def scores_out_of_sample(self) -> np.ndarray:
+        """The score of every row by the fit of the other folds, float64 [row]."""
+        scores = np.zeros(len(self.values))
+        for fold in np.unique(self.fold):
+            others = self.fold != fold
+            if not others.any():
+                raise InputError("the null of a panel needs at least two logs, or two clients of one")
+            for position in np.unique(self.positions[~others]):
+                rows = ~others & (self.positions == position)
+                fit = Fit.of(self.values[self._near(position, others)])
+                scores[rows] = np.sqrt(np.maximum(fit.contributions(self.values[rows]).sum(axis=1), 0))
+        return scores
+
+    def _near(self, position: int, allowed: np.ndarray) -> np.ndarray:
+        """The rows nearest in position, bool [row], until there are five for every feature."""
+        distance = np.where(allowed, np.abs(self.positions - position), np.iinfo(np.int64).max)
+        wanted = min(ROWS * self.values.shape[1], int(allowed.sum()))
+        return allowed & (distance <= np.sort(distance)[wanted - 1])
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Scales [feature], mean [feature] and precision [feature, feature] of benign rows."""
+
+    scale: np.ndarray
+    mean: np.ndarray
+    precision: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray) -> "Fit":
+        """The fit to benign rows [row, feature]."""
+        from sklearn.covariance import ledoit_wolf  # takes a second to import
+
+        low, high = np.quantile(rows, [0.01, 0.99], axis=0)
+        scale = np.sqrt(np.mean(np.clip(rows, low, high) ** 2, axis=0))
+        scale = np.where(scale > 0, scale, 1.0)
+        drawn = np.arcsinh(rows / scale)
+        covariance = ledoit_wolf(drawn)[0] if len(rows) > 1 else np.eye(rows.shape[1])
+        floor = 1e-6 * max(np.trace(covariance) / len(covariance), 1e-12)
+        return cls(scale, drawn.mean(axis=0), np.linalg.inv(covariance + floor * np.eye(len(covariance))))
+
+    def contributions(self, values: np.ndarray) -> np.ndarray:
+        """What each feature adds to the squared score, [client, feature] -> the same shape."""
+        z = np.arcsinh(values / self.scale) - self.mean
+        return z * (z @ self.precision) / z.shape[1]
+
+
+def _own_fit(values: np.ndarray) -> Fit:
+    """The fit to the three quarters of a cohort that lie closest together, found in a few steps."""
+    scale = 1.4826 * np.median(np.abs(values), axis=0)
+    drawn = np.arcsinh(values / np.where(scale > 0, scale, np.abs(values).mean(axis=0) + (scale == 0)))
+    distance, kept = np.square(drawn).sum(axis=1), np.ones(len(values), bool)
+    for _ in range(10):
+        nearest = distance <= np.quantile(distance, SELF)
+        if (nearest == kept).all():
+            break
+        kept = nearest
+        distance = Fit.of(values[kept]).contributions(values).sum(axis=1)
+    return Fit.of(values[kept])
+
+
+def _part_values(part: Part, log: UpdateLog) -> np.ndarray:
+    """A part's values of the clients of the last round [client, layer], minus their median; 0 where it cannot say."""
+    clients = log[-1].clients
+    if part.averaged:
+        averages = log.folded(_Average(part.statistic, part.logarithm))
+        values = averages.of(clients)
+    else:
+        try:
+            values = _read(log.remembered(part.statistic), part.logarithm)
+        except CannotSay:
+            return np.zeros((len(clients), len(log.model.parameters)))
+    return values - np.median(values, axis=0)
+
+
+def _read(table: pd.DataFrame, logarithm: bool) -> np.ndarray:
+    values = table.to_numpy(np.float64)
+    return np.log(np.maximum(values, np.finfo(np.float64).tiny)) if logarithm else values
+
+
+@dataclass(frozen=True, eq=False)
+class _Averages:
+    """For the clients seen so far: how often, int64 [client], and the sum of their deviations [client, layer]."""
+
+    clients: np.ndarray
+    counts: np.ndarray
+    sums: np.ndarray
+
+    def of(self, clients: np.ndarray) -> np.ndarray:
+        """Mean deviation of these clients [client, layer]; 0 for one that was never comparable."""
+        if not len(self.clients):
+            return np.zeros((len(clients), self.sums.shape[1]))
+        rows = np.minimum(np.searchsorted(self.clients, clients), len(self.clients) - 1)
+        known = self.clients[rows] == clients
+        return np.where(known[:, None], self.sums[rows] / np.maximum(self.counts[rows], 1)[:, None], 0.0)
+
+
+@dataclass(frozen=True)
+class _Average:
+    """One more round of a statistic, in robust sigmas of its cohort: a step for `UpdateLog.folded`."""
+
+    statistic: Statistic
+    logarithm: bool
+
+    def __call__(self, before: _Averages | None, log: UpdateLog) -> _Averages:
+        round_ = log[-1]
+        layers = len(log.model.parameters)
+        if before is None:
+            before = _Averages(np.zeros(0, np.str_), np.zeros(0, np.int64), np.zeros((0, layers)))
+        try:
+            table = log.remembered(self.statistic)
+        except CannotSay:
+            return before
+        comparable = round_.comparable
+        z = np.clip(robustly_scaled(_read(table, self.logarithm)[comparable]), -FAR, FAR)
+        clients = np.union1d(before.clients, round_.clients[comparable])
+        counts, sums = np.zeros(len(clients), np.int64), np.zeros((len(clients), layers))
+        seen, rows = np.searchsorted(clients, before.clients), np.searchsorted(clients, round_.clients[comparable])
+        counts[seen], sums[seen] = before.counts, before.sums
+        counts[rows] += 1
+        sums[rows] += z
+        return _Averages(clients, counts, sums)
+
+
+@lru_cache(maxsize=64)
+def _groups(model: ModelSpec) -> tuple[tuple[int, ...], ...]:
+    """Positions of the layers judged together: each by itself, or in 8 groups with the final layer's apart."""
+    names = model.parameters
+    if len(names) <= GROUPS:
+        return tuple((i,) for i in range(len(names)))
+    final = [i for i, name in enumerate(names) if name in (model.final_weight, model.final_bias)]
+    others = [i for i in range(len(names)) if i not in final]
+    parts = np.array_split(np.array(others), GROUPS - len(final))
+    return (*(tuple(part.tolist()) for part in parts), *((i,) for i in final))
+
+
+def _named(group: tuple[int, ...], model: ModelSpec) -> str:
+    first, last = model.parameters[group[0]], model.parameters[group[-1]]
+    return first if first == last else f"{first} to {last}"
+
+
+def _grouped(values: np.ndarray, groups: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    """Means over the layers of each group, [client, layer] -> [client, group]."""
+    return np.stack([values[:, group].mean(axis=1) for group in groups], axis=1)

@@ -1,0 +1,32 @@
+"""Pictures of the tables: each function takes a tidy table or a log, draws one thing on an Axes and returns it.
+
+Every title states what the picture shows, computed from what is drawn. Colours can be told apart by
+colour-blind readers, and no difference rests on colour alone: lines differ in width or dashes as well, cells
+carry numbers or signs. Names that came from clients are drawn as plain text, never as formulas.
+"""
+
+from gradlens.plots.axes import CLEAR, PARTLY
+from gradlens.plots.clients import MOST_CLIENTS, clients_by_bias, label_counts, plot_final_bias
+from gradlens.plots.localization import plot_localization, plot_localization_along
+from gradlens.plots.scores import plot_roc, plot_scores, plot_training
+from gradlens.plots.words import conditions, count, percent, phrase, plain, with_interval
+
+__all__ = [
+    "CLEAR",
+    "MOST_CLIENTS",
+    "PARTLY",
+    "clients_by_bias",
+    "conditions",
+    "count",
+    "label_counts",
+    "percent",
+    "phrase",
+    "plain",
+    "plot_final_bias",
+    "plot_localization",
+    "plot_localization_along",
+    "plot_roc",
+    "plot_scores",
+    "plot_training",
+    "with_interval",
+]

@@ -1,0 +1,246 @@
+"""Pictures of how well detectors do: scores over rounds, ROC curves, and what comes of training."""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from gradlens.evaluation import auc
+from gradlens.log import InputError
+from gradlens.plots.axes import (
+    BELOW,
+    BENIGN,
+    CLEAR,
+    DASHES,
+    MALICIOUS,
+    PARTLY,
+    THRESHOLD,
+    is_control,
+    say_instead,
+    titled,
+)
+from gradlens.plots.words import count, percent, plain, with_interval
+
+MEASURES = {"main_accuracy": ("main accuracy", "#0b5394", ""), "asr": ("attack success rate", "#b8400a", "o")}
+
+
+def plot_scores(
+    scores: pd.DataFrame,
+    *,
+    threshold: float | None = None,
+    beside: pd.DataFrame | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Score against round, a line per client; malicious clients thick with dots, the threshold dashed.
+
+    scores: columns round, client, score and, if known, malicious (a client counts if any of its updates does),
+    flag, abstained. beside: the table of the picture beside it, for the same limits. Infinite scores are drawn
+    as triangles at the upper edge; abstained rounds are left out.
+    """
+    ax = plt.gca() if ax is None else ax
+    if "abstained" in scores:
+        scores = scores[scores["abstained"].fillna("").eq("")]
+    if scores.empty:
+        return say_instead(ax, "No scores", "the detector abstained in every round")
+    known = "malicious" in scores
+    bad = scores[scores["malicious"].astype(bool)] if known else scores[scores["score"].isna()]
+    marked = set(bad["client"])
+    finite = scores.assign(score=scores["score"].where(np.isfinite(scores["score"])))
+    for of_marked in (False, True):  # the malicious ones last, on top
+        part = finite[finite["client"].isin(marked) == of_marked].dropna(subset=["score"])
+        if part.empty:
+            continue
+        style: dict[str, Any] = {"linewidth": 1.7, "marker": "o", "markersize": 4} if of_marked else {"linewidth": 0.8}
+        sns.lineplot(
+            part, x="round", y="score", units="client", estimator=None, ax=ax, legend=False,
+            color=MALICIOUS if of_marked else BENIGN, markeredgewidth=0, zorder=3 if of_marked else 2, **style,
+        )  # fmt: skip
+    _scale_scores(ax, scores, threshold, beside)
+    if threshold is not None:
+        ax.axhline(threshold, color=THRESHOLD, linestyle="--", linewidth=1.2, zorder=4)
+    _score_legend(ax, scores, marked, known, threshold)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xlabel("round")
+    ax.set_ylabel("score (higher = more suspicious)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return titled(ax, _score_finding(scores, marked, known, threshold))
+
+
+def _scale_scores(ax: Axes, scores: pd.DataFrame, threshold: float | None, beside: pd.DataFrame | None) -> None:
+    """Limits that keep the threshold in view, a logarithmic axis where a few scores dwarf the rest."""
+    values = scores["score"].to_numpy(np.float64)
+    both = values if beside is None else np.append(values, beside["score"].to_numpy(np.float64))
+    finite = both[np.isfinite(both)] if np.isfinite(both).any() else np.zeros(1)
+    usual = max(float(np.quantile(np.abs(finite), 0.9)), abs(threshold or 0.0), 1e-12)
+    top = max(float(finite.max()), threshold if threshold is not None else -np.inf)
+    low = min(float(finite.min()), 0.0)
+    logarithmic = top > 20 * usual
+    if logarithmic:
+        ax.set_yscale("symlog", linthresh=usual)
+    upper = top * 2 if logarithmic else top + 0.12 * max(top - low, 1e-12)
+    ax.set_ylim(low - 0.02 * max(top - low, 1e-12) if not logarithmic else low * 1.2, upper)
+    infinite = scores[np.isposinf(values)]
+    if len(infinite):
+        ax.plot(infinite["round"], np.full(len(infinite), upper), "^", color="black", ms=5, clip_on=False, zorder=5)
+
+
+def _score_legend(ax: Axes, scores: pd.DataFrame, marked: set[str], known: bool, threshold: float | None) -> None:
+    number = scores["client"].nunique()
+    handles = []
+    if marked:
+        line = {"color": MALICIOUS, "linewidth": 1.7, "marker": "o", "markersize": 4}
+        handles.append(Line2D([], [], label=f"malicious ({len(marked)})", **line))
+    kind = "benign" if known else "clients"
+    handles.append(Line2D([], [], color=BENIGN, linewidth=0.8, label=f"{kind} ({number - len(marked)})"))
+    if threshold is not None:
+        handles.append(Line2D([], [], color=THRESHOLD, linestyle="--", label=f"threshold {threshold:.3g}"))
+    if np.isposinf(scores["score"]).any():
+        handles.append(Line2D([], [], color="black", marker="^", linestyle="", label="infinite"))
+    ax.legend(handles=handles, **BELOW, ncols=len(handles))
+
+
+def _score_finding(scores: pd.DataFrame, marked: set[str], known: bool, threshold: float | None) -> str:
+    """AUC and flags with ground truth; without any attack the false flags; without truth who is flagged most."""
+    if marked:  # the attacked rounds count, and there not what malicious clients sent without poison
+        malicious = scores["malicious"].astype(bool)
+        attacked = scores["round"].isin(scores.loc[malicious, "round"])
+        scores = scores[attacked & (malicious | ~scores["client"].isin(marked))]
+    rounds = scores["round"].nunique()
+    flags = scores["flag"].astype(bool) if "flag" in scores else scores["score"] > (threshold or np.inf)
+    if marked:
+        malicious = scores["malicious"].astype(bool)
+        value = auc(scores["score"].to_numpy(), malicious.to_numpy())
+        verb = "stand out" if value >= CLEAR else "stand out in part" if value >= PARTLY else "do not stand out"
+        caught = f", {percent(flags[malicious].mean())} of their updates flagged" if threshold is not None else ""
+        return f"Malicious clients {verb}: AUC {value:.2f} over {count(rounds, 'round')}{caught}"
+    if known:
+        return f"No attack: {flags.sum()} of {len(flags)} updates flagged ({percent(flags.mean())})"
+    if not flags.any():
+        return f"No client is flagged in {count(rounds, 'round')}"
+    often = scores.loc[flags].groupby("client")["round"].agg(["nunique", "min"])
+    most = often.sort_values(["nunique", "min"], ascending=[False, True]).index[0]
+    flagged, first = often.loc[most]
+    return f"{plain(most)} is flagged most: {flagged} of {rounds} rounds, first in round {first}"
+
+
+def plot_roc(points: pd.DataFrame, *, figures: pd.DataFrame | None = None, ax: Axes | None = None) -> Axes:
+    """ROC step curves, one per detector, with the diagonal of chance; AUC with its interval in the legend.
+
+    points: columns fpr, tpr and, for several curves, detector; control (bool): nobody attacked. figures: what
+    `evaluate` gives (rows of metric "auc": detector, value, low, high); without it the AUC is the area under the
+    drawn curve.
+    """
+    ax = plt.gca() if ax is None else ax
+    if points.empty:
+        return say_instead(ax, "No ROC curve", "there is no malicious or no benign update to compare")
+    points = points if "detector" in points else points.assign(detector="score")
+    lines = []
+    for number, (detector, curve) in enumerate(points.groupby("detector", sort=False)):
+        lines.append((*_auc_of(str(detector), curve, figures), str(detector), curve, number))
+    lines.sort(key=lambda line: (-line[0], line[3]))  # the legend's order; colours keep to the table's
+    ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", zorder=1)
+    colours = sns.color_palette("colorblind")
+    for value, low, high, detector, curve, number in lines:
+        ax.plot(
+            curve["fpr"], curve["tpr"], drawstyle="steps-post", color=colours[number % 10],
+            linestyle=DASHES[number % len(DASHES)], linewidth=1.8,
+            label=f"{plain(detector)}: AUC {with_interval(value, low, high)}",
+        )  # fmt: skip
+    ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="false-positive rate (benign updates flagged)")
+    ax.set_ylabel("true-positive rate (malicious updates flagged)")
+    ax.set_aspect("equal")
+    ax.spines[["top", "right"]].set_visible(False)
+    legend = ax.legend(**BELOW | {"bbox_to_anchor": (0.5, -0.12)}, ncols=2 if len(lines) > 3 else 1)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    value, low, high, detector, *_ = lines[0]
+    if len(points) and is_control(points).all():
+        return titled(ax, f"By chance at most AUC {with_interval(value, low, high)} ({plain(detector)})")
+    if value < PARTLY:
+        return titled(ax, f"No detector separates (best AUC {with_interval(value, low, high)})")
+    verb = "separates best" if value >= CLEAR else "separates best, in part"
+    return titled(ax, f"{plain(detector)} {verb}: AUC {with_interval(value, low, high)}")
+
+
+def _auc_of(detector: str, curve: pd.DataFrame, figures: pd.DataFrame | None) -> tuple[float, float, float]:
+    if figures is not None:
+        row = figures[figures["metric"].eq("auc") & figures["detector"].eq(detector)]
+        if len(row) != 1:
+            raise InputError(f"figures must have one auc row for detector {detector!r}, found {len(row)}")
+        return float(row["value"].iloc[0]), float(row["low"].iloc[0]), float(row["high"].iloc[0])
+    return float(np.trapezoid(curve["tpr"], curve["fpr"])), float("nan"), float("nan")
+
+
+def plot_training(metrics: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Main accuracy and attack success rate (ASR) over rounds: mean over seeds, band = 95 % bootstrap interval.
+
+    metrics: columns round, main_accuracy, asr and, where there are several, seed, filter (its name, "" without)
+    and control (bool). Without a filter lines are solid, with one dashed; control lines are thin and grey;
+    the rate has dots.
+    """
+    ax = plt.gca() if ax is None else ax
+    table = metrics.assign(
+        control=is_control(metrics),
+        seed=metrics.get("seed", 0),
+        filter=metrics["filter"].fillna("").astype(str) if "filter" in metrics else "",
+    )
+    filters = sorted(table["filter"].unique())
+    both = len(table["control"].unique()) > 1
+    rounds = table["round"].nunique()
+    for (control, name, measure), part in _lines_of(table):
+        label, colour, marker = MEASURES[measure]
+        beside = bool(control) and both
+        sns.lineplot(
+            part, x="round", y=measure, ax=ax, color="0.5" if beside else colour, seed=0, n_boot=500,
+            linestyle=DASHES[filters.index(name) % len(DASHES)], linewidth=0.9 if beside else 1.8,
+            marker=marker, markersize=3 if beside else 5, markeredgewidth=0, markevery=max(1, rounds // 6),
+            label=label + (f", filter {plain(name)}" if name else "") + (", no attack" if beside else ""),
+            errorbar=("ci", 95) if not beside else None, err_kws={"linewidth": 0, "alpha": 0.2},
+        )  # fmt: skip
+    seeds = table["seed"].nunique()
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set(ylim=(-0.02, 1.02), ylabel="share of test samples")
+    ax.set_xlabel("round" + (f" (mean of {seeds} seeds, band: 95 % interval)" if seeds > 1 else " (one seed)"))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend = ax.legend(**BELOW, ncols=2)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return titled(ax, _training_finding(table))
+
+
+def _lines_of(table: pd.DataFrame) -> list[tuple[tuple[bool, str, str], pd.DataFrame]]:
+    """The lines to draw, the control's first so that they lie below; measures without a number are left out."""
+    groups = sorted(table.groupby(["control", "filter"]), key=lambda group: (not group[0][0], group[0][1]))
+    return [
+        ((bool(control), str(name), measure), part.dropna(subset=[measure]))
+        for (control, name), part in groups
+        for measure in MEASURES
+        if part[measure].notna().any()
+    ]
+
+
+def _training_finding(table: pd.DataFrame) -> str:
+    """ASR at the end against the control, and what a filter makes of it; main accuracy where nothing attacks."""
+    end = table[table["round"].eq(table.groupby(["control", "filter", "seed"])["round"].transform("max"))]
+    means = {key: part[["main_accuracy", "asr"]].mean().tolist() for key, part in end.groupby(["control", "filter"])}
+    attacked = {str(name): mean for (control, name), mean in means.items() if not control}
+    free = {str(name): mean for (control, name), mean in means.items() if control}
+    if not attacked:
+        accuracy, rate = free.get("", next(iter(free.values())))
+        return f"No attack: main accuracy {accuracy:.2f}" + (f", ASR {rate:.2f}" if np.isfinite(rate) else "")
+    accuracy, rate = attacked.get("", next(iter(attacked.values())))
+    if np.isnan(rate):
+        return f"Main accuracy {accuracy:.2f}"
+    chance = free.get("", next(iter(free.values()), (np.nan, np.nan)))[1]
+    beside = f" (control {chance:.2f})" if np.isfinite(chance) else ""
+    filtered = [mean for name, mean in attacked.items() if name]
+    if "" not in attacked or not filtered:
+        return f"ASR {rate:.2f}{beside}, main accuracy {accuracy:.2f}"
+    kept, lowered = min(filtered, key=lambda mean: mean[1])
+    verb = "The filter lowers ASR" if lowered < rate - 0.1 else "The filter does not lower ASR"
+    return f"{verb}: {rate:.2f} to {lowered:.2f}{beside}, main accuracy {accuracy:.2f} to {kept:.2f}"

@@ -1,0 +1,61 @@
+"""Names, numbers and conditions in words."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+SHORT = {
+    "attack": "{}", "schedule": "{}", "partition": "{}", "task": "{}", "num_malicious": "{} malicious",
+    "num_clients": "{} clients", "learning_rate": "lr {}", "poison_rate": "poison rate {}",
+    "detector": "filter {}", "aggregator": "aggregator {}",
+}  # fmt: skip
+
+
+def plain(name: Any, most: int = 24) -> str:
+    """A name from outside, safe to draw: printable ASCII, other characters as escapes, the middle of long ones cut."""
+    text = str(name).encode("ascii", "backslashreplace").decode()
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2 - 3) :]}"
+
+
+def conditions(settings: Sequence[Mapping[Any, Any]]) -> list[str]:
+    """A short line per condition, "trigger, 2 malicious, lr 0.1", of its varied settings; unset ones are left out.
+
+    The settings of a component, as in "trigger(size=3)", are left out where its name alone tells it apart.
+    """
+    names = list(dict.fromkeys(name for row in settings for name in row))
+    columns = {name: _short_values([row.get(name) for row in settings]) for name in names}
+    texts = [[phrase(name, columns[name][i]) for name in names] for i in range(len(settings))]
+    return [", ".join(filter(None, row)) or "all runs" for row in texts]
+
+
+def phrase(name: Any, value: Any) -> str:
+    """One setting in words, "lr 0.1"; "" for none."""
+    if value is None or value in ("", "none") or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    text = f"{value:g}" if isinstance(value, int | float | np.number) else plain(value, 60)
+    return SHORT.get(str(name), f"{plain(name)} {{}}").format(text)
+
+
+def _short_values(values: Sequence[Any]) -> list[Any]:
+    bare = [re.sub(r"\([^()]*\)", "", value) if isinstance(value, str) else value for value in values]
+    return bare if len(set(map(str, bare))) == len(set(map(str, values))) else list(values)
+
+
+def count(number: int, what: str) -> str:
+    """ "1 seed", "3 seeds"."""
+    return f"{number} {what}" + ("s" if number != 1 else "")
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with the digits that matter: 0.4 %, 12 %."""
+    value = round(100 * share, 1)
+    digits = 0 if value >= 10 or value == round(value) else 1
+    return f"{value:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """A figure with its interval, "0.97 [0.93, 1.00]"; without one where there is a single seed."""
+    return f"{value:.2f}" if np.isnan(low) else f"{value:.2f} [{low:.2f},\N{NO-BREAK SPACE}{high:.2f}]"

@@ -1,0 +1,218 @@
+"""The gauntlet's figures: from the scores of single runs to gauntlet.csv and gauntlet.html."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gradlens.detectors.panel import Observed, Panel, panel
+from gradlens.evaluation import bootstrap, evaluate, per_client
+from simulations import Scenario
+
+FREE = 1_000  # the first seed of the attack-free runs that calibrate (even ones) and test (odd ones)
+WORKS = 0.2  # ASR above its control, or main accuracy below it for an attack without a target
+RATES = {"1": 0.01, "5": 0.05}
+ADAPTIVE = {  # made to pass for benign
+    "constrain_and_scale", "norm_bound", "layer_substitution", "train_and_scale", "hiding", "a_little_is_enough",
+    "min_max", "min_sum", "mimic",
+}  # fmt: skip
+LOOKS_BACK = {  # whose last score of a client speaks for all of its rounds; of the others the mean does
+    "accumulated_norms", "accumulated_spectral", "accumulated_neighbours", "label_drift_residual", "persistence",
+    "foolsgold", "fldetector", "flanders", "panel", "panel (clean stretch)", "panel (each cohort)",
+}  # fmt: skip
+PANEL, STRETCH, COHORT = "panel", "panel (clean stretch)", "panel (each cohort)"
+KEYS = ["task", "setting", "partition", "family"]
+COLUMNS = [
+    "detector", "family", "adaptive", "works", "partition", "per", "metric", "value", "low", "high", "seeds", "bound",
+    "task", "setting",
+]  # fmt: skip
+METRICS = ("auc", "tpr_1", "tpr_5", "fpr_1", "fpr_5")
+
+
+def family(attack: Iterable[str]) -> str:
+    """The name in ATTACKS of what an attack of several parts is about: what comes with a plain trigger, or the data."""
+    first, *others = list(attack) or ["none"]
+    if first != "trigger" or not others:
+        return first
+    return next((name for name in others if name != "scaling"), "scaling")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What every detector said of every update of one run."""
+
+    scenario: Scenario
+    setting: str
+    arrays: Mapping[str, np.ndarray]
+
+    @classmethod
+    def read(cls, path: Path, scenario: Scenario, setting: str) -> "Scores":
+        """What `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(scenario, setting, dict(file))
+
+    @property
+    def cell(self) -> dict[str, str]:
+        """Task, setting, partition and family."""
+        scenario = self.scenario
+        rest = ", every third round" if "alternating" in scenario.schedule else ""
+        return {
+            "task": scenario.task,
+            "setting": ("sampled" if scenario.clients_per_round else "full") + rest,
+            "partition": next(iter(scenario.partition)),
+            "family": family(scenario.attack),
+        }
+
+    @property
+    def free(self) -> bool:
+        """Whether it is one of the attack-free runs that calibrate or test."""
+        return self.scenario.is_control and self.scenario.seed >= FREE
+
+    @property
+    def gain(self) -> float:
+        """By how much the attack works: ASR above its control, or main accuracy below it where there is no target."""
+        asr, control_asr, accuracy, control_accuracy = self.arrays["asr"]
+        return float(control_accuracy - accuracy if np.isnan(asr) else asr - control_asr)
+
+    @cached_property
+    def seen(self) -> Observed:
+        """What the panel saw of the run."""
+        of = self.arrays
+        return Observed(of["positions"], of["seen_clients"], tuple(of["features"].tolist()), of["values"])
+
+    def updates(self, score: np.ndarray, flag: np.ndarray) -> pd.DataFrame:
+        """A row per update: round, client, score, flag, abstained, malicious, compromised, seed."""
+        abstained = np.isnan(score)
+        return pd.DataFrame(
+            {
+                "round": self.arrays["round"],
+                "client": self.arrays["client"],
+                "score": np.where(abstained, 0, score).astype(np.float64),
+                "flag": np.where(abstained, 0, flag).astype(bool),
+                "abstained": np.where(abstained, "cannot say", ""),
+                "malicious": self.arrays["poisoned"],
+                "compromised": self.arrays["compromised"],
+                "seed": self.scenario.seed,
+            }
+        )
+
+    def of(self, detector: str) -> pd.DataFrame:
+        """The updates with one detector's scores."""
+        score, flag = self.arrays["answers"][self.arrays["detectors"].tolist().index(detector)]
+        return self.updates(score, flag)
+
+
+def save(path: Path, arrays: Mapping[str, Any]) -> None:
+    """The arrays of one run as a file, whole or not at all."""
+    part = path.with_suffix(".part.npz")
+    np.savez_compressed(part, **arrays)
+    os.replace(part, path)
+
+
+def write(results: Sequence[Scores], out: Path) -> None:
+    """The table as CSV and the page."""
+    import gauntlet_page
+
+    table = figures(results)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out.with_suffix(".csv"), index=False, float_format="%.5g")
+    gauntlet_page.write(table, results, out.with_suffix(".html"))
+    print(f"{len(results)} runs, {len(table)} figures: {out.with_suffix('.csv')}, {out.with_suffix('.html')}")
+
+
+def figures(results: Sequence[Scores]) -> pd.DataFrame:
+    """Every figure of every detector in every cell, in the columns of gauntlet.csv."""
+    works = _works(results)
+    tables = []
+    for runs in _nulls(results).values():
+        free = [run for run in runs if run.free]
+        halves = [run for run in free if run.scenario.seed % 2 == 0], [run for run in free if run.scenario.seed % 2]
+        tested = [*halves[1], *(run for run in runs if not run.scenario.is_control)]
+        names = [name for name in runs[0].arrays["detectors"].tolist() if not name.startswith(PANEL)]
+        tables += [_evaluated(n, [r.of(n) for r in halves[0]], [(r, r.of(n)) for r in tested]) for n in names]
+        tables += _panels(halves[0], tested)
+    table = pd.concat(tables, ignore_index=True)
+    table["works"] = [int(works.get(tuple(key), False)) for key in table[KEYS].itertuples(index=False, name=None)]
+    table["adaptive"] = table["family"].isin(ADAPTIVE).astype(int)
+    table = table[table["metric"].isin(METRICS) & table["value"].notna()]
+    return table.sort_values([*KEYS, "detector", "per"], kind="stable")[COLUMNS].reset_index(drop=True)
+
+
+def _works(results: Sequence[Scores]) -> dict[tuple[str, ...], bool]:
+    gains: dict[tuple[str, ...], list[float]] = {}
+    for run in results:
+        if not run.scenario.is_control:
+            gains.setdefault(tuple(run.cell.values()), []).append(run.gain)
+    return {cell: bool(np.mean(each) >= WORKS) for cell, each in gains.items()}
+
+
+def _nulls(results: Sequence[Scores]) -> dict[tuple[object, ...], list[Scores]]:
+    """The runs that share a null: those of a task, a partition and a way of drawing clients."""
+    groups: dict[tuple[object, ...], list[Scores]] = {}
+    for run in results:
+        key = (run.scenario.task, run.cell["partition"], run.scenario.clients_per_round is not None)
+        groups.setdefault(key, []).append(run)
+    return groups
+
+
+def _evaluated(
+    detector: str, null: Sequence[pd.DataFrame], tested: Sequence[tuple[Scores, pd.DataFrame]]
+) -> pd.DataFrame:
+    """The figures of one detector, its thresholds set on the null, per update and per client."""
+    scores = pd.concat([frame.assign(**run.cell) for run, frame in tested], ignore_index=True).assign(detector=detector)
+    free = pd.concat(null, ignore_index=True).assign(detector=detector)
+    how = "last" if detector in LOOKS_BACK else "mean"
+    parts = [evaluate(scores, KEYS, free).assign(per="update")]
+    parts.append(evaluate(per_client(scores, KEYS, how), KEYS, per_client(free, (), how)).assign(per="client"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _panels(calibrating: Sequence[Scores], tested: Sequence[Scores]) -> list[pd.DataFrame]:
+    """The panel under the three nulls of `calibrate`: attack-free runs, the run's first rounds, each cohort itself."""
+    built = panel()
+    assert isinstance(built, Panel)
+    fitted, scores = built.fitted([run.seen for run in calibrating])
+    each = np.split(scores, np.cumsum([len(run.seen.values) for run in calibrating])[:-1])
+    null = [_panelled(run, of_run) for run, of_run in zip(calibrating, each, strict=True)]
+    tables = [_evaluated(PANEL, null, [(run, _panelled(run, fitted.scores(run.seen))) for run in tested])]
+    for name in (STRETCH, COHORT):
+        for metric in RATES:
+            asked = [run for run in tested if f"{name}@{metric}" in run.arrays["detectors"]]
+            frames = [run.of(f"{name}@{metric}").assign(**run.cell, detector=name) for run in asked]
+            if frames:
+                tables.append(_flagged(pd.concat(frames, ignore_index=True), metric))
+    return tables
+
+
+def _panelled(run: Scores, scores: np.ndarray) -> pd.DataFrame:
+    """The updates of a run with a panel's scores of what it saw [row]; who is not comparable keeps +inf."""
+    known = run.of(PANEL)["score"].to_numpy().copy()
+    known[np.isfinite(known)] = scores
+    return run.updates(known, np.isinf(known))
+
+
+def _flagged(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Shares of malicious and of benign ones that a calibrated detector flags, per update and per client."""
+    answered = scores.assign(score=scores["flag"].astype(float))  # a client's last flag is its last score
+    rows = []
+    for per, table in (("update", _poisoned_or_benign(answered)), ("client", per_client(answered, KEYS, "last"))):
+        for key, cell in table.groupby([*KEYS, "detector", "malicious"], sort=False):
+            values = cell.groupby("seed")["score"].mean().to_numpy()
+            low, high = bootstrap(values)
+            name = f"{'tpr' if key[-1] else 'fpr'}_{metric}"
+            row = dict(zip([*KEYS, "detector"], key[:-1], strict=True)) | {"per": per, "metric": name, "bound": ""}
+            row |= {"value": values.mean(), "low": low, "high": high, "seeds": len(values)}
+            if name.startswith("fpr") and not cell["score"].any():
+                limit = 1 - 0.05 ** (1 / len(cell))
+                row |= {"value": limit, "low": 0.0, "high": limit, "bound": "<="}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _poisoned_or_benign(updates: pd.DataFrame) -> pd.DataFrame:
+    return updates[updates["malicious"] | ~updates["compromised"]]

@@ -1,0 +1,206 @@
+"""The panel: what it looks at, what it learns from a null, and that its score is what its evidence says."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import planted
+from gradlens.detectors import calibrate
+from gradlens.detectors.panel import GROUPS, PARTS, Fit, Observed, Panel, Reference, panel
+from gradlens.log import InputError, Round, UpdateLog
+from gradlens.scorers import robustly_scaled
+from gradlens.statistics import layer_cosines, layer_norms
+
+NULLS = [planted.clean_log(rounds=4, seed=seed) for seed in range(1, 13)]
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Panel:
+    return panel().fitted(NULLS)[0]
+
+
+def watched(rng: np.random.Generator, rows: int = 400, features: int = 4) -> np.ndarray:
+    """Rows of correlated features: all of them are one number and a little of their own."""
+    return rng.normal(size=(rows, 1)) + 0.1 * rng.normal(size=(rows, features))
+
+
+def test_every_part_has_a_column_for_every_layer():
+    names, values = panel().seen(planted.clean_log())
+    assert names == tuple(f"{part}: {layer}" for part in PARTS for layer in planted.LAYERS)
+    assert values.shape == (12, len(PARTS) * len(planted.LAYERS))
+    np.testing.assert_allclose(np.median(values, axis=0), 0, atol=1e-12)
+
+
+def test_parts_of_one_round_are_averaged_over_a_clients_rounds():
+    """By hand: each round's numbers in robust sigmas, at most 20, their mean, minus the cohort's median of those."""
+    log = planted.PLANTED["boosted"].log(rounds=3)
+    rounds = [np.log(layer_norms(prefix).to_numpy()) for prefix in log.prefixes()]
+    mean = np.mean([np.clip(robustly_scaled(x), -20, 20) for x in rounds], axis=0)
+    names, values = panel().seen(log)
+    columns = [names.index(f"size: {layer}") for layer in planted.LAYERS]
+    np.testing.assert_allclose(values[:, columns], mean - np.median(mean, axis=0), rtol=1e-9)
+
+
+def test_a_client_is_averaged_over_the_rounds_it_took_part_in():
+    log = planted.clean_log(rounds=3)
+    present = [np.arange(12), np.arange(8), np.arange(12)]
+    part = UpdateLog(log.model, [r.take(rows) for r, rows in zip(log, present, strict=True)])
+    tables = [layer_cosines(prefix) for prefix in part.prefixes()]
+    z = [robustly_scaled(table.to_numpy()) for table in tables]
+    expected = np.stack([(z[0] + z[2])[row] / 2 for row in range(8, 12)])
+    names, values = panel().seen(part)
+    column = names.index("direction: fc1.weight")
+    found = values[8:, column] - values[8, column]
+    np.testing.assert_allclose(found, expected[:, 0] - expected[0, 0], rtol=1e-9)
+
+
+def test_in_the_first_round_nothing_has_added_up():
+    names, values = panel().seen(planted.PLANTED["boosted"].log()[:1])
+    late = [i for i, name in enumerate(names) if name.startswith(("accumulated", "persistence"))]
+    assert not values[:, late].any()
+    assert values[:, 0].any()
+
+
+def test_fit_against_a_naive_mahalanobis_distance(rng):
+    """With many rows the shrinkage fades: scale, arcsinh, mean and inverse covariance written out."""
+    rows = watched(rng, 20_000)
+    fit = Fit.of(rows)
+    low, high = np.quantile(rows, [0.01, 0.99], axis=0)
+    scale = np.sqrt(np.mean(np.clip(rows, low, high) ** 2, axis=0))
+    drawn = np.arcsinh(rows / scale)
+    precision = np.linalg.inv(np.cov(drawn.T, ddof=0))
+    z = np.arcsinh(rows[:50] / scale) - drawn.mean(axis=0)
+    expected = [row @ precision @ row / len(row) for row in z]
+    np.testing.assert_allclose(fit.contributions(rows[:50]).sum(axis=1), expected, rtol=0.05)
+
+
+def test_what_breaks_the_pattern_is_farther_out_than_what_is_large(rng):
+    """Every feature of the second client is usual; together they are not."""
+    fit = Fit.of(watched(rng))
+    large, odd = np.full((1, 4), 2.5), np.array([[1.0, -1.0, 1.0, -1.0]])
+    distance = fit.contributions(np.concatenate([large, odd])).sum(axis=1)
+    assert distance[1] > 5 * distance[0]
+
+
+def test_evidence_adds_up_to_the_squared_score(fitted):
+    verdict = fitted(planted.PLANTED["boosted"].log())
+    assert verdict.evidence is not None
+    np.testing.assert_allclose(verdict.evidence.sum(axis=1), verdict.scores**2, rtol=1e-9)
+    assert verdict.evidence.sum(axis=1).idxmax() == planted.CULPRIT
+
+
+@pytest.mark.parametrize("case", ["boosted", "turned", "shifted class", "drifting", "equal pair"])
+def test_fitted_it_ranks_every_planted_case_first(fitted, case):
+    found = planted.PLANTED[case]
+    verdict = fitted(found.log(rounds=4, seed=50))
+    guilty = np.isin(verdict.clients, found.culprits)
+    assert verdict.scores[guilty].min() > verdict.scores[~guilty].max()
+
+
+def test_calibrated_on_attack_free_logs_its_rate_holds_on_others():
+    detector = calibrate(panel(), NULLS, fpr=0.1)
+    fresh = [planted.clean_log(rounds=4, seed=seed) for seed in range(100, 120)]
+    flags = np.concatenate([detector(prefix).flags for log in fresh for prefix in log.prefixes()])
+    assert 0.03 < flags.mean() < 0.2  # of 960 that are not independent
+    assert "attack-free: 12 runs" in detector(fresh[0]).null
+
+
+def test_null_scores_are_out_of_sample(rng):
+    """Each of two logs is scored by the other one; of one log, each fifth of the clients by the others."""
+    rows = [watched(rng, 30, 8) for _ in "ab"]
+    clients = np.arange(30).astype(str)
+    seen = [Observed(np.zeros(30, int), clients, tuple("abcdefgh"), values) for values in rows]
+    expected = [Fit.of(rows[1 - k]).contributions(rows[k]).sum(axis=1) for k in range(2)]
+    np.testing.assert_allclose(Reference.of(seen).scores_out_of_sample() ** 2, np.concatenate(expected), rtol=1e-9)
+    alone = Reference.of(seen[:1])
+    fifth = alone.fold == 3
+    expected = Fit.of(rows[0][~fifth]).contributions(rows[0][fifth]).sum(axis=1)
+    np.testing.assert_allclose(alone.scores_out_of_sample()[fifth] ** 2, expected, rtol=1e-9)
+
+
+def test_one_declared_stretch_is_a_null_of_its_own():
+    log = planted.PLANTED["boosted"].log(rounds=8)
+    clean = planted.clean_log(rounds=8)
+    both = UpdateLog(log.model, [*clean[:5], *log[5:]])
+    detector = calibrate(panel(), both[:5], fpr=0.05)
+    verdict = detector(both)
+    assert verdict.scores.argmax() == list(verdict.clients).index(planted.CULPRIT)
+    assert "declared clean: rounds 0 to 4" in verdict.null
+
+
+def test_rows_of_rounds_as_late_are_its_reference(rng):
+    """Early rows are small and late ones large: each round is compared with its own kind."""
+    early, late = watched(rng, 100), 10 * watched(rng, 100)
+    positions = np.repeat([0, 9], 100)
+    seen = Observed(positions, np.tile(np.arange(100).astype(str), 2), tuple("abcd"), np.concatenate([early, late]))
+    reference = Reference.of([seen, seen])
+    one = np.full((1, 4), 10.0)
+    distances = [reference.at(p, seen.features).contributions(one).sum() for p in (0, 2, 8, 20)]
+    assert distances[0] == distances[1] > 4 * distances[2]
+    assert distances[2] == distances[3]
+
+
+def test_a_null_of_another_model_is_refused(fitted):
+    state = {"w.weight": np.zeros((3, 4), np.float32), "w.bias": np.zeros(3, np.float32)}
+    rng = np.random.default_rng(0)
+    rows = {name: rng.normal(size=(6, *a.shape)).astype(np.float32) for name, a in state.items()}
+    other = planted.log_of(rows, state)
+    with pytest.raises(InputError, match="another model"):
+        fitted(other)
+    with pytest.raises(InputError, match="one model"):
+        panel().fitted([NULLS[0], other])
+
+
+def test_a_null_without_enough_to_leave_out_is_refused():
+    seen = Observed(np.zeros(4, int), np.array(["a"] * 4), ("x",), np.ones((4, 1)))
+    with pytest.raises(InputError, match="two logs, or two clients"):
+        Reference.of([seen]).scores_out_of_sample()
+    with pytest.raises(InputError, match="comparable clients, found none"):
+        panel().fitted([planted.clean_log(clients=planted.CLIENTS[:2])])
+    with pytest.raises(InputError, match="no reference"):
+        panel().scores(seen)
+
+
+def test_scores_of_what_was_seen_are_those_of_the_verdicts(fitted):
+    log = planted.PLANTED["turned"].log()
+    expected = np.concatenate([fitted(prefix).scores for prefix in log.prefixes()])
+    np.testing.assert_allclose(fitted.scores(fitted.observed(log)), expected, rtol=1e-9)
+
+
+def test_a_model_of_many_layers_is_seen_in_groups():
+    state = {f"layer{i:02d}.weight": np.zeros((2, 2), np.float32) for i in range(20)}
+    state |= {"out.weight": np.zeros((3, 2), np.float32), "out.bias": np.zeros(3, np.float32)}
+    rng = np.random.default_rng(0)
+    rows = {name: rng.normal(size=(5, *a.shape)).astype(np.float32) for name, a in state.items()}
+    log = planted.log_of(rows, state)
+    names, values = panel().seen(log)
+    assert values.shape[1] == len(names) == len(PARTS) * GROUPS
+    assert names[0] == "size: layer00.weight to layer03.weight"
+    assert names[GROUPS - 2 : GROUPS] == ("size: out.weight", "size: out.bias")
+    single = np.log(layer_norms(log).to_numpy())
+    z = robustly_scaled(single)
+    centred = z - np.median(z, axis=0)
+    np.testing.assert_allclose(values[:, 0], centred[:, :4].mean(axis=1), rtol=1e-9)
+
+
+def test_uncalibrated_it_rests_on_the_cohort_and_says_so():
+    verdict = panel()(planted.clean_log())
+    assert verdict.null == "uncalibrated: each cohort itself"
+    assert not verdict.abstained
+
+
+def test_an_absurd_round_of_the_past_changes_nobody_else(fitted):
+    """A client that sends NaN once is looked at again when it answers in order."""
+    log = planted.clean_log(rounds=5)
+    rounds = [planted.with_client_at(log, np.nan)[k] if k == 2 else log[k] for k in range(5)]
+    verdict = fitted(UpdateLog(log.model, rounds))
+    assert np.isfinite(verdict.scores).all()
+
+
+def test_refused_clients_stay_flagged_when_it_is_calibrated(fitted):
+    log = planted.clean_log()
+    last: Round = replace(log[-1], refused={"z": "no"})
+    verdict = calibrate(fitted, None)(UpdateLog(log.model, [*log[:3], last]))
+    assert verdict.clients[-1] == "z"
+    assert verdict.flags[-1]
