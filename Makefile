@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install demo test check bench reports notebooks clean
+.PHONY: install demo test check bench reports gauntlet notebooks clean
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ reports: $(STAMP)  ## the committed reports, from real data; what has run alread
 	$(BIN)/gradlens simulate simulations/scenarios/attacks_data.toml -o runs/attacks_data
 	$(BIN)/gradlens simulate simulations/scenarios/replacement.toml -o runs/replacement
 	$(BIN)/python reports/attack_table.py runs/attacks runs/attacks_data runs/replacement
+
+gauntlet: export GRADLENS_DATA ?= ../shared/data
+gauntlet: $(STAMP)  ## every detector against every attack; a part: make gauntlet SEEDS=7,8 FAMILIES=trigger,label_flip
+	$(BIN)/python reports/gauntlet.py $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FAMILIES),--families $(FAMILIES)) $(if $(BENIGN),--benign $(BENIGN))
 
 notebooks: $(STAMP)  ## opens the notebooks
 	$(BIN)/jupyter lab notebooks

@@ -75,10 +75,7 @@ def suspected_labels(log: UpdateLog, rounds: Collection[int] | None = None) -> p
     client that is not malicious has a largest surplus as well: strength says whether it is one to speak of.
     Raises: CannotSay below 3 comparable clients or without a final layer, InputError if a round is not in the log.
     Source: the identity is Jebreel et al. 2022, arXiv:2207.01982, eq. (1); the baselines and the component are our
-    own, chosen on simulations of digits and Fashion-MNIST. There, in the first three attacked rounds after some without
-    attack, on iid data, the target of plain and scaled triggers and flips was right in 92 to 100 % of the attackers'
-    updates, under explicit boosting and layer substitution in as few as a third; flips from the first round on: 65 %.
-    Under label skew (Dirichlet 0.5) it was right for over 90 % of triggers, for less than half of flips.
+    own, chosen on simulations of digits and Fashion-MNIST; `reports/gauntlet.html` has how often they are right.
     """
     round_ = cohort(log)
     evidence, count = _accumulated(log, _final_layer(log), rounds)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from gradlens.log import InputError
@@ -59,5 +60,6 @@ def _end_with(lifeline: Connection) -> None:
         lifeline.poll(None)
         os._exit(1)
 
+    threadpool_limits(1)  # the workers themselves keep the cores busy
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that ends like this leaves behind
     threading.Thread(target=watch, daemon=True).start()

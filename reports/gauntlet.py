@@ -17,11 +17,14 @@ from pathlib import Path
 
 import gauntlet_tables
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 import gradlens
+from gradlens.attribution import suspected_labels
 from gradlens.detectors import DETECTORS, Detector, calibrate
 from gradlens.detectors.panel import Panel, panel
+from gradlens.log import CannotSay, UpdateLog
 from gradlens.processes import processes
 from gradlens.run import Run
 from simulations import Scenario, load_sweep, run_sweep
@@ -29,7 +32,10 @@ from simulations.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENARIOS = ROOT / "simulations" / "scenarios"
+OUT = ROOT / "reports" / "gauntlet"
+WHOLE = 5  # seeds of a gauntlet that the README shows
 SETTINGS = ("digits", "fashion_mnist", "sampled")
+EARLY = 3  # attacked rounds in which the target label is named
 NEEDS = {"fltrust"}  # what the server would have to hold data for is not asked
 
 
@@ -39,14 +45,16 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0,1,2,3,4", help="seeds of the attacked runs (default: 0,1,2,3,4)")
     parser.add_argument("--families", default="", help="attacks by the names of ATTACKS, with commas (default: all)")
     parser.add_argument("--settings", default=",".join(SETTINGS), help=f"(default: {','.join(SETTINGS)})")
-    parser.add_argument("--benign", type=int, default=2_000, help="attack-free clients of a cell (default: 2000)")
+    parser.add_argument("--benign", type=int, help="attack-free clients of a cell (default: 2000, of a part 400)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "gauntlet", help="(default: runs/gauntlet)")
-    parser.add_argument("--out", type=Path, default=ROOT / "reports" / "gauntlet", help="without its ending")
+    parser.add_argument("--out", type=Path, default=OUT, help="without its ending")
     parser.add_argument("--keep", action="store_true", help="keep the logs of the runs, 45 GB of them")
     asked = parser.parse_args(words)
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     families = [name for name in asked.families.split(",") if name]
+    whole = len(seeds) >= WHOLE and not families and asked.settings == ",".join(SETTINGS) and asked.out == OUT
+    benign = asked.benign or (2_000 if whole else 400)
     results = []
     with processes(asked.workers) as pool:
         for setting in asked.settings.split(","):
@@ -54,11 +62,11 @@ def main(words: Sequence[str] | None = None) -> None:
                 print(f"{setting}: left out, its dataset is not here; name its folder in GRADLENS_DATA")
                 continue
             chosen = cells(setting, seeds, families)
-            free = attack_free(setting, asked.benign)
+            free = attack_free(setting, benign)
             results += analysed(setting, [*chosen, *free], asked.runs, pool, keep=asked.keep)
     if not results:
         raise SystemExit(f"gauntlet: no attack of {asked.families or 'the scenarios'} is in {asked.settings}")
-    gauntlet_tables.write(results, asked.out)
+    gauntlet_tables.write(results, asked.out, ROOT / "README.md" if whole else None)
 
 
 @cache
@@ -151,6 +159,14 @@ def calibrated_panels(run: Run) -> dict[str, Detector]:
     return found
 
 
+def name_labels(log: UpdateLog) -> pd.Series:
+    """The label that each client of the last round seems to push towards, -1 where none can be named."""
+    try:
+        return suspected_labels(log)["target"].fillna(-1).astype(np.int64)
+    except CannotSay:
+        return pd.Series(-1, index=log[-1].clients)
+
+
 def clean_rounds(run: Run) -> int:
     """How many rounds every run of its setting begins with in which nobody attacks."""
     scenario = load_sweep(SCENARIOS / f"gauntlet_{run.path.parent.name}.toml", seed=0).scenarios[-1]
@@ -170,6 +186,8 @@ def analyse(folder: Path, scores: Path, control_asr: float, control_accuracy: fl
         for name, verdict in verdicts.items():
             said = np.nan if verdict.abstained else 1.0
             answers[name].append(np.stack([verdict.scores * said, verdict.flags * said]).astype(np.float32))
+    first = clean_rounds(run)
+    early = [name_labels(run.log[: k + 1]) for k in range(first, min(first + EARLY, len(run.log)))]
     watcher = detectors[gauntlet_tables.PANEL]
     assert isinstance(watcher, Panel)
     seen = watcher.observed(run.log)
@@ -186,6 +204,9 @@ def analyse(folder: Path, scores: Path, control_asr: float, control_accuracy: fl
             "detectors": np.array(list(detectors)),
             "answers": np.stack([np.concatenate(answers[name], axis=1) for name in detectors]),
             "asr": np.array([float(asr), control_asr, accuracy(run), control_accuracy]),
+            "early": np.concatenate([np.full(len(names), first + k) for k, names in enumerate(early)]),
+            "early_clients": np.concatenate([names.index.to_numpy(str) for names in early]),
+            "targets": np.concatenate([names.to_numpy() for names in early]),
             "positions": seen.positions,
             "seen_clients": seen.clients,
             "features": np.array(seen.features),

@@ -17,6 +17,9 @@ NAMES = {"fashion_mnist": "Fashion-MNIST", "digits": "digits"}
 PARTITIONS = {"iid": "iid", "dirichlet": "Dirichlet 0.5"}
 ENOUGH = 0.5  # TPR at 5 % FPR below which a detector finds too little to be called working
 INTERVAL = ("value", "low", "high")
+BEGIN, END = "<!-- gauntlet -->", "<!-- /gauntlet -->"
+BEFORE = "## The attacks, measured"
+TOP = 10  # detectors in the README
 MOST = 8  # rows of a picture's cells that are named
 
 
@@ -31,10 +34,59 @@ def write(figures: pd.DataFrame, results: Sequence[tables.Scores], path: Path) -
         section("cells", "Cell by cell", _heat_maps(working)),
         section("hard", "Clients drawn at random, attackers that come and go", _hard(client)),
         section("panel", "The panel under the three nulls", _panels(figures)),
+        section("labels", "Which label the attackers want", _labels(results)),
         section("weak", "Cells in which the attack does not work", _weak(figures, results)),
     ]
     page = render("Gauntlet", _lead(results), _findings(figures, working, ranked), sections)
     write_page(page, path)
+
+
+def readme(text_of_readme: str, figures: pd.DataFrame) -> str:
+    """The README with its section on the detectors written anew from the figures of gauntlet.csv."""
+    marked = f"{BEGIN}\n{readme_section(figures)}\n{END}"
+    if BEGIN not in text_of_readme:
+        return text_of_readme.replace(BEFORE, f"{marked}\n\n{BEFORE}", 1)
+    before, rest = text_of_readme.split(BEGIN, 1)
+    return before + marked + rest.split(END, 1)[1]
+
+
+def readme_section(figures: pd.DataFrame) -> str:
+    """The README's section on the detectors."""
+    client = figures[figures["per"].eq("client")]
+    working, free = client[client["works"].eq(1)], client[client["family"].eq("none") & client["metric"].eq("fpr_5")]
+    ranked = ranking(working)
+    lines = ["| detector | AUC | TPR at 5 % FPR | TPR at 1 % FPR | 5 %, nobody hides | attack-free at 5 % |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for name, row in ranked.head(TOP).iterrows():
+        alarms = free[free["detector"].eq(name)]["value"].mean()
+        cells = [number(row["auc"]), _share(row["tpr_5"]), _share(row["tpr_1"]), _share(row["tpr_5_plain"])]
+        lines.append(f"| `{name}` | {' | '.join([*cells, _share(alarms)])} |")
+    lead = (
+        f"{len(ranked)} detectors against {working['family'].nunique()} attacks that work, in {_cells(working)} cells "
+        "(task, partition, attack, way of drawing clients), per client over a run; thresholds come from attack-free "
+        f"runs of other seeds. The {min(TOP, len(ranked))} best on average; all of them, cell by cell with intervals, "
+        "are in [`reports/gauntlet.html`](reports/gauntlet.html). `make gauntlet` runs it, "
+        "`make gauntlet SEEDS=7,8 FAMILIES=trigger` a part of it."
+    )
+    return "\n\n".join(["## The detectors, measured", lead, "\n".join(lines), *_hard_sentences(client)])
+
+
+def _hard_sentences(client: pd.DataFrame) -> list[str]:
+    """What the panel and the best other detector find where only a fifth of the clients takes part in a round."""
+    sampled = client[client["setting"].ne("full") & client["family"].ne("none") & client["metric"].eq("tpr_5")]
+    said = []
+    for setting, part in sampled.groupby("setting", sort=False):
+        own = part[part["detector"].eq(tables.PANEL)]
+        others = part[~part["detector"].str.startswith(tables.PANEL)].sort_values("value")
+        if len(own) and len(others):
+            first, other = own.iloc[0], others.iloc[-1]
+            found = measured(first["value"], first["low"], first["high"], first["bound"], share=True)
+            said.append(
+                f"{setting}: the panel {found}, the best other (`{other['detector']}`) {_share(other['value'])}"
+            )
+    if not said:
+        return []
+    return [f"Hardest is a trigger under label skew where each client is seen in few rounds. {'; '.join(said)}."]
 
 
 def ranking(working: pd.DataFrame) -> pd.DataFrame:
@@ -68,13 +120,13 @@ def _findings(figures: pd.DataFrame, working: pd.DataFrame, ranked: pd.DataFrame
     found = []
     if len(ranked):
         best, row = str(ranked.index[0]), ranked.iloc[0]
-        beside = [f"{name} {percent(ranked.loc[name, 'tpr_5'])}" for name in ranked.index[1:4]]
+        beside = [f"{name} {_share(ranked.loc[name, 'tpr_5'])}" for name in ranked.index[1:4]]
         found.append(
             finding(
                 "The best detector",
-                f"{best} finds {percent(row['tpr_5'])} of the malicious clients at 5 % false positives and "
-                f"{percent(row['tpr_1'])} at 1 %, on average over the {_cells(working)} cells in which the attack "
-                f"works ({percent(row['tpr_5_plain'])} and {percent(row['tpr_1_plain'])} where it does not hide).",
+                f"{best} finds {_share(row['tpr_5'])} of the malicious clients at 5 % false positives and "
+                f"{_share(row['tpr_1'])} at 1 %, on average over the {_cells(working)} cells in which the attack "
+                f"works ({_share(row['tpr_5_plain'])} and {_share(row['tpr_1_plain'])} where it does not hide).",
                 [f"Next: {listed(beside)}."],
             )
         )
@@ -97,9 +149,13 @@ def _findings(figures: pd.DataFrame, working: pd.DataFrame, ranked: pd.DataFrame
             else f"In each of the {len(best_of_cell)} cells some detector finds at least half of the malicious clients."
         )
         own = tpr[tpr["detector"].eq(tables.PANEL)].sort_values("value")
-        worst = [f"{_place(row)}, {row['family']}: {percent(row['value'])}" for _, row in own.head(4).iterrows()]
+        worst = [f"{_place(row)}, {row['family']}: {_share(row['value'])}" for _, row in own.head(4).iterrows()]
         found.append(finding("Where it fails", said, [f"The panel's weakest cells: {'; '.join(worst)}."]))
     return found
+
+
+def _share(value: float) -> str:
+    return "–" if np.isnan(value) else percent(value)
 
 
 def _place(row: pd.Series) -> str:
@@ -160,12 +216,12 @@ def _ranking(figures: pd.DataFrame, ranked: pd.DataFrame) -> list[Block]:
         {
             "detector": str(name),
             "AUC": number(row["auc"]),
-            "TPR at 5 %": percent(row["tpr_5"]),
-            "TPR at 1 %": percent(row["tpr_1"]),
-            "not adaptive, 5 %": percent(row["tpr_5_plain"]),
-            "attack-free, 5 %": percent(mean(alarms, str(name), "fpr_5")),
+            "TPR at 5 %": _share(row["tpr_5"]),
+            "TPR at 1 %": _share(row["tpr_1"]),
+            "not adaptive, 5 %": _share(row["tpr_5_plain"]),
+            "attack-free, 5 %": _share(mean(alarms, str(name), "fpr_5")),
             "per update: AUC": number(mean(by_update, str(name), "auc")),
-            "TPR at 5 % ": percent(mean(by_update, str(name), "tpr_5")),
+            "TPR at 5 % ": _share(mean(by_update, str(name), "tpr_5")),
         }
         for name, row in ranked.iterrows()
     ]
@@ -189,7 +245,7 @@ def _heat_maps(working: pd.DataFrame) -> list[Block]:
 
 def _heat_map(grid: pd.DataFrame, place: str) -> Block:
     best, worst = str(grid.index[0]), str(grid.columns[grid.max(axis=0).argmin()])
-    title = f"{place}: {best} finds most ({percent(grid.iloc[0].mean())}); {worst} hides best"
+    title = f"{place}: {best} finds most ({_share(grid.iloc[0].mean())}); {worst} hides best"
 
     def draw(canvas: Figure) -> None:
         ax = canvas.subplots()
@@ -242,7 +298,7 @@ def _panels(figures: pd.DataFrame) -> list[Block]:
             for per in ("client", "update"):
                 of = own[own["per"].eq(per)]
                 hits = of[of["works"].eq(1) & of["metric"].eq("tpr_5")]["value"].mean()
-                row[f"TPR at 5 %, per {per}"] = percent(hits) if hits == hits else "–"
+                row[f"TPR at 5 %, per {per}"] = _share(hits) if hits == hits else "–"
                 alarm = of[of["family"].eq("none") & of["metric"].eq("fpr_5")]
                 row[f"attack-free, per {per}"] = (
                     measured(*alarm[["value", "low", "high"]].iloc[0], alarm["bound"].iloc[0], share=True)
@@ -259,6 +315,26 @@ def _panels(figures: pd.DataFrame) -> list[Block]:
     return [text(about), table(rows, "Flags at 5 %; attack-free: what of benign clients is flagged.", folded=False)]
 
 
+def _labels(results: Sequence[tables.Scores]) -> list[Block]:
+    found = tables.named(results)
+    rows = []
+    for key, part in found.groupby(tables.KEYS, sort=False):
+        own = part.set_index("whose")
+        row = {"cell": _cell_name(key)}
+        for whose in ("attackers", "flagged"):
+            of = own.loc[whose] if whose in own.index else None
+            row[f"target right, {whose}"] = (
+                "–" if of is None else measured(of["value"], of["low"], of["high"], share=True)
+            )
+            row[f"updates, {whose}"] = "0" if of is None else str(int(of["clients"]))
+        rows.append(row)
+    about = (
+        "`suspected_labels` names the label that an update pushes towards, here in the first three attacked rounds: of "
+        "all attackers, and of those that the panel flags in that round."
+    )
+    return [text(about), table(rows, "Share of updates whose suspected target label is the attack's.")]
+
+
 def _weak(figures: pd.DataFrame, results: Sequence[tables.Scores]) -> list[Block]:
     gains: dict[tuple[str, ...], list[float]] = {}
     for run in results:
@@ -270,7 +346,7 @@ def _weak(figures: pd.DataFrame, results: Sequence[tables.Scores]) -> list[Block
         {
             "cell": _cell_name(key),
             "gain": number(100 * float(np.mean(each)), 0),
-            "panel, TPR at 5 %": percent(found.get(key, np.nan)) if key in found else "–",
+            "panel, TPR at 5 %": _share(found.get(key, np.nan)) if key in found else "–",
         }
         for key, each in gains.items()
         if np.mean(each) < tables.WORKS

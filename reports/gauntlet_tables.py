@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from gradlens.attribution import attribution_accuracy
 from gradlens.detectors.panel import Observed, Panel, panel
 from gradlens.evaluation import bootstrap, evaluate, per_client
 from simulations import Scenario
+from simulations.attacks import build_attack
 
 FREE = 1_000  # the first seed of the attack-free runs that calibrate (even ones) and test (odd ones)
 WORKS = 0.2  # ASR above its control, or main accuracy below it for an attack without a target
@@ -114,15 +116,22 @@ def save(path: Path, arrays: Mapping[str, Any]) -> None:
     os.replace(part, path)
 
 
-def write(results: Sequence[Scores], out: Path) -> None:
-    """The table as CSV and the page."""
+def write(results: Sequence[Scores], out: Path, readme: Path | None = None) -> None:
+    """The table as CSV and the page; readme: the README, whose section on the detectors is written anew."""
     import gauntlet_page
 
     table = figures(results)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out.with_suffix(".csv"), index=False, float_format="%.5g")
     gauntlet_page.write(table, results, out.with_suffix(".html"))
+    if readme is not None:  # from the file, as anybody could
+        readme.write_text(gauntlet_page.readme(readme.read_text(), committed(out.with_suffix(".csv"))))
     print(f"{len(results)} runs, {len(table)} figures: {out.with_suffix('.csv')}, {out.with_suffix('.html')}")
+
+
+def committed(path: Path) -> pd.DataFrame:
+    """The figures of a gauntlet.csv."""
+    return pd.read_csv(path, keep_default_na=False, na_values=["nan", ""], dtype={"family": str}).fillna({"bound": ""})
 
 
 def figures(results: Sequence[Scores]) -> pd.DataFrame:
@@ -141,6 +150,61 @@ def figures(results: Sequence[Scores]) -> pd.DataFrame:
     table["adaptive"] = table["family"].isin(ADAPTIVE).astype(int)
     table = table[table["metric"].isin(METRICS) & table["value"].notna()]
     return table.sort_values([*KEYS, "detector", "per"], kind="stable")[COLUMNS].reset_index(drop=True)
+
+
+def named(results: Sequence[Scores]) -> pd.DataFrame:
+    """How often the suspected target label is right in the first attacked rounds, of all attackers and of the flagged.
+
+    Columns of `KEYS`, whose ("attackers", "flagged"), value, low, high, seeds, clients; flagged: by the panel, on
+    attack-free runs of other seeds, at 5 % per update.
+    """
+    rows = []
+    for runs in _nulls(results).values():
+        built = panel()
+        assert isinstance(built, Panel)
+        fitted, null = built.fitted([run.seen for run in runs if run.free and run.scenario.seed % 2 == 0])
+        threshold = np.sort(null)[-max(1, int((len(null) + 1) * RATES["5"]))]
+        for run in runs:
+            target = build_attack(run.scenario.attack).target_label
+            if target is None:
+                continue
+            scores = dict(
+                zip(
+                    zip(run.seen.positions.tolist(), run.seen.clients.tolist(), strict=True),
+                    fitted.scores(run.seen),
+                    strict=True,
+                )
+            )
+            guilty = set(run.arrays["client"][run.arrays["poisoned"]].tolist())
+            of = zip(
+                run.arrays["early"].tolist(),
+                run.arrays["early_clients"].tolist(),
+                run.arrays["targets"].tolist(),
+                strict=True,
+            )
+            for position, client, found in of:
+                if client in guilty:
+                    flagged = scores.get((position, client), np.inf) > threshold
+                    rows.append(
+                        run.cell
+                        | {
+                            "seed": run.scenario.seed,
+                            "target": found,
+                            "source": pd.NA,
+                            "true_target": target,
+                            "true_source": pd.NA,
+                            "flagged": flagged,
+                        }
+                    )
+    if not rows:
+        return pd.DataFrame(columns=[*KEYS, "whose", "value", "low", "high", "seeds", "clients"])
+    table = pd.DataFrame(rows)
+    parts = [
+        attribution_accuracy(part, KEYS).query("label == 'target'").assign(whose=whose)
+        for whose, part in (("attackers", table), ("flagged", table[table["flagged"]]))
+        if len(part)
+    ]
+    return pd.concat(parts, ignore_index=True).drop(columns="label")
 
 
 def _works(results: Sequence[Scores]) -> dict[tuple[str, ...], bool]:

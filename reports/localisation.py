@@ -54,6 +54,7 @@ NAMES = {
 PERMUTATIONS = 999
 EARLY, LATER = PHASES
 MUCH = 0.1  # of an AUC
+TELLING = 0.5  # of the expected drift: where it varies by so much at a high ASR, the ASR does not tell
 WIDTH = 10.5  # inches of two panels
 
 
@@ -450,10 +451,11 @@ def learnt(e: Evidence) -> Block:
     verb = "shrinks" if trained <= -0.5 else "grows" if trained >= 0.5 else "neither shrinks nor grows"
     known = later.loc[later["asr"] >= CLEAR, "share"]
     told = f"from {number(known.min())} to {number(known.max())}" if len(known) else "not known"
+    tells = "does not tell" if len(known) and known.max() - known.min() >= TELLING else "tells"
     return finding(
         "Learnt",
         f"The drift {verb} as the poison is learnt: rank correlation of learning rate x rounds since and the drift's "
-        f"share of what was expected {number(trained)} over {len(later)} rounds. ASR does not tell how much is learnt: "
+        f"share of what was expected {number(trained)} over {len(later)} rounds. ASR {tells} how much is learnt: "
         f"where it is {CLEAR:g} or more already, that share is {told}.",
     )
 

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
@@ -19,6 +21,8 @@ from gradlens.log import CannotSay, InputError, LogWriter, UpdateLog
 from gradlens.run import Run
 from gradlens.scorers import robust_zscore
 from gradlens.statistics import STATISTICS, accumulated_norms, final_bias, final_rows, layer_cosines, layer_norms
+
+evidence = sys.modules["gradlens.localize.evidence"]  # `gradlens.localize` is the function
 
 COLUMNS = ["layer", "statistic", "unit", "auc", "low", "high", "p", "seeds"]
 COLUMNS += ["effect", "control_auc", "control_effect", "labels"]
@@ -196,6 +200,17 @@ def test_interval_is_that_of_resampled_runs_and_rounds(seeds):
     assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.02)
     assert high - low > 0.1
     assert found["low"] < found["auc"] < found["high"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 4)), min_size=2, max_size=30))
+def test_pairs_won_are_counted_round_by_round_and_a_tie_counts_half(updates):
+    scores, malicious, when = (np.array(each) for each in zip(*updates, strict=True))
+    wins = evidence._wins(scores[:, None].astype(float), malicious, when, 5).reshape(5, 5)
+    for first in range(5):
+        for second in range(5):
+            bad, good = scores[malicious & (when == first)], scores[~malicious & (when == second)]
+            assert wins[first, second] == (bad[:, None] > good).sum() + (bad[:, None] == good).sum() / 2
 
 
 def test_one_seed_in_one_round_has_no_interval_and_several_seeds_have():
@@ -400,11 +415,9 @@ def test_p_permutes_clients_not_updates():
 
 def test_holm_by_hand():
     """p of .01, .04, .03 become 3 x .01, then 2 x .03, then the larger of that and 1 x .04."""
-    from gradlens.localize.evidence import _holm
-
-    np.testing.assert_allclose(_holm(np.array([0.01, 0.04, 0.03])), [0.03, 0.06, 0.06])
-    np.testing.assert_allclose(_holm(np.array([0.5, 0.9])), [1, 1])
-    assert _holm(np.zeros(0)).shape == (0,)
+    np.testing.assert_allclose(evidence._holm(np.array([0.01, 0.04, 0.03])), [0.03, 0.06, 0.06])
+    np.testing.assert_allclose(evidence._holm(np.array([0.5, 0.9])), [1, 1])
+    assert evidence._holm(np.zeros(0)).shape == (0,)
 
 
 def test_holm_counts_the_layers_not_the_units():
@@ -536,6 +549,21 @@ def test_sweep_is_localize_of_each_part():
         for control, runs, beside in ((False, attacked, free), (True, controls, None)):
             found = of(whole, start=0, control=control, **part)
             pd.testing.assert_frame_equal(found, localize(runs, two, rounds, 49, control=beside))
+
+
+def test_conditions_keep_their_order_though_those_of_one_control_are_located_together(monkeypatch):
+    class Interleaved(Sweep):
+        def control_of(self, name):
+            control = super().control_of(name)
+            return SimpleNamespace(**vars(control) | {"name": "other"}) if name.startswith("run-3") else control
+
+    sweep = Interleaved.planted()
+    again = [SimpleNamespace(**vars(run) | {"name": f"again-{run.name}"}) for run in sweep.runs if "run-0" in run.name]
+    rows = pd.DataFrame({"start": 7, "seed": [0, 1], "control": False}, index=[run.name for run in again])
+    sweep.runs, sweep.settings = [*sweep.runs, *again], pd.concat([sweep.settings, rows])
+    table = localize_sweep(sweep, {"b": final_bias}, permutations=9)
+    assert table["start"].drop_duplicates().tolist() == [0, 3, 7]
+    pd.testing.assert_frame_equal(of(table, start=7), of(table, start=0))
 
 
 def test_rounds_count_since_the_attack_began():

@@ -11,6 +11,9 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 
 
+PANEL = 2  # which of its examples that is
+
+
 def blocks(language: str) -> list[str]:
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
     return [block for named, block in fenced if named == language]
@@ -61,6 +64,33 @@ def test_the_names_that_it_lists_are_those_that_there_are():
     for row, names in listed.items():
         assert set(re.findall(r"`(\w+)`", rows[row])) == set(names)
     assert sorted(re.findall(r"`(\w+)`", attacks)) == sorted(ATTACKS)
+
+
+def test_what_can_be_measured_is_all_of_it():
+    import gradlens
+
+    section = README.split("## What can be measured")[1].split("```")[0]
+    rows = {
+        c[1].strip(): set(re.findall(r"`(\w+)`", c[2]))
+        for line in section.splitlines()
+        if len(c := line.split("|")) == 4
+    }
+    statistics = set().union(*(names for name, names in rows.items() if name.startswith("statistics")))
+    assert statistics == set(gradlens.STATISTICS)
+    assert rows["scorers"] - {"outlier"} == set(gradlens.SCORERS)
+    assert rows["published detectors"] | rows["all together"] <= set(gradlens.DETECTORS)
+    by_score = {name for name, build in gradlens.DETECTORS.items() if "score_by" in repr(build)}
+    assert set(gradlens.DETECTORS) - by_score == rows["published detectors"] | rows["all together"]
+    assert all(hasattr(gradlens, name) for name in rows["attribution"])
+
+
+def test_the_panel_of_the_readme_names_an_attacker_and_its_label(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(blocks("python")[PANEL], "README.md", "exec"), names)
+    truth = names["attacked"].truth
+    assert names["worst"] in set(truth.loc[truth["compromised"], "client"])
+    assert "attack-free: 8 runs" in capsys.readouterr().out
 
 
 def test_the_scenario_is_one():

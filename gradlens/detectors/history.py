@@ -352,22 +352,27 @@ def _flanders(
 def _forecast(models: np.ndarray, alpha: float, beta: float, iterations: int) -> np.ndarray:
     """The next of a series of matrices [round, client, number] by X_t = A X_t-1 B, fitted by alternating least squares.
 
-    B is never formed: X B = (X F') (F F' + beta)^-1 Y, with F the stacked A X_t-1 and Y the stacked X_t.
+    B is never formed: X B = (X F') (F F' + beta)^-1 Y, with F the stacked A X_t-1 and Y the stacked X_t, so that all
+    but the forecast itself is inner products of clients' rows.
     """
     scale = np.abs(models).max()
     if scale == 0:
         return models[-1]
     x = models / scale
-    earlier, later = x[:-1], x[1:]
-    rounds, clients, numbers = earlier.shape
-    stacked, target = np.zeros((rounds * clients, numbers)), later.reshape(rounds * clients, numbers)
-    turned, left, weights = earlier, np.eye(clients), np.zeros_like(target)  # X_t-1 B; A; (F F' + beta)^-1 Y
+    rounds, clients, numbers = len(x) - 1, x.shape[1], x.shape[2]
+    rows = x.reshape(-1, numbers)
+    gram = rows @ rows.T
+    earlier, later = gram[:-clients, :-clients], gram[clients:, clients:]
+    across = gram[clients:, :-clients]  # of Y with X_t-1
+    blocks = [slice(t * clients, (t + 1) * clients) for t in range(rounds)]
+    cross, own = sum(across[b, b] for b in blocks), sum(earlier[b, b] for b in blocks)  # of B = 1
+    left, inner = np.eye(clients), np.zeros_like(later)
     for _ in range(iterations):
-        cross = np.einsum("tin,tjn->ij", later, turned, optimize=True)
-        own = np.einsum("tin,tjn->ij", turned, turned, optimize=True)
-        left = np.linalg.solve(own + alpha * np.eye(clients), cross.T).T
-        stacked = (left @ earlier).reshape(rounds * clients, numbers)
-        weights = np.linalg.solve(stacked @ stacked.T + beta * np.eye(len(stacked)), target)
-        turned = (earlier.reshape(-1, numbers) @ stacked.T @ weights).reshape(earlier.shape)
-    forecast = left @ (x[-1] @ stacked.T @ weights)
-    return scale * forecast
+        left = np.linalg.solve(own + alpha * np.eye(clients), np.transpose(cross)).T
+        every = np.kron(np.eye(rounds), left)
+        inner = np.linalg.inv(every @ earlier @ every.T + beta * np.eye(len(earlier)))
+        turned = earlier @ every.T @ inner  # X_t-1 B = turned Y
+        cross = sum(later[b] @ turned[b].T for b in blocks)
+        own = sum(turned[b] @ later @ turned[b].T for b in blocks)
+    last = gram[-clients:, :-clients] @ np.kron(np.eye(rounds), left).T @ inner
+    return scale * (left @ (last @ rows[clients:]))

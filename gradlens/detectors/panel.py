@@ -25,7 +25,6 @@ __all__ = ["PARTS", "Observed", "Panel", "Part", "panel"]
 GROUPS = 8  # of layers that lie together, in a model of more layers
 FAR = 20.0  # robust sigmas that one round counts at most
 ROWS = 5  # null rows for every feature, at least, where there are as many
-SELF = 0.75  # share of a cohort that is taken as benign where nothing else is known
 SMALLEST = 3
 
 
@@ -64,9 +63,9 @@ def panel() -> Detector:
     compared by the Mahalanobis distance under a Ledoit-Wolf covariance; the score is that distance over the root of
     the number of features, about 1 for an inconspicuous client. The verdict's evidence holds each feature's
     contribution to the squared score.
-    `calibrate(panel(), null)` learns scales and covariance from the null. Uncalibrated they come from the
-    cohort itself, its three quarters that lie closest together, which tells much less; then a client is
-    flagged whose score lies 3.5 robust sigmas above the cohort's median.
+    `calibrate(panel(), null)` learns scales and covariance from the null. Uncalibrated the scales come from the cohort
+    itself and nothing is known of the covariance, which tells much less; then a client is flagged whose score lies 3.5
+    robust sigmas above the cohort's median.
     Source: the parts are this project's; the estimator is Ledoit & Wolf 2004, J. Multivariate Analysis 88.
     """
     return Panel(tuple(PARTS.items()))
@@ -234,17 +233,10 @@ class Fit:
 
 
 def _own_fit(values: np.ndarray) -> Fit:
-    """The fit to the three quarters of a cohort that lie closest together, found in a few steps."""
-    scale = 1.4826 * np.median(np.abs(values), axis=0)
-    drawn = np.arcsinh(values / np.where(scale > 0, scale, np.abs(values).mean(axis=0) + (scale == 0)))
-    distance, kept = np.square(drawn).sum(axis=1), np.ones(len(values), bool)
-    for _ in range(10):
-        nearest = distance <= np.quantile(distance, SELF)
-        if (nearest == kept).all():
-            break
-        kept = nearest
-        distance = Fit.of(values[kept]).contributions(values).sum(axis=1)
-    return Fit.of(values[kept])
+    """The fit to a cohort by itself: robust scales alone, since fewer clients than features tell no covariance."""
+    mad = 1.4826 * np.median(np.abs(values), axis=0)
+    scale = np.where(mad > 0, mad, 1.2533 * np.abs(values).mean(axis=0))
+    return Fit(np.where(scale > 0, scale, 1.0), np.zeros(len(scale)), np.eye(len(scale)))
 
 
 def _part_values(part: Part, log: UpdateLog) -> np.ndarray:

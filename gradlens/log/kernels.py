@@ -8,17 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import numpy as np
 
 BLOCK = 1 << 14  # numbers of a layer that are worked on at a time
 PAD = 24  # numbers between the rows of a scratch matrix: at powers of two they share the lines of a cache
-SMALL = 32  # clients up to which a general product beats the symmetric one, in slices of SLICE / clients^2 numbers
-SLICE = 1_000_000
+TILE = 20  # clients whose products, in slices of 2,048 numbers, BLAS forms fastest
+TILED = 100  # clients up to which products are formed in such tiles
 NETWORK = 32  # clients up to which whole rows are compared; above, each column is sorted for itself
-ROWS = 1 << 15  # numbers of a row that are compared at a time
-
 
 Columns = Callable[[int, int], np.ndarray]  # (start, stop) -> those columns of a matrix, [row, number]
 
@@ -38,18 +35,23 @@ def gram(columns: Columns, order: np.ndarray, size: int) -> tuple[np.ndarray, np
     The squares are those of `squares` to the last bit, the diagonal of the products is not.
     """
     count = len(order)
-    small = count <= SMALL
-    step = min(2_048, SLICE // (count + 1) ** 2) if small else BLOCK
-    total, own = np.zeros((count, count + small)), np.zeros(count)
+    parts = -(-count // TILE) if count <= TILED else 1
+    edges = [count * part // parts for part in range(parts + 1)] if count else [0]
+    tiles = list(zip(edges[:-1], edges[1:], strict=True))
+    step, zeros = (2_048, 1) if count <= TILED else (BLOCK, 0)
+    total, own = np.zeros((count, count)), np.zeros(count)
     with np.errstate(all="ignore"), one_blas_thread():
-        for _, block in _float64(columns, order, size, count, small):
+        for _, block in _float64(columns, order, size, count, zeros):
             own += _row_squares(block[:count])
             for start in range(0, block.shape[1], step):
-                # One more row, of zeros, for few clients: numpy takes the product of a matrix with itself to BLAS's
-                # symmetric routine, which for few rows takes twice as long as the general one.
                 numbers = block[:, start : start + step]
-                total += numbers[:count] @ numbers.T
-    upper, place = np.triu(total[:, :count]), np.argsort(order)
+                for place, (top, bottom) in enumerate(tiles):
+                    for left, right in tiles[place:]:
+                        # One row more than needed: numpy takes the product of a matrix with itself to BLAS's symmetric
+                        # routine, which for few rows takes twice as long as the general one.
+                        product = numbers[top:bottom] @ numbers[left : right + zeros].T
+                        total[top:bottom, left:right] += product[:, : right - left]
+    upper, place = np.triu(total), np.argsort(order)
     return (upper + np.triu(upper, 1).T)[np.ix_(place, place)], own[place]
 
 
@@ -71,7 +73,8 @@ def _float64(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """These rows block after block, float64 [count + zeros, number], the next in the place of the last."""
     width = min(size, width_for(count))
-    scratch = np.zeros((count + zeros, width + PAD))
+    scratch = np.empty((count + zeros, width + PAD))
+    scratch[count:] = 0
     for start in range(0, size, max(1, width)):
         block = columns(start, min(start + width, size))
         for place, row in enumerate(rows):
@@ -79,55 +82,80 @@ def _float64(
         yield start, scratch[:, : block.shape[1]]
 
 
-def ascending(columns: Columns, count: int, size: int) -> np.ndarray:
-    """Each column's numbers in ascending order, float32 [rank, number], of a finite matrix.
+def middle_mean(columns: Columns, rows: np.ndarray, trimmed: int, size: int) -> np.ndarray:
+    """The mean of each column's values without its `trimmed` smallest and largest, float64 [number].
 
-    Long rows are sorted in two threads.
+    Of finite rows, taken in this order.
     """
-    out = np.empty((count, size), np.float32)
-    step = ROWS if count <= NETWORK else BLOCK // 2
+    if len(rows) > NETWORK:
+        return middle_mean_of_sorted(lambda start, stop: sorted_columns(columns, rows, start, stop), trimmed, size)
+    plan, kept = _network(len(rows), trimmed)
+    width = min(size, BLOCK)
+    scratch, numbers = np.empty((len(rows) + 1, width), np.float32), np.empty((len(kept), width + PAD))
+    total, ones = np.empty(size), np.ones(len(kept))
+    with one_blas_thread():
+        for start in range(0, size, width):
+            block = columns(start, min(start + width, size))
+            wires = list(scratch[:, : block.shape[1]])
+            for wire, row in zip(wires, rows, strict=False):
+                wire[...] = block[row]
+            spare = wires.pop()
+            for low, high, want_low, want_high in plan:
+                one, other = wires[low], wires[high]
+                if want_low and want_high:
+                    np.minimum(one, other, out=spare)
+                    np.maximum(one, other, out=other)
+                    wires[low], spare = spare, one
+                elif want_low:
+                    np.minimum(one, other, out=one)
+                else:
+                    np.maximum(one, other, out=other)
+            middle = numbers[:, : block.shape[1]]
+            for place, wire in enumerate(kept):
+                middle[place] = wires[wire]
+            total[start : start + width] = ones @ middle
+    return total / len(kept)
 
-    def sort(bounds: tuple[int, int]) -> None:
-        for start in range(*bounds, step):
-            stop = min(start + step, bounds[1])
-            ascend(columns(start, stop), out[:, start:stop])
 
-    half = size // 2 // step * step
-    if half:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(sort, ((0, half), (half, size))))
+def middle_mean_of_sorted(columns: Columns, trimmed: int, size: int) -> np.ndarray:
+    """`middle_mean` of what is sorted already: (start, stop) -> [number, rank]."""
+    total, width = np.empty(size), BLOCK // 4
+    with one_blas_thread():
+        for start in range(0, size, width):
+            ranks = columns(start, min(start + width, size))
+            middle = ranks[:, trimmed : ranks.shape[1] - trimmed].astype(np.float64)
+            total[start : start + width] = middle @ np.ones(middle.shape[1]) / middle.shape[1]
+    return total
+
+
+def sorted_columns(columns: Columns, rows: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """The values of these finite rows in ascending order, float32 [number, rank]; of long layers, in two threads."""
+    found, width = np.empty((stop - start, len(rows)), np.float32), BLOCK // 4
+    half = (start + stop) // 2
+
+    def sort(first: int, last: int) -> None:
+        scratch = np.empty((len(rows), min(last - first, width) + PAD), np.float32)
+        for at in range(first, last, width):
+            end = min(at + width, last)
+            block, part = scratch[:, : end - at], found[at - start : end - start]
+            block[...] = columns(at, end)[rows]
+            part[...] = block.T
+            part.sort(axis=1)  # a column's numbers lie side by side: several times faster than down the rows
+
+    if half - start < 2 * width:
+        sort(start, stop)
     else:
-        sort((0, size))
-    return out
-
-
-def ascend(block: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Writes each column of a finite block [row, number] in ascending order; gives `out` back."""
-    count, width = block.shape
-    if count > NETWORK or count < 2 or width < 4 * count * count:  # for few numbers the calls take longer than the work
-        numbers = np.array(block.T, order="C")  # a column's numbers side by side
-        numbers.sort(axis=1)
-        out[...] = numbers.T
-        return out
-    scratch = np.empty((count + 1, width), np.float32)
-    scratch[:count] = block
-    wires, spare = list(scratch[:count]), [scratch[count]]
-    for low, high, low_rank, high_rank in _network(count):
-        one, other = wires[low], wires[high]
-        lesser = spare.pop() if low_rank is None else out[low_rank]
-        greater = other if high_rank is None else out[high_rank]
-        np.minimum(one, other, out=lesser)
-        np.maximum(one, other, out=greater)
-        spare.append(one)
-        wires[low], wires[high] = lesser, greater
-    return out
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(sort, (start, half), (half, stop)))
+    return found
 
 
 @cache
-def _network(count: int) -> list[tuple[int, int, int | None, int | None]]:
-    """The comparisons that sort this many wires: the lesser goes to the first, the greater to the second.
+def _network(count: int, trimmed: int) -> tuple[list[tuple[int, int, bool, bool]], list[int]]:
+    """Comparisons that bring the middle of this many wires to some of them, and to which.
 
-    The last two entries: the rank that a wire has from here on, None where it is compared again.
+    A comparison: the lesser goes to the first wire, the greater to the second; whether each is wanted later. Those that
+    would only order the middle, or only what is trimmed, are left out.
     Source: Batcher 1968, "Sorting networks and their applications", odd-even merge of two sequences of any lengths.
     """
     pairs: list[tuple[int, int]] = []
@@ -147,17 +175,22 @@ def _network(count: int) -> list[tuple[int, int, int | None, int | None]]:
         half = len(wires) // 2
         return merged(in_order(wires[:half]), in_order(wires[half:])) if half else wires
 
-    rank = {wire: place for place, wire in enumerate(in_order(list(range(count))))}
-    last = {wire: at for at, pair in enumerate(pairs) for wire in pair}
-    return [
-        (low, high, rank[low] if last[low] == at else None, rank[high] if last[high] == at else None)
-        for at, (low, high) in enumerate(pairs)
-    ]
+    order = in_order(list(range(count)))
+    kept = set(order[trimmed : count - trimmed])
+    untouched, wanted, plan = set(order), set(kept), []
+    for low, high in reversed(pairs):
+        if {low, high} <= untouched and (low in kept) == (high in kept):
+            continue
+        untouched -= {low, high}
+        if {low, high} & wanted:
+            plan.append((low, high, low in wanted, high in wanted))
+            wanted |= {low, high}
+    return plan[::-1], sorted(kept)
 
 
 def width_for(count: int) -> int:
-    """How many columns of so many rows are worked on at a time: about 16 MB of float64 at most."""
-    return max(512, min(BLOCK, (1 << 21) // max(1, count) // 512 * 512))
+    """How many columns of so many rows are worked on at a time: about 8 MB of float64 at most."""
+    return max(512, min(BLOCK, (1 << 20) // max(1, count) // 512 * 512))
 
 
 @contextmanager
@@ -166,12 +199,20 @@ def one_blas_thread() -> Iterator[None]:
 
     Their order of adding up is then fixed; and on few, shared cores several threads take longer than one.
     """
-    with _blas().limit(limits=1):
+    before = [count() for count, _ in _blas()]
+    for _, limit in _blas():
+        limit(1)
+    try:
         yield
+    finally:
+        for threads, (_, limit) in zip(before, _blas(), strict=True):
+            limit(threads)
 
 
 @cache
-def _blas() -> Any:
+def _blas() -> list[tuple[Callable[[], int], Callable[[int], None]]]:
+    """How to ask for and to set the threads of each library of matrix products that is loaded."""
     from threadpoolctl import ThreadpoolController
 
-    return ThreadpoolController().select(user_api="blas")
+    found = ThreadpoolController().select(user_api="blas").lib_controllers
+    return [(library.get_num_threads, library.set_num_threads) for library in found]

@@ -249,6 +249,11 @@ class Round:
         columns, numbers = self.columns(layer), self._size(layer)
         return (columns(start, min(start + size, numbers)) for start in range(0, numbers, size))
 
+    @cached_property
+    def _by_name(self) -> np.ndarray:
+        """Positions of the clients in the order of their names."""
+        return np.argsort(self.clients)
+
     def _size(self, layer: str) -> int:
         return math.prod(np.shape(self.global_model[layer]))
 
@@ -292,7 +297,7 @@ class Round:
     def _gram_of(self, layer: str) -> np.ndarray:
         if len(self.clients) > PAIRWISE:
             raise CannotSay(f"{len(self.clients)} clients: nothing pairwise is formed above {PAIRWISE:,}")
-        gram, squares = kernels.gram(self.columns(layer), np.argsort(self.clients), self._size(layer))
+        gram, squares = kernels.gram(self.columns(layer), self._by_name, self._size(layer))
         self.norms.give(layer, np.sqrt(squares))
         return self._with_equal_entries(gram, layer)
 
@@ -360,33 +365,14 @@ class Round:
     def ordered(self) -> Mapping[str, np.ndarray]:
         """Layer -> float32 [rank, number]: the comparable clients' values of each number in ascending order.
 
-        As large as the updates: see `in_order`, which spares the memory where that is too much, and `forget`.
+        As large as the updates: `forget` gives the memory back.
         """
 
         def make(layer: str) -> np.ndarray:
-            count = int(self.comparable.sum())
-            return kernels.ascending(self._chosen(layer, self.comparable), count, self._size(layer))
+            rows = np.flatnonzero(self.comparable)
+            return kernels.sorted_columns(self.columns(layer), rows, 0, self._size(layer)).T
 
         return LazyLayers(self.parameters, make)
-
-    def in_order(self, layer: str, clients: np.ndarray | None = None) -> Columns:
-        """The function (start, stop) -> float32 [rank, number]: values of these clients in ascending order.
-
-        clients: a mask [client] of finite ones, None: the comparable ones, whose order is found once for all who ask
-        while it takes less than 256 MB for the whole round.
-        """
-        clients = self.comparable if clients is None else clients
-        rows = int(clients.sum())
-        held = 4 * rows * sum(self._size(name) for name in self.parameters) <= ORDERED
-        if held and np.array_equal(clients, self.comparable):
-            whole = self.ordered[layer]
-            return lambda start, stop: whole[:, start:stop]
-        columns = self._chosen(layer, clients)
-        return lambda start, stop: kernels.ascend(columns(start, stop), np.empty((rows, stop - start), np.float32))
-
-    def _chosen(self, layer: str, clients: np.ndarray) -> Columns:
-        columns = self.columns(layer)
-        return columns if clients.all() else lambda start, stop: columns(start, stop)[clients]
 
     @cached_property
     def median(self) -> Mapping[str, np.ndarray]:
@@ -396,16 +382,19 @@ class Round:
     def trimmed_mean(self, layer: str, trimmed: int | None = None, clients: np.ndarray | None = None) -> np.ndarray:
         """Float64 [*shape]: mean of each number without its `trimmed` smallest and largest values.
 
-        trimmed: None, as many as possible: the median; clients: as in `in_order`. 0 without clients.
+        trimmed: None, as many as possible: the median; clients: a mask [client] of finite ones, None: the comparable
+        ones. 0 without clients. Many clients are sorted once for all who ask while that takes less than 256 MB.
         """
-        count = int((self.comparable if clients is None else clients).sum())
-        trimmed = max(0, count - 1) // 2 if trimmed is None else trimmed
-        shape, ranks = np.shape(self.global_model[layer]), range(trimmed, count - trimmed)
-        if not ranks:
+        clients = self.comparable if clients is None else clients
+        rows, size, shape = self._by_name[clients[self._by_name]], self._size(layer), np.shape(self.global_model[layer])
+        trimmed = max(0, len(rows) - 1) // 2 if trimmed is None else trimmed
+        if len(rows) <= 2 * trimmed:
             return np.zeros(shape)
-        weights = np.ones(len(ranks))
-        total = kernels.weighted_sum(self.in_order(layer, clients), ranks, weights, self._size(layer))
-        return (total / len(ranks)).reshape(shape)
+        held = 4 * len(rows) * sum(self._size(name) for name in self.parameters) <= ORDERED
+        if len(rows) > kernels.NETWORK and held and np.array_equal(clients, self.comparable):
+            ranks = self.ordered[layer].T
+            return kernels.middle_mean_of_sorted(lambda start, stop: ranks[start:stop], trimmed, size).reshape(shape)
+        return kernels.middle_mean(self.columns(layer), rows, trimmed, size).reshape(shape)
 
     def weighted_mean(self, layer: str, clients: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Float64 [*shape]: mean of the updates of the clients at these positions, summed in this order.
