@@ -267,25 +267,19 @@ def _capped(num_examples: np.ndarray, cap: float) -> np.ndarray:
 
 def _averaged(log: UpdateLog, rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """The weighted mean of these clients of the last round."""
-    return {
-        layer.name: _cast(log[-1].weighted_mean(layer.name, rows, weights), np.dtype(layer.dtype))
-        for layer in log.model.layers
-    }
+    return {name: log[-1].weighted_mean(name, rows, weights) for name in log.model}
 
 
 def _trimmed(log: UpdateLog, num_malicious: int | None) -> dict[str, np.ndarray]:
     """The mean of each coordinate's middle values; None: of the one or two in the very middle."""
     round_, rows = log[-1], _rows(log[-1])
     trimmed = _stood(num_malicious, (len(rows) - 1) // 2)
-    parameters = {
-        name: _cast(round_.trimmed_mean(name, trimmed, round_.finite), np.dtype(np.float32))
-        for name in log.model.parameters
+    return {
+        layer.name: round_.trimmed_mean(layer.name, trimmed, round_.finite)
+        if layer.kind == "parameter"
+        else round_.weighted_mean(layer.name, rows, np.ones(len(rows)))
+        for layer in log.model.layers
     }
-    buffers = {
-        name: _cast(round_.weighted_mean(name, rows, np.ones(len(rows))), np.dtype(log.model[name].dtype))
-        for name in log.model.buffers
-    }
-    return {name: (parameters | buffers)[name] for name in log.model}
 
 
 def _by_krum(round_: Round, num_malicious: int | None) -> tuple[np.ndarray, int]:

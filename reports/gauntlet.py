@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import gradlens
 from gradlens.attribution import suspected_labels
-from gradlens.detectors import DETECTORS, Detector, calibrate
-from gradlens.detectors.panel import Panel, panel
+from gradlens.detectors import DETECTORS, Detector
+from gradlens.detectors.panel import Panel
 from gradlens.log import CannotSay, UpdateLog
 from gradlens.processes import processes
 from gradlens.run import Run
@@ -31,7 +31,6 @@ from simulations import Scenario, load_sweep, run_sweep
 from simulations.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
-SCENARIOS = ROOT / "simulations" / "scenarios"
 OUT = ROOT / "reports" / "gauntlet"
 WHOLE = 5  # seeds of a gauntlet that the README shows
 SETTINGS = ("digits", "fashion_mnist", "sampled")
@@ -73,7 +72,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def available(setting: str) -> bool:
     """Whether the dataset of a setting is here."""
     try:
-        load_task(load_sweep(SCENARIOS / f"gauntlet_{setting}.toml").scenarios[0].task)
+        load_task(load_sweep(gauntlet_tables.SCENARIOS / f"gauntlet_{setting}.toml").scenarios[0].task)
     except gradlens.InputError:
         return False
     return True
@@ -81,7 +80,7 @@ def available(setting: str) -> bool:
 
 def cells(setting: str, seeds: Sequence[int], families: Sequence[str]) -> list[Scenario]:
     """The attacked runs of these seeds and families, each after its control."""
-    every = load_sweep(SCENARIOS / f"gauntlet_{setting}.toml", seed=0).scenarios
+    every = load_sweep(gauntlet_tables.SCENARIOS / f"gauntlet_{setting}.toml", seed=0).scenarios
     attacked = [each for each in every if not each.is_control]
     attacked = [each for each in attacked if not families or gauntlet_tables.family(each.attack) in families]
     pairs = [(each.control, each) for each in attacked]
@@ -90,7 +89,7 @@ def cells(setting: str, seeds: Sequence[int], families: Sequence[str]) -> list[S
 
 def attack_free(setting: str, clients: int) -> list[Scenario]:
     """Attack-free runs of each partition, of seeds of their own, until so many clients are pooled."""
-    every = load_sweep(SCENARIOS / f"gauntlet_{setting}.toml", seed=0).scenarios
+    every = load_sweep(gauntlet_tables.SCENARIOS / f"gauntlet_{setting}.toml", seed=0).scenarios
     controls = dict.fromkeys(each.control for each in every)
     return [
         each.replace(seed=gauntlet_tables.FREE + k)
@@ -116,7 +115,7 @@ def analysed(
         control_accuracy = {each.digest: accuracy(sweep.run(each.control.digest)) for each in part}
         jobs = [
             pool.submit(
-                analyse, folder / setting / each.digest, scores, float(gains.get(each.digest, np.nan)),
+                analyse, folder / setting / each.digest, setting, scores, float(gains.get(each.digest, np.nan)),
                 control_accuracy[each.digest],
             )
             for each in part
@@ -145,20 +144,6 @@ def digest() -> str:
     return hashlib.sha256(repr(sorted(built().items())).encode()).hexdigest()[:8]
 
 
-def calibrated_panels(run: Run) -> dict[str, Detector]:
-    """The panel with its null in the run itself: in each cohort, and in the rounds before any attack."""
-    found = {}
-    for metric, fpr in gauntlet_tables.RATES.items():
-        found[f"{gauntlet_tables.COHORT}@{metric}"] = calibrate(panel(), None, fpr)
-        clean = run.log[: clean_rounds(run)]
-        if len(clean):
-            try:
-                found[f"{gauntlet_tables.STRETCH}@{metric}"] = calibrate(panel(), clean, fpr)
-            except gradlens.InputError:  # too few scores for that rate
-                continue
-    return found
-
-
 def name_labels(log: UpdateLog) -> pd.Series:
     """The label that each client of the last round seems to push towards, -1 where none can be named."""
     try:
@@ -167,16 +152,10 @@ def name_labels(log: UpdateLog) -> pd.Series:
         return pd.Series(-1, index=log[-1].clients)
 
 
-def clean_rounds(run: Run) -> int:
-    """How many rounds every run of its setting begins with in which nobody attacks."""
-    scenario = load_sweep(SCENARIOS / f"gauntlet_{run.path.parent.name}.toml", seed=0).scenarios[-1]
-    return int(scenario.schedule.get("from_round", {}).get("first", 0))
-
-
-def analyse(folder: Path, scores: Path, control_asr: float, control_accuracy: float) -> None:
+def analyse(folder: Path, setting: str, scores: Path, control_asr: float, control_accuracy: float) -> None:
     """Every detector's score and flag of every update of a run, and what the panel saw, into one file."""
     run = Run.open(folder)
-    detectors = built() | calibrated_panels(run)
+    detectors = built()
     rounds, clients, answers = [], [], {name: [] for name in detectors}
     for prefix in run.log.prefixes():
         verdicts = {name: prefix.verdict(detector) for name, detector in detectors.items()}
@@ -186,7 +165,7 @@ def analyse(folder: Path, scores: Path, control_asr: float, control_accuracy: fl
         for name, verdict in verdicts.items():
             said = np.nan if verdict.abstained else 1.0
             answers[name].append(np.stack([verdict.scores * said, verdict.flags * said]).astype(np.float32))
-    first = clean_rounds(run)
+    first = gauntlet_tables.clean_rounds(Scenario(**run.scenario), setting)
     early = [name_labels(run.log[: k + 1]) for k in range(first, min(first + EARLY, len(run.log)))]
     watcher = detectors[gauntlet_tables.PANEL]
     assert isinstance(watcher, Panel)

@@ -12,8 +12,10 @@ import pandas as pd
 
 from gradlens.attribution import attribution_accuracy
 from gradlens.detectors.panel import Observed, Panel, panel
+from gradlens.detectors.verdict import nominal_threshold, rank_threshold
 from gradlens.evaluation import bootstrap, evaluate, per_client
-from simulations import Scenario
+from gradlens.log import InputError
+from simulations import Scenario, load_sweep
 from simulations.attacks import build_attack
 
 FREE = 1_000  # the first seed of the attack-free runs that calibrate (even ones) and test (odd ones)
@@ -28,6 +30,7 @@ LOOKS_BACK = {  # whose last score of a client speaks for all of its rounds; of 
     "foolsgold", "fldetector", "flanders", "panel", "panel (clean stretch)", "panel (each cohort)",
 }  # fmt: skip
 PANEL, STRETCH, COHORT = "panel", "panel (clean stretch)", "panel (each cohort)"
+SCENARIOS = Path(__file__).resolve().parents[1] / "simulations" / "scenarios"
 KEYS = ["task", "setting", "partition", "family"]
 COLUMNS = [
     "detector", "family", "adaptive", "works", "partition", "per", "metric", "value", "low", "high", "seeds", "bound",
@@ -163,7 +166,7 @@ def named(results: Sequence[Scores]) -> pd.DataFrame:
         built = panel()
         assert isinstance(built, Panel)
         fitted, null = built.fitted([run.seen for run in runs if run.free and run.scenario.seed % 2 == 0])
-        threshold = np.sort(null)[-max(1, int((len(null) + 1) * RATES["5"]))]
+        threshold = rank_threshold(null, RATES["5"], "attack-free runs")
         for run in runs:
             target = build_attack(run.scenario.attack).target_label
             if target is None:
@@ -207,6 +210,13 @@ def named(results: Sequence[Scores]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True).drop(columns="label")
 
 
+def clean_rounds(scenario: Scenario, setting: str) -> int:
+    """How many rounds each run of its setting begins with in which nobody attacks."""
+    if scenario.is_control:
+        scenario = load_sweep(SCENARIOS / f"gauntlet_{setting}.toml", seed=0).scenarios[-1]
+    return int(scenario.schedule.get("from_round", {}).get("first", 0))
+
+
 def _works(results: Sequence[Scores]) -> dict[tuple[str, ...], bool]:
     gains: dict[tuple[str, ...], list[float]] = {}
     for run in results:
@@ -244,20 +254,42 @@ def _panels(calibrating: Sequence[Scores], tested: Sequence[Scores]) -> list[pd.
     each = np.split(scores, np.cumsum([len(run.seen.values) for run in calibrating])[:-1])
     null = [_panelled(run, of_run) for run, of_run in zip(calibrating, each, strict=True)]
     tables = [_evaluated(PANEL, null, [(run, _panelled(run, fitted.scores(run.seen))) for run in tested])]
-    for name in (STRETCH, COHORT):
-        for metric in RATES:
-            asked = [run for run in tested if f"{name}@{metric}" in run.arrays["detectors"]]
-            frames = [run.of(f"{name}@{metric}").assign(**run.cell, detector=name) for run in asked]
+    for name, flags in ((STRETCH, _stretch_flags), (COHORT, _cohort_flags)):
+        for metric, fpr in RATES.items():
+            found = [(run, flags(built, run, fpr)) for run in tested]
+            frames = [_panelled(run, f).assign(**run.cell, detector=name) for run, f in found if f is not None]
             if frames:
                 tables.append(_flagged(pd.concat(frames, ignore_index=True), metric))
     return tables
 
 
+def _stretch_flags(built: Panel, run: Scores, fpr: float) -> np.ndarray | None:
+    """Whom the panel flags [row] whose null is the run's clean first rounds; None where they are too few."""
+    seen = run.seen
+    clean = seen.positions < clean_rounds(run.scenario, run.setting)
+    if not clean.any():
+        return None
+    try:
+        part = Observed(seen.positions[clean], seen.clients[clean], seen.features, seen.values[clean])
+        fitted, null = built.fitted([part])
+        return (fitted.scores(seen) > rank_threshold(null, fpr, "")).astype(float)
+    except InputError:
+        return None
+
+
+def _cohort_flags(built: Panel, run: Scores, fpr: float) -> np.ndarray:
+    """Whom the panel flags [row] where each cohort is its own null."""
+    seen, scores = run.seen, built.scores(run.seen)
+    cohorts = [scores[seen.positions == position] for position in range(int(seen.positions.max()) + 1)]
+    thresholds = np.array([nominal_threshold(cohort, fpr) for cohort in cohorts])
+    return (scores > thresholds[seen.positions]).astype(float)
+
+
 def _panelled(run: Scores, scores: np.ndarray) -> pd.DataFrame:
-    """The updates of a run with a panel's scores of what it saw [row]; who is not comparable keeps +inf."""
+    """The updates of a run with a panel's scores or flags (1) of what it saw [row]; not comparable: +inf, flagged."""
     known = run.of(PANEL)["score"].to_numpy().copy()
     known[np.isfinite(known)] = scores
-    return run.updates(known, np.isinf(known))
+    return run.updates(known, np.isinf(known) | (known == 1))
 
 
 def _flagged(scores: pd.DataFrame, metric: str) -> pd.DataFrame:

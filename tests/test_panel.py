@@ -63,31 +63,50 @@ def test_in_the_first_round_nothing_has_added_up():
 
 
 def test_fit_against_a_naive_mahalanobis_distance(rng):
-    """With many rows the shrinkage fades: scale, arcsinh, mean and inverse covariance written out."""
-    rows = watched(rng, 20_000)
-    fit = Fit.of(rows)
+    """With many rows the shrinkage fades: scale, arcsinh, mean, inverse covariance and the readings written out."""
+    rows, directions = watched(rng, 20_000), np.array([[1, 0], [1, 0], [0, -1], [0, -1]]) / 2
+    fit = Fit.of(rows, directions)
     low, high = np.quantile(rows, [0.01, 0.99], axis=0)
     scale = np.sqrt(np.mean(np.clip(rows, low, high) ** 2, axis=0))
     drawn = np.arcsinh(rows / scale)
     precision = np.linalg.inv(np.cov(drawn.T, ddof=0))
-    z = np.arcsinh(rows[:50] / scale) - drawn.mean(axis=0)
-    expected = [row @ precision @ row / len(row) for row in z]
-    np.testing.assert_allclose(fit.contributions(rows[:50]).sum(axis=1), expected, rtol=0.05)
+    z = drawn - drawn.mean(axis=0)
+    together = np.sqrt([row @ precision @ row / len(row) for row in z])
+    parts = [(z[:, 0] + z[:, 1]) / 2, -(z[:, 2] + z[:, 3]) / 2]
+    expected = [(x - x.mean()) / x.std() for x in (together, *parts)]
+    np.testing.assert_allclose(fit.readings(rows), np.stack(expected, axis=1), rtol=0.05, atol=0.05)
 
 
 def test_what_breaks_the_pattern_is_farther_out_than_what_is_large(rng):
     """Every feature of the second client is usual; together they are not."""
-    fit = Fit.of(watched(rng))
+    fit = Fit.of(watched(rng), np.zeros((4, 0)))
     large, odd = np.full((1, 4), 2.5), np.array([[1.0, -1.0, 1.0, -1.0]])
-    distance = fit.contributions(np.concatenate([large, odd])).sum(axis=1)
-    assert distance[1] > 5 * distance[0]
+    together = fit.readings(np.concatenate([large, odd]))[:, 0]
+    assert together[1] > 3 * together[0]
 
 
-def test_evidence_adds_up_to_the_squared_score(fitted):
+def test_a_part_is_heard_in_its_suspicious_direction_only():
+    log = planted.clean_log()
+    parts = panel().directions(40)
+    names = [name for name, part in PARTS.items() if part.suspicious]
+    assert panel().readings == ["together", *names]
+    assert parts.shape == (40, len(names))
+    column = parts[:, names.index("direction")].reshape(len(PARTS), 4)
+    np.testing.assert_array_equal(column[list(PARTS).index("direction")], [-0.25] * 4)
+    assert np.count_nonzero(column) == 4
+    assert not parts.reshape(len(PARTS), 4, -1)[list(PARTS).index("persistence")].any()
+    turned = panel()(planted.PLANTED["turned"].log()).evidence
+    assert turned is not None
+    assert turned["direction"].idxmax() == planted.CULPRIT
+    assert len(turned.columns) == 1 + len(names) + len(panel().seen(log)[0])
+
+
+def test_the_score_is_the_largest_reading(fitted):
     verdict = fitted(planted.PLANTED["boosted"].log())
     assert verdict.evidence is not None
-    np.testing.assert_allclose(verdict.evidence.sum(axis=1), verdict.scores**2, rtol=1e-9)
-    assert verdict.evidence.sum(axis=1).idxmax() == planted.CULPRIT
+    readings = verdict.evidence[fitted.readings]
+    np.testing.assert_allclose(readings.max(axis=1), verdict.scores, rtol=1e-12)
+    assert readings.max(axis=1).idxmax() == planted.CULPRIT
 
 
 @pytest.mark.parametrize("case", ["boosted", "turned", "shifted class", "drifting", "equal pair"])
@@ -111,12 +130,13 @@ def test_null_scores_are_out_of_sample(rng):
     rows = [watched(rng, 30, 8) for _ in "ab"]
     clients = np.arange(30).astype(str)
     seen = [Observed(np.zeros(30, int), clients, tuple("abcdefgh"), values) for values in rows]
-    expected = [Fit.of(rows[1 - k]).contributions(rows[k]).sum(axis=1) for k in range(2)]
-    np.testing.assert_allclose(Reference.of(seen).scores_out_of_sample() ** 2, np.concatenate(expected), rtol=1e-9)
-    alone = Reference.of(seen[:1])
+    parts = np.eye(8)[:, :2]
+    expected = [Fit.of(rows[1 - k], parts).readings(rows[k]).max(axis=1) for k in range(2)]
+    np.testing.assert_allclose(Reference.of(seen, parts).scores_out_of_sample(), np.concatenate(expected), rtol=1e-9)
+    alone = Reference.of(seen[:1], parts)
     fifth = alone.fold == 3
-    expected = Fit.of(rows[0][~fifth]).contributions(rows[0][fifth]).sum(axis=1)
-    np.testing.assert_allclose(alone.scores_out_of_sample()[fifth] ** 2, expected, rtol=1e-9)
+    expected = Fit.of(rows[0][~fifth], parts).readings(rows[0][fifth]).max(axis=1)
+    np.testing.assert_allclose(alone.scores_out_of_sample()[fifth], expected, rtol=1e-9)
 
 
 def test_one_declared_stretch_is_a_null_of_its_own():
@@ -134,10 +154,10 @@ def test_rows_of_rounds_as_late_are_its_reference(rng):
     early, late = watched(rng, 100), 10 * watched(rng, 100)
     positions = np.repeat([0, 9], 100)
     seen = Observed(positions, np.tile(np.arange(100).astype(str), 2), tuple("abcd"), np.concatenate([early, late]))
-    reference = Reference.of([seen, seen])
+    reference = Reference.of([seen, seen], np.zeros((4, 0)))
     one = np.full((1, 4), 10.0)
-    distances = [reference.at(p, seen.features).contributions(one).sum() for p in (0, 2, 8, 20)]
-    assert distances[0] == distances[1] > 4 * distances[2]
+    distances = [reference.at(p, seen.features).readings(one).max() for p in (0, 2, 8, 20)]
+    assert distances[0] == distances[1] > 2 * abs(distances[2])
     assert distances[2] == distances[3]
 
 
@@ -155,7 +175,7 @@ def test_a_null_of_another_model_is_refused(fitted):
 def test_a_null_without_enough_to_leave_out_is_refused():
     seen = Observed(np.zeros(4, int), np.array(["a"] * 4), ("x",), np.ones((4, 1)))
     with pytest.raises(InputError, match="two logs, or two clients"):
-        Reference.of([seen]).scores_out_of_sample()
+        Reference.of([seen], np.zeros((1, 0))).scores_out_of_sample()
     with pytest.raises(InputError, match="comparable clients, found none"):
         panel().fitted([planted.clean_log(clients=planted.CLIENTS[:2])])
     with pytest.raises(InputError, match="no reference"):

@@ -84,7 +84,7 @@ def test_what_can_be_measured_is_all_of_it():
     assert all(hasattr(gradlens, name) for name in rows["attribution"])
 
 
-def test_the_panel_of_the_readme_names_an_attacker_and_its_label(tmp_path, monkeypatch, capsys):
+def test_the_panel_of_the_readme_names_an_attacker(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(blocks("python")[PANEL], "README.md", "exec"), names)

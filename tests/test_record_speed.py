@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import planted
 from conftest import STATE, random_round
 from gradlens.aggregators import multi_krum
-from gradlens.log import InputError, ModelSpec, Round, UpdateLog, kernels, record
+from gradlens.log import InputError, ModelSpec, Round, UpdateLog, history, kernels, record
 from gradlens.log.record import LazyLayers
 from gradlens.statistics import final_bias
 
@@ -56,6 +56,7 @@ def test_few_comparisons_are_made_for_the_middle():
     assert counts[9] <= 144
 
 
+@settings(deadline=None)  # other work on the machine is no fault
 @given(arrays(np.float32, st.tuples(st.integers(1, 9), st.integers(1, 4)), elements=FLOATS))
 def test_trimmed_means_are_their_definition(matrix):
     round_, everybody = round_of(matrix), np.ones(len(matrix), bool)
@@ -263,3 +264,83 @@ def test_a_log_of_all_layers_is_the_log(model):
     assert same.model == model
     for name, sums in log.accumulated.sums.items():
         np.testing.assert_array_equal(same.accumulated.sums[name], sums)
+
+
+# --- what adds up, without a copy for every round
+
+
+def test_sums_that_somebody_holds_do_not_change(model):
+    log = UpdateLog(model, [random_round(i) for i in range(6)])
+    held = log[:2].accumulated
+    part = log[:3].accumulated.sums["fc2.weight"][1:3]
+    copies = {name: array.copy() for name, array in held.sums.items()}, part.copy()
+    fresh = UpdateLog(model, [random_round(i) for i in range(6)])
+    for prefix in log.prefixes():
+        _ = prefix.accumulated
+    for name in model.parameters:
+        np.testing.assert_array_equal(held.sums[name], copies[0][name])
+        np.testing.assert_array_equal(log.accumulated.sums[name], fresh.accumulated.sums[name])
+    np.testing.assert_array_equal(part, copies[1])
+
+
+def test_sums_that_nobody_holds_are_carried_on_in_their_place(model):
+    log = UpdateLog(model, [random_round(i) for i in range(3)])
+    place = log[:2].accumulated.sums["fc2.weight"].ctypes.data
+    assert log.accumulated.sums["fc2.weight"].ctypes.data == place
+    cut = UpdateLog(model, [random_round(i) for i in range(3)])
+    _ = cut[:1].keep(np.array([0, 1])).accumulated
+    place = cut[:2].accumulated.sums["fc2.weight"].ctypes.data
+    assert cut.accumulated.sums["fc2.weight"].ctypes.data != place  # the one before is still to go on from
+
+
+class Interrupted(Exception):  # noqa: N818
+    pass
+
+
+def test_sums_that_were_interrupted_are_formed_anew(model, monkeypatch):
+    rounds = [random_round(i) for i in range(4)]
+    log, calls = UpdateLog(model, rounds), []
+    _ = log[:3].accumulated
+    honest = history._clipped
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 3:  # in the middle of the round
+            raise Interrupted
+        return honest(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(history, "_clipped", failing)
+        with pytest.raises(Interrupted):
+            _ = log.accumulated
+    for name, array in UpdateLog(model, rounds).accumulated.sums.items():
+        np.testing.assert_array_equal(log.accumulated.sums[name], array)
+
+
+class Adding:
+    """A step that changes its state where it may."""
+
+    def __init__(self):
+        self.copied = 0
+
+    def __call__(self, before, log):
+        self.copied += 1
+        return [*(before or []), log[-1].index]
+
+    def carry(self, before, log):
+        if before is None:
+            return [log[-1].index]
+        before.append(log[-1].index)
+        return before
+
+
+def test_a_step_carries_its_state_on_unless_a_log_is_cut_down(model):
+    log, step = UpdateLog(model, [random_round(i) for i in range(4)]), Adding()
+    for prefix in log.prefixes():
+        assert prefix.folded(step) == list(range(len(prefix)))
+    assert step.copied == 0
+    assert log[:2].folded(step) == [0, 1]
+    assert log.keep(np.array([0, 1])).folded(step) == [0, 1, 2, 3]
+    assert log[:3].folded(step) == [0, 1, 2]
+    assert log.folded(step) == [0, 1, 2, 3]
+    assert step.copied > 0

@@ -1,9 +1,9 @@
 """The panel: several statistics of every layer, judged together, with one score and what it was made of.
 
 No single number tells an attacker from a client with unusual labels: skew moves everything, but in proportion.
-The panel learns from attack-free clients how its parts move together and scores how far a client is from that
-(its Mahalanobis distance): a first layer that moves more than the client's final bias explains is far out, though
-neither of the two is unusual by itself.
+The panel learns from attack-free clients how its parts move together and asks how far a client is from that (its
+Mahalanobis distance): a first layer that moves more than the client's final bias explains is far out, though neither
+of the two is unusual by itself. Beside that it listens to each part alone, where a weak but plain sign would drown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,40 +33,42 @@ class Part:
     """A statistic with a column per layer, and how the panel reads it.
 
     averaged: over the client's rounds, each in robust sigmas of its cohort; False: the statistic looks back by itself.
-    logarithm: of a size, so that twice and half are equally far.
+    logarithm: of a size, so that twice and half are equally far. suspicious: 1 where more of it is, -1 where less, 0
+    for a part that tells nothing by itself.
     """
 
     statistic: Statistic
     averaged: bool = False
     logarithm: bool = False
+    suspicious: int = 1
 
 
 PARTS: Mapping[str, Part] = {
     "size": Part(statistics.layer_norms, averaged=True, logarithm=True),
     "distance": Part(statistics.neighbour_distances, averaged=True, logarithm=True),
-    "direction": Part(statistics.layer_cosines, averaged=True),
-    "signs": Part(statistics.sign_agreement, averaged=True),
+    "direction": Part(statistics.layer_cosines, averaged=True, suspicious=-1),
+    "signs": Part(statistics.sign_agreement, averaged=True, suspicious=-1),
     "company": Part(statistics.neighbour_cosines, averaged=True),
     "spectrum": Part(statistics.spectral, averaged=True),
     "accumulated size": Part(statistics.accumulated_norms, logarithm=True),
     "accumulated spectrum": Part(statistics.accumulated_spectral),
     "accumulated company": Part(statistics.accumulated_neighbours),
-    "persistence": Part(statistics.persistence),
+    "persistence": Part(statistics.persistence, suspicious=0),
 }
 
 
 def panel() -> Detector:
-    """The distance of each client's statistics, all parts and layers together, from what benign clients show.
+    """How far each client's statistics, layer by layer, are from what benign clients show: together, or part by part.
 
     Parts are the statistics of `PARTS`, layer by layer (in at most 8 groups of layers): of each round, averaged over
-    the client's rounds, and accumulated. They are centred on the cohort's median, scaled, drawn in by arcsinh and
-    compared by the Mahalanobis distance under a Ledoit-Wolf covariance; the score is that distance over the root of
-    the number of features, about 1 for an inconspicuous client. The verdict's evidence holds each feature's
-    contribution to the squared score.
-    `calibrate(panel(), null)` learns scales and covariance from the null. Uncalibrated the scales come from the cohort
-    itself and nothing is known of the covariance, which tells much less; then a client is flagged whose score lies 3.5
-    robust sigmas above the cohort's median.
-    Source: the parts are this project's; the estimator is Ledoit & Wolf 2004, J. Multivariate Analysis 88.
+    the client's rounds, and accumulated. They are centred on the cohort's median, scaled and drawn in by arcsinh. The
+    readings are their Mahalanobis distance under a Ledoit-Wolf covariance, "together", and for each part its mean over
+    the layers in the suspicious direction; each in standard deviations from the mean of benign clients. The score is
+    the largest reading. The verdict's evidence holds the readings, then every feature by itself.
+    `calibrate(panel(), null)` learns all of that from the null. Uncalibrated the scales come from the cohort itself and
+    nothing is known of the covariance, which tells much less; then a client is flagged whose score lies 3.5 robust
+    sigmas above the cohort's median.
+    Source: the panel is this project's; the estimator is Ledoit & Wolf 2004, J. Multivariate Analysis 88.
     """
     return Panel(tuple(PARTS.items()))
 
@@ -101,12 +103,29 @@ class Panel:
         features, values = self.seen(log)
         if not values.any():  # all clients are equal
             return Judgement(np.zeros(len(values)), np.zeros(len(values), bool))
-        fit = _own_fit(values) if self.reference is None else self.reference.at(len(log) - 1, features)
-        parts = fit.contributions(values)
-        scores = np.sqrt(np.maximum(parts.sum(axis=1), 0))
+        fit = self._fit(len(log) - 1, features, values)
+        readings = fit.readings(values)
+        scores = readings.max(axis=1)
         flags = robustly_scaled(scores[:, None])[:, 0] > TEXTBOOK
-        evidence = pd.DataFrame(parts, index=pd.Index(log[-1].clients, name="client"), columns=list(features))
+        columns = [*self.readings, *features]
+        clients = pd.Index(log[-1].clients, name="client")
+        evidence = pd.DataFrame(np.column_stack([readings, fit.drawn(values)]), index=clients, columns=columns)
         return Judgement(scores, flags, evidence=evidence)
+
+    @property
+    def readings(self) -> list[str]:
+        """Names of the readings: "together", and the parts that tell something by themselves."""
+        return ["together", *(name for name, part in self.parts if part.suspicious)]
+
+    def directions(self, features: int) -> np.ndarray:
+        """What of each feature a part's reading is made of, float64 [feature, part that tells something]."""
+        layers = features // len(self.parts)
+        columns = [
+            np.repeat(np.eye(len(self.parts))[i] * part.suspicious / layers, layers)
+            for i, (_, part) in enumerate(self.parts)
+            if part.suspicious
+        ]
+        return np.stack(columns, axis=1)
 
     def seen(self, log: UpdateLog) -> tuple[tuple[str, ...], np.ndarray]:
         """Names [feature] and values [client of the last round, feature], minus the cohort's median.
@@ -134,15 +153,19 @@ class Panel:
         return Observed(np.concatenate(positions), np.concatenate(clients), names, np.concatenate(values))
 
     def scores(self, seen: Observed) -> np.ndarray:
-        """The score of every row of what was seen of a log, float64 [row]; raises InputError without a reference."""
-        if self.reference is None:
-            raise InputError("the panel has no reference yet; fit it to attack-free logs first")
+        """The score of every row of what was seen of a log, float64 [row]."""
         scores = np.zeros(len(seen.values))
         for position in np.unique(seen.positions):
             rows = seen.positions == position
-            fit = self.reference.at(int(position), seen.features)
-            scores[rows] = np.sqrt(np.maximum(fit.contributions(seen.values[rows]).sum(axis=1), 0))
+            values = seen.values[rows]
+            if values.any():
+                scores[rows] = self._fit(int(position), seen.features, values).readings(values).max(axis=1)
         return scores
+
+    def _fit(self, position: int, features: tuple[str, ...], values: np.ndarray) -> "Fit":
+        if self.reference is None:
+            return _own_fit(values, self.directions(len(features)))
+        return self.reference.at(position, features)
 
     def fitted(self, nulls: Sequence[UpdateLog | Observed]) -> tuple["Panel", np.ndarray]:
         """The panel that knows what these attack-free logs show, and their own scores, each out of sample.
@@ -150,7 +173,7 @@ class Panel:
         A row is scored by what the other logs show (of one log: the other clients), in five folds.
         """
         seen = [null if isinstance(null, Observed) else self.observed(null) for null in nulls]
-        reference = Reference.of(seen)
+        reference = Reference.of(seen, self.directions(len(seen[0].features)) if seen else np.zeros((0, 0)))
         return replace(self, reference=reference), reference.scores_out_of_sample()
 
     def __repr__(self) -> str:
@@ -165,9 +188,10 @@ class Reference:
     positions: np.ndarray
     fold: np.ndarray
     values: np.ndarray
+    directions: np.ndarray
 
     @classmethod
-    def of(cls, seen: Sequence[Observed], folds: int = 5) -> "Reference":
+    def of(cls, seen: Sequence[Observed], directions: np.ndarray, folds: int = 5) -> "Reference":
         """The rows of several logs; raises InputError where they are of different models."""
         if len({each.features for each in seen}) != 1:
             raise InputError("the null of a panel must be of one model; found logs whose layers differ")
@@ -176,14 +200,14 @@ class Reference:
         else:
             fold = np.unique(seen[0].clients, return_inverse=True)[1] % folds
         positions = np.concatenate([each.positions for each in seen])
-        return cls(seen[0].features, positions, fold, np.concatenate([each.values for each in seen]))
+        return cls(seen[0].features, positions, fold, np.concatenate([each.values for each in seen]), directions)
 
     @lru_cache(maxsize=4_096)  # noqa: B019 - a reference lives as long as its detector
     def at(self, position: int, features: tuple[str, ...]) -> "Fit":
         """The fit for the round after `position` others: of the null's rows after as many, or the nearest."""
         if features != self.features:
             raise InputError(f"the panel was calibrated on another model: {self.features[0]!r}, found {features[0]!r}")
-        return Fit.of(self.values[self._near(position, np.ones(len(self.values), bool))])
+        return Fit.of(self.values[self._near(position, np.ones(len(self.values), bool))], self.directions)
 
     def scores_out_of_sample(self) -> np.ndarray:
         """The score of every row by the fit of the other folds, float64 [row]."""
@@ -194,8 +218,8 @@ class Reference:
                 raise InputError("the null of a panel needs at least two logs, or two clients of one")
             for position in np.unique(self.positions[~others]):
                 rows = ~others & (self.positions == position)
-                fit = Fit.of(self.values[self._near(position, others)])
-                scores[rows] = np.sqrt(np.maximum(fit.contributions(self.values[rows]).sum(axis=1), 0))
+                fit = Fit.of(self.values[self._near(position, others)], self.directions)
+                scores[rows] = fit.readings(self.values[rows]).max(axis=1)
         return scores
 
     def _near(self, position: int, allowed: np.ndarray) -> np.ndarray:
@@ -207,14 +231,20 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Scales [feature], mean [feature] and precision [feature, feature] of benign rows."""
+    """What benign rows are like: scale, mean [feature], precision [feature, feature]; directions [feature, part].
+
+    centre, spread: [reading], of the readings of benign rows.
+    """
 
     scale: np.ndarray
     mean: np.ndarray
     precision: np.ndarray
+    directions: np.ndarray
+    centre: np.ndarray
+    spread: np.ndarray
 
     @classmethod
-    def of(cls, rows: np.ndarray) -> "Fit":
+    def of(cls, rows: np.ndarray, directions: np.ndarray) -> "Fit":
         """The fit to benign rows [row, feature]."""
         from sklearn.covariance import ledoit_wolf  # takes a second to import
 
@@ -224,19 +254,37 @@ class Fit:
         drawn = np.arcsinh(rows / scale)
         covariance = ledoit_wolf(drawn)[0] if len(rows) > 1 else np.eye(rows.shape[1])
         floor = 1e-6 * max(np.trace(covariance) / len(covariance), 1e-12)
-        return cls(scale, drawn.mean(axis=0), np.linalg.inv(covariance + floor * np.eye(len(covariance))))
+        precision = np.linalg.inv(covariance + floor * np.eye(len(covariance)))
+        raw = _raw_readings(drawn - drawn.mean(axis=0), precision, directions)
+        return cls(scale, drawn.mean(axis=0), precision, directions, raw.mean(axis=0), _positive(raw.std(axis=0)))
 
-    def contributions(self, values: np.ndarray) -> np.ndarray:
-        """What each feature adds to the squared score, [client, feature] -> the same shape."""
-        z = np.arcsinh(values / self.scale) - self.mean
-        return z * (z @ self.precision) / z.shape[1]
+    def drawn(self, values: np.ndarray) -> np.ndarray:
+        """The features as they are compared, scaled and drawn in, minus their mean: [client, feature] -> the same."""
+        return np.arcsinh(values / self.scale) - self.mean
+
+    def readings(self, values: np.ndarray) -> np.ndarray:
+        """[client, feature] -> [client, reading], in standard deviations of benign rows; the first is "together"."""
+        return (_raw_readings(self.drawn(values), self.precision, self.directions) - self.centre) / self.spread
 
 
-def _own_fit(values: np.ndarray) -> Fit:
+def _raw_readings(z: np.ndarray, precision: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    squares = np.einsum("ij,ij->i", z @ precision, z) / z.shape[1]
+    return np.column_stack([np.sqrt(np.maximum(squares, 0)), z @ directions])
+
+
+def _positive(spread: np.ndarray) -> np.ndarray:
+    return np.where(spread > 0, spread, 1.0)
+
+
+def _own_fit(values: np.ndarray, directions: np.ndarray) -> Fit:
     """The fit to a cohort by itself: robust scales alone, since fewer clients than features tell no covariance."""
     mad = 1.4826 * np.median(np.abs(values), axis=0)
-    scale = np.where(mad > 0, mad, 1.2533 * np.abs(values).mean(axis=0))
-    return Fit(np.where(scale > 0, scale, 1.0), np.zeros(len(scale)), np.eye(len(scale)))
+    scale = _positive(np.where(mad > 0, mad, 1.2533 * np.abs(values).mean(axis=0)))
+    precision = np.eye(len(scale))
+    raw = _raw_readings(np.arcsinh(values / scale), precision, directions)
+    centre = np.median(raw, axis=0)
+    spread = _positive(1.4826 * np.median(np.abs(raw - centre), axis=0))
+    return Fit(scale, np.zeros(len(scale)), precision, directions, centre, spread)
 
 
 def _part_values(part: Part, log: UpdateLog) -> np.ndarray:

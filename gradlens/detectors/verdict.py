@@ -110,7 +110,9 @@ def calibrate(detector: Detector, null: Any = None, fpr: float = 0.05) -> Detect
         detector, scores = fit(logs)
     else:
         scores = np.concatenate([np.zeros(0), *(_null_scores(detector, log) for log in logs)])
-    return CalibratedDetector(detector, _rank(scores, fpr, what), fpr, f"{what}, {len(scores)} scores, fpr {fpr:g}")
+    return CalibratedDetector(
+        detector, rank_threshold(scores, fpr, what), fpr, f"{what}, {len(scores)} scores, fpr {fpr:g}"
+    )
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class CalibratedDetector:
         verdict = log.verdict(self.detector)
         if verdict.abstained:
             return replace(verdict, null=self.null)
-        threshold = _nominal(verdict.scores, self.fpr) if self.threshold is None else self.threshold
+        threshold = nominal_threshold(verdict.scores, self.fpr) if self.threshold is None else self.threshold
         flags = (verdict.scores > threshold) | np.isposinf(verdict.scores)
         return replace(verdict, flags=flags, null=self.null)
 
@@ -157,7 +159,8 @@ def verdict_on(round_: Round, scores: np.ndarray, threshold: float, **said: Any)
     return Verdict(clients, scores, (scores > threshold) | np.isposinf(scores), **said)
 
 
-def _nominal(scores: np.ndarray, fpr: float) -> float:
+def nominal_threshold(scores: np.ndarray, fpr: float) -> float:
+    """Median + normal quantile x 1.4826 MAD of a cohort's scores [client]: what `calibrate` without a null cuts at."""
     finite = scores[np.isfinite(scores)]
     if not len(finite):
         return np.inf
@@ -166,7 +169,8 @@ def _nominal(scores: np.ndarray, fpr: float) -> float:
     return float(np.median(finite) + ndtri(1 - fpr) * sigma)
 
 
-def _rank(scores: np.ndarray, fpr: float, what: str) -> float:
+def rank_threshold(scores: np.ndarray, fpr: float, what: str) -> float:
+    """The null score [score] that a share `fpr` of the null and one more lie above; raises InputError for too few."""
     flagged = int(np.floor((len(scores) + 1) * fpr + 1e-9))  # of the null and one more, those above the threshold
     if flagged < 1:
         needed = int(np.ceil(1 / fpr - 1e-9)) - 1

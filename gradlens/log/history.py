@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from sys import getrefcount
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 from zlib import crc32
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 BUDGET = 1_000_000_000  # bytes of accumulated updates held in full; above it they are sketched
 CLIP = 3.0  # median residual norms that one round of a client counts at most
 SKETCH = 512  # numbers that a sketch keeps of a larger layer
+HELD = 2  # references to an array that is in one table alone, as it is looked at
 RECENT = 3  # rounds held with their Grams and medians
 REMEMBERED = 4_096  # tables and verdicts held
 
@@ -155,7 +157,9 @@ class UpdateLog(Sequence[Round]):
     def accumulated(self) -> Accumulated:
         """The sum of every client's residuals over the rounds of this log (`Accumulated`)."""
         if self._last is None:
-            return self._memory.accumulated(self._window, self.model)
+            total = self._memory.accumulated(self._window, self.model)
+            return replace(total, sums=dict(total.sums))  # so that whoever holds it is seen to hold its arrays
+        self._memory.cut = True
         before = self._memory.accumulated(self._window[:-1], self.model)
         return _advance(before, self._last, self.model)
 
@@ -180,9 +184,12 @@ class UpdateLog(Sequence[Round]):
         """`step` over the rounds: `step(None, log[:1])`, `step(that, log[:2])`, ..., the answer for this log.
 
         For what is carried from round to round: asked of prefix after prefix, each round is looked at once. Of a
-        `step` that can be hashed the latest two states are held, which must not change when they are carried on.
+        `step` that can be hashed the latest state is held (once a log was cut down by `keep`, the latest two), which
+        must not change when it is carried on. A `step` with a method `carry` is asked by it where nobody else needs
+        the state any more: it may then change the state and give it back, which spares a copy.
         """
         if self._last is not None:
+            self._memory.cut = True
             return step(self[:-1].folded(step) if len(self) > 1 else None, self)
         try:
             held = self._memory.states.setdefault((step, self._window.start), {})
@@ -190,8 +197,12 @@ class UpdateLog(Sequence[Round]):
             held = {}
         stop, state = _latest(held, self._window)
         for position in range(stop, self._window.stop):
-            state = step(state, self[: position + 1 - self._window.start])
-            _hold(held, position + 1, state)
+            carry = step
+            if not self._memory.cut:
+                held.clear()  # what is interrupted while it changes must not be found again
+                carry = getattr(step, "carry", step)
+            state = carry(state, self[: position + 1 - self._window.start])
+            _hold(held, position + 1, state, self._memory.cut)
         return cast(Answer, state)
 
     def recorded(self, round_: Round, source: Callable[[], Round]) -> "UpdateLog":
@@ -219,6 +230,7 @@ class _Memory:
     sums: dict[int, dict[int, Accumulated]] = field(default_factory=dict)  # start -> stop -> the sum until there
     answers: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
     states: dict[Any, dict[int, Any]] = field(default_factory=dict)  # (step, start) -> stop -> the state there
+    cut: bool = False  # a log whose last round was cut down by `keep` has asked for what adds up
 
     def round(self, position: int) -> Round:
         if position not in self.recent:
@@ -237,8 +249,11 @@ class _Memory:
         stop, total = _latest(held, window)
         total = total or _nothing(model)
         for position in range(stop, window.stop):
-            total = _advance(total, self.round(position), model)
-            _hold(held, position + 1, total)
+            ours = not self.cut and all(getrefcount(total.sums[name]) == HELD for name in total.sums)
+            if ours:
+                held.clear()  # what is interrupted while it changes must not be found again
+            total = _advance(total, self.round(position), model, in_place=ours)
+            _hold(held, position + 1, total, self.cut)
         return total
 
 
@@ -248,10 +263,10 @@ def _latest(held: Mapping[int, Answer], window: range) -> tuple[int, Answer | No
     return stop, held.get(stop)
 
 
-def _hold(held: dict[int, Answer], stop: int, state: Answer) -> None:
-    """Two are held: a log whose last round is cut down by `keep` goes on from the one before."""
+def _hold(held: dict[int, Answer], stop: int, state: Answer, cut: bool) -> None:
+    """The latest is held; two where logs are cut down by `keep`, which go on from the one before: each is large."""
     held[stop] = state
-    for other in [each for each in held if each not in (stop, stop - 1)]:
+    for other in [each for each in held if each != stop and not (cut and each == stop - 1)]:
         del held[other]
 
 
@@ -275,8 +290,11 @@ def _nothing(model: ModelSpec) -> Accumulated:
     return Accumulated(np.zeros(0, np.str_), np.zeros(0, np.int64), sums, nothing, nothing)
 
 
-def _advance(before: Accumulated, round_: Round, model: ModelSpec) -> Accumulated:
-    """The sums after one more round; a new value, so that what was handed out does not change."""
+def _advance(before: Accumulated, round_: Round, model: ModelSpec, *, in_place: bool = False) -> Accumulated:
+    """The sums after one more round; a new value, so that what was handed out does not change.
+
+    in_place: nobody else holds the arrays of the sums before, which may change: they can be most of the memory.
+    """
     clients = np.union1d(before.clients, round_.clients)
     sketched = before.sketched or len(clients) * model.num_parameters * 4 > BUDGET
     seen = np.searchsorted(clients, before.clients)
@@ -294,8 +312,11 @@ def _advance(before: Accumulated, round_: Round, model: ModelSpec) -> Accumulate
         past = before.sums[name]
         if sketched:
             past = past if before.sketched else _sketch(name, past)
-        sums[name] = np.zeros((len(clients), past.shape[1]), np.float32)
-        sums[name][seen] = past
+        if in_place and len(past) == len(clients):
+            sums[name] = past
+        else:
+            sums[name] = np.zeros((len(clients), past.shape[1]), np.float32)
+            sums[name][seen] = past
         if sketched:
             sums[name][rows] += _sketch(name, _clipped(residuals, factors, 0, model[name].size))
             continue

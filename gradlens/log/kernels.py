@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
 BLOCK = 1 << 14  # numbers of a layer that are worked on at a time
 PAD = 24  # numbers between the rows of a scratch matrix: at powers of two they share the lines of a cache
 TILE = 20  # clients whose products, in slices of 2,048 numbers, BLAS forms fastest
-TILED = 100  # clients up to which products are formed in such tiles
+TILED = 64  # clients up to which products are formed in such tiles
+ALONE = 9_000  # numbers of a matrix below which no BLAS starts threads for a product with a vector
 NETWORK = 32  # clients up to which whole rows are compared; above, each column is sorted for itself
 
 Columns = Callable[[int, int], np.ndarray]  # (start, stop) -> those columns of a matrix, [row, number]
@@ -23,7 +25,7 @@ Columns = Callable[[int, int], np.ndarray]  # (start, stop) -> those columns of 
 def squares(columns: Columns, count: int, size: int) -> np.ndarray:
     """The sum of squares of each row, float64 [row]; rests on that row alone, to the last bit."""
     total = np.zeros(count)
-    with np.errstate(all="ignore"), one_blas_thread():
+    with np.errstate(all="ignore"), one_blas_thread(count * size):
         for _, numbers in _float64(columns, range(count), size, count):
             total += _row_squares(numbers)
     return total
@@ -37,10 +39,10 @@ def gram(columns: Columns, order: np.ndarray, size: int) -> tuple[np.ndarray, np
     count = len(order)
     parts = -(-count // TILE) if count <= TILED else 1
     edges = [count * part // parts for part in range(parts + 1)] if count else [0]
-    tiles = list(zip(edges[:-1], edges[1:], strict=True))
+    tiles = list(pairwise(edges))
     step, zeros = (2_048, 1) if count <= TILED else (BLOCK, 0)
     total, own = np.zeros((count, count)), np.zeros(count)
-    with np.errstate(all="ignore"), one_blas_thread():
+    with np.errstate(all="ignore"), one_blas_thread(count * size):
         for _, block in _float64(columns, order, size, count, zeros):
             own += _row_squares(block[:count])
             for start in range(0, block.shape[1], step):
@@ -59,13 +61,17 @@ def _row_squares(numbers: np.ndarray) -> np.ndarray:
     return (numbers[:, None, :] @ numbers[:, :, None])[:, 0, 0]
 
 
-def weighted_sum(columns: Columns, rows: Sequence[int] | np.ndarray, weights: np.ndarray, size: int) -> np.ndarray:
-    """The sum over these rows, in this order, of weight x row: float64 [number]."""
-    total = np.zeros(size)
-    with np.errstate(all="ignore"), one_blas_thread():
+def weighted_mean(columns: Columns, rows: np.ndarray, weights: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """The mean of these rows by their weights, summed in float64 in this order; in `out` [number], which it gives back.
+
+    Integers are rounded; what is beyond the type of `out` is infinite there.
+    """
+    size = len(out)
+    with np.errstate(all="ignore"), one_blas_thread(len(rows) * size):
         for start, numbers in _float64(columns, rows, size, len(rows)):
-            total[start : start + numbers.shape[1]] = weights @ numbers
-    return total
+            mean = weights @ numbers / weights.sum()
+            out[start : start + len(mean)] = np.rint(mean) if np.issubdtype(out.dtype, np.integer) else mean
+    return out
 
 
 def _float64(
@@ -82,18 +88,19 @@ def _float64(
         yield start, scratch[:, : block.shape[1]]
 
 
-def middle_mean(columns: Columns, rows: np.ndarray, trimmed: int, size: int) -> np.ndarray:
-    """The mean of each column's values without its `trimmed` smallest and largest, float64 [number].
+def middle_mean(columns: Columns, rows: np.ndarray, trimmed: int, out: np.ndarray) -> np.ndarray:
+    """The mean of each column's values without its `trimmed` smallest and largest, in `out` [number], summed in float64.
 
     Of finite rows, taken in this order.
     """
     if len(rows) > NETWORK:
-        return middle_mean_of_sorted(lambda start, stop: sorted_columns(columns, rows, start, stop), trimmed, size)
+        return middle_mean_of_sorted(lambda start, stop: sorted_columns(columns, rows, start, stop), trimmed, out)
+    size = len(out)
     plan, kept = _network(len(rows), trimmed)
     width = min(size, BLOCK)
     scratch, numbers = np.empty((len(rows) + 1, width), np.float32), np.empty((len(kept), width + PAD))
-    total, ones = np.empty(size), np.ones(len(kept))
-    with one_blas_thread():
+    ones = np.ones(len(kept))
+    with one_blas_thread(len(rows) * size):
         for start in range(0, size, width):
             block = columns(start, min(start + width, size))
             wires = list(scratch[:, : block.shape[1]])
@@ -113,19 +120,19 @@ def middle_mean(columns: Columns, rows: np.ndarray, trimmed: int, size: int) -> 
             middle = numbers[:, : block.shape[1]]
             for place, wire in enumerate(kept):
                 middle[place] = wires[wire]
-            total[start : start + width] = ones @ middle
-    return total / len(kept)
+            out[start : start + width] = ones @ middle / len(kept)
+    return out
 
 
-def middle_mean_of_sorted(columns: Columns, trimmed: int, size: int) -> np.ndarray:
+def middle_mean_of_sorted(columns: Columns, trimmed: int, out: np.ndarray) -> np.ndarray:
     """`middle_mean` of what is sorted already: (start, stop) -> [number, rank]."""
-    total, width = np.empty(size), BLOCK // 4
-    with one_blas_thread():
+    size, width = len(out), BLOCK // 4
+    with one_blas_thread():  # whose rows are as long as there are clients
         for start in range(0, size, width):
             ranks = columns(start, min(start + width, size))
             middle = ranks[:, trimmed : ranks.shape[1] - trimmed].astype(np.float64)
-            total[start : start + width] = middle @ np.ones(middle.shape[1]) / middle.shape[1]
-    return total
+            out[start : start + width] = middle @ np.ones(middle.shape[1]) / middle.shape[1]
+    return out
 
 
 def sorted_columns(columns: Columns, rows: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -194,11 +201,15 @@ def width_for(count: int) -> int:
 
 
 @contextmanager
-def one_blas_thread() -> Iterator[None]:
+def one_blas_thread(numbers: int = BLOCK) -> Iterator[None]:
     """Matrix products run in one thread inside.
 
     Their order of adding up is then fixed; and on few, shared cores several threads take longer than one.
+    numbers: how many are worked on; few are left to one thread anyhow, and to say so takes longer.
     """
+    if numbers < ALONE:
+        yield
+        return
     before = [count() for count, _ in _blas()]
     for _, limit in _blas():
         limit(1)

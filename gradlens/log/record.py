@@ -377,39 +377,40 @@ class Round:
     @cached_property
     def median(self) -> Mapping[str, np.ndarray]:
         """Layer -> float32 [*shape]: coordinate-wise median of the comparable clients' updates, 0 without any."""
-        return LazyLayers(self.parameters, lambda name: self.trimmed_mean(name).astype(np.float32))
+        return LazyLayers(self.parameters, self.trimmed_mean)
 
     def trimmed_mean(self, layer: str, trimmed: int | None = None, clients: np.ndarray | None = None) -> np.ndarray:
-        """Float64 [*shape]: mean of each number without its `trimmed` smallest and largest values.
+        """Float32 [*shape]: mean of each number without its `trimmed` smallest and largest values, summed in float64.
 
         trimmed: None, as many as possible: the median; clients: a mask [client] of finite ones, None: the comparable
         ones. 0 without clients. Many clients are sorted once for all who ask while that takes less than 256 MB.
         """
         clients = self.comparable if clients is None else clients
-        rows, size, shape = self._by_name[clients[self._by_name]], self._size(layer), np.shape(self.global_model[layer])
+        rows, shape = self._by_name[clients[self._by_name]], np.shape(self.global_model[layer])
         trimmed = max(0, len(rows) - 1) // 2 if trimmed is None else trimmed
+        out = np.zeros(self._size(layer), np.float32)
         if len(rows) <= 2 * trimmed:
-            return np.zeros(shape)
+            return out.reshape(shape)
         held = 4 * len(rows) * sum(self._size(name) for name in self.parameters) <= ORDERED
         if len(rows) > kernels.NETWORK and held and np.array_equal(clients, self.comparable):
             ranks = self.ordered[layer].T
-            return kernels.middle_mean_of_sorted(lambda start, stop: ranks[start:stop], trimmed, size).reshape(shape)
-        return kernels.middle_mean(self.columns(layer), rows, trimmed, size).reshape(shape)
+            return kernels.middle_mean_of_sorted(lambda start, stop: ranks[start:stop], trimmed, out).reshape(shape)
+        return kernels.middle_mean(self.columns(layer), rows, trimmed, out).reshape(shape)
 
     def weighted_mean(self, layer: str, clients: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Float64 [*shape]: mean of the updates of the clients at these positions, summed in this order.
+        """Mean of the updates of the clients at these positions, [*shape] of the layer's own type.
 
-        weights: float64 [chosen client], not all 0. 0 without clients.
+        Summed in float64 in this order, integers rounded. weights: float64 [chosen client], not all 0. 0 without clients.
         """
-        shape = np.shape(self.global_model[layer])
-        if not len(clients):
-            return np.zeros(shape)
-        total = kernels.weighted_sum(self.columns(layer), clients, weights, self._size(layer))
-        return (total / weights.sum()).reshape(shape)
+        shape, out = np.shape(self.global_model[layer]), np.zeros(self._size(layer), self.updates[layer].dtype)
+        if len(clients):
+            kernels.weighted_mean(self.columns(layer), clients, weights, out)
+        return out.reshape(shape)
 
     def forget(self) -> None:
-        """Gives back the memory of what is as large as the updates and can be found again."""
-        self.__dict__.pop("ordered", None)
+        """Gives back the memory of what is as large as an update, or as all of them, and can be found again."""
+        for found in ("ordered", "median"):
+            self.__dict__.pop(found, None)
 
 
 class LazyLayers(Mapping[str, np.ndarray]):
