@@ -32,6 +32,8 @@ reports: $(STAMP)  ## the committed reports, from real data; what has run alread
 	$(BIN)/gradlens simulate simulations/scenarios/first_look.toml -o runs/first_look
 	$(BIN)/gradlens report runs/first_look -o reports/first_look.html
 	$(BIN)/python reports/picture.py runs/first_look reports/picture.png
+	$(BIN)/gradlens simulate simulations/scenarios/localisation.toml -o runs/localisation
+	$(BIN)/python reports/localisation.py runs/localisation
 	$(BIN)/gradlens simulate simulations/scenarios/attacks.toml -o runs/attacks
 	$(BIN)/gradlens simulate simulations/scenarios/attacks_data.toml -o runs/attacks_data
 	$(BIN)/gradlens simulate simulations/scenarios/replacement.toml -o runs/replacement

@@ -19,7 +19,7 @@ import typer
 from tqdm import tqdm
 
 import gradlens
-from gradlens.detectors import Detector
+from gradlens.detectors import USUAL, Detector
 from gradlens.log import InputError
 from gradlens.log.manifest import Verification
 from gradlens.processes import processes
@@ -33,11 +33,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 PICTURES = (".png", ".svg", ".pdf")
-USUAL = tuple(  # what `detect` asks unless told otherwise: quick, without a model to run or a history to wait for
-    name
-    for name in ("final_bias", "final_rows", "layer_norms", "layer_cosines", "accumulated_norms", "panel")
-    if name in gradlens.DETECTORS
-)
 UsageFault: type[Exception] = typer.BadParameter.__mro__[2]  # the parent of everything wrong on a command line
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run or of a sweep.", show_default=False)]

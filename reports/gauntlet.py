@@ -91,11 +91,8 @@ def attack_free(setting: str, clients: int) -> list[Scenario]:
     """Attack-free runs of each partition, of seeds of their own, until so many clients are pooled."""
     every = load_sweep(gauntlet_tables.SCENARIOS / f"gauntlet_{setting}.toml", seed=0).scenarios
     controls = dict.fromkeys(each.control for each in every)
-    return [
-        each.replace(seed=gauntlet_tables.FREE + k)
-        for each in controls
-        for k in range(max(2, -(-clients // each.num_clients)))
-    ]
+    most = max(max(2, -(-clients // each.num_clients)) for each in controls)
+    return [each.replace(seed=gauntlet_tables.FREE + k) for k in range(most) for each in controls]
 
 
 def analysed(

@@ -18,7 +18,7 @@ from gradlens.localize import PHASES
 from gradlens.log import InputError, LogWriter, ModelSpec, Round
 from gradlens.log.files import write_table
 from gradlens.report import attack_table
-from gradlens.report.analysis import analyse, attacked_runs, labelled, outcome, panel, thresholds_of
+from gradlens.report.analysis import analyse, attacked_runs, labelled, outcome, thresholds_of, usual
 from gradlens.report.findings import distinct_controls, sweep_findings
 from gradlens.report.page import finding, listed, measured, number, render, section, table, text, unbroken, write
 from gradlens.report.pictures import localization_picture
@@ -257,9 +257,9 @@ def test_false_alarms_are_counted_on_held_out_controls(made_analysis):
 
 
 def test_too_few_other_seeds_make_the_thresholds_nominal(made):
-    found = thresholds_of(panel(["final_bias"]), [made.run("control0")], 0, 0.05)
+    found = thresholds_of(usual(["final_bias"]), [made.run("control0")], 0, 0.05)
     assert found["final_bias"].null.startswith("nominal")
-    found = thresholds_of(panel(["final_bias"]), [made.run("control1")], 0, 0.001)  # 32 scores cannot tell 0.1 %
+    found = thresholds_of(usual(["final_bias"]), [made.run("control1")], 0, 0.001)  # 32 scores cannot tell 0.1 %
     assert found["final_bias"].null.startswith("nominal")
 
 
@@ -283,7 +283,7 @@ def test_an_executor_gives_the_same_tables(made, made_analysis):
         other = analyse(made, permutations=99, executor=executor)
     for name in ("runs", "outcomes", "places", "figures", "alarms", "thresholds"):
         pd.testing.assert_frame_equal(getattr(other, name), getattr(made_analysis, name))
-    assert pickle.loads(pickle.dumps(panel())) == panel()  # noqa: S301 - they travel to other processes
+    assert pickle.loads(pickle.dumps(usual())) == usual()  # noqa: S301 - they travel to other processes
 
 
 def test_the_same_sweep_gives_the_same_bytes_wherever_it_is_analysed_and_drawn(made, made_page, tmp_path):
@@ -428,12 +428,11 @@ def test_a_run_inside_a_sweep_finds_its_control_and_its_null_there(real, tmp_pat
     page = Page(report(real.path / name, tmp_path / "o.html", permutations=19))
     assert is_self_contained(page)
     assert f"{real.control_of(name).name} attack-free control" in page.text
-    e = examine(real.run(name), panel(), fpr=0.05, permutations=19)
+    e = examine(real.run(name), usual(), fpr=0.05, permutations=19)
     assert e.control is not None
     assert e.control.name == real.control_of(name).name
-    assert e.rules["null"].str.startswith("attack-free: 1 run").tolist() == [True] * 4 + [
-        False
-    ]  # 16 scores are too few
+    calibrated = e.rules["null"].str.startswith("attack-free: 1 run")
+    assert e.rules["detector"][~calibrated].tolist() == ["accumulated_norms"]  # 16 scores are too few
     assert "Those of accumulated_norms rest on each cohort itself" in page.text
     assert len(e.chance) == 3
     for _, _, svg in page.pictures:
@@ -486,7 +485,7 @@ def test_refused_incomparable_and_abstained_are_counted_with_reasons(tmp_path):
     assert "8 updates not finite or beyond comparison, of client-05 and client-06" in page.text
     assert "beyond comparison: over 1,000 times the median norm" in page.text
     assert "accumulated_norms abstained in 1 round: " in page.text
-    assert set(suspects(examine(run, panel(), fpr=0.05))["client"]) >= {"<i>late</i>", "client-05", "client-06"}
+    assert set(suspects(examine(run, usual(), fpr=0.05))["client"]) >= {"<i>late</i>", "client-05", "client-06"}
 
 
 def test_a_model_without_a_final_bias_makes_a_report_that_says_so(tmp_path):
@@ -509,7 +508,7 @@ def test_an_open_run_says_so(tmp_path):
     updates = {name: np.ones((4, *array.shape), array.dtype) for name, array in STATE.items()}
     writer.commit(Round(0, np.array(list("abcd")), np.ones(4), updates, STATE, buffers=MODEL.buffers), STATE)
     writer.leave_open()
-    found = run_findings(examine(Run.open(tmp_path / "run"), panel(), fpr=0.05))
+    found = run_findings(examine(Run.open(tmp_path / "run"), usual(), fpr=0.05))
     assert [each["about"] for each in found][-1] == "Recording"
 
 

@@ -16,7 +16,7 @@ from gradlens.detectors.history import flanders, fldetector, foolsgold
 from gradlens.detectors.panel import panel
 from gradlens.detectors.verdict import TEXTBOOK, Detector, Verdict, calibrate, detect, score_by
 
-__all__ = ["DETECTORS", "Detector", "Verdict", "calibrate", "detect", "score_by"]
+__all__ = ["DETECTORS", "USUAL", "Detector", "Verdict", "calibrate", "detect", "score_by"]
 
 _by_z = partial(partial, score_by, scorer=scorers.robust_zscore, threshold=TEXTBOOK)
 
@@ -63,3 +63,6 @@ DETECTORS: Mapping[str, Callable[..., Detector]] = {
     # all together
     "panel": panel,
 }
+
+# what the command line and reports ask unless told otherwise: quick, without a model to run
+USUAL = ("final_bias", "final_rows", "layer_norms", "layer_cosines", "accumulated_norms", "panel")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gradlens.detectors import Detector
 from gradlens.plots import count
-from gradlens.report.analysis import analyse, attack_table, panel
+from gradlens.report.analysis import analyse, attack_table, usual
 from gradlens.report.findings import sweep_findings
 from gradlens.report.page import render, write
 from gradlens.report.provenance import common_settings
@@ -39,7 +39,7 @@ def report(
     Returns the path. Raises InputError where the source is no run or sweep, or the path cannot be written.
     """
     source = source if isinstance(source, Run | Sweep) else open_run(source)
-    detectors = panel() if detectors is None else detectors
+    detectors = usual() if detectors is None else detectors
     if isinstance(source, Run):
         control = Run.open(control) if isinstance(control, Path | str) else control
         e = examine(source, detectors, fpr=fpr, control=control, null=null, permutations=permutations)

@@ -15,14 +15,13 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from gradlens.detectors import DETECTORS, Detector, calibrate, detect
+from gradlens.detectors import DETECTORS, USUAL, Detector, calibrate, detect
 from gradlens.evaluation import bootstrap, evaluate, with_truth
 from gradlens.localize import PHASES, localize_sweep
 from gradlens.log import InputError
 from gradlens.plots import conditions
 from gradlens.run import Run, Sweep
 
-PANEL = ("final_bias", "final_rows", "layer_norms", "layer_cosines", "accumulated_norms")
 DEFENCES = ("aggregator", "detector")  # settings of the server, not of the attack
 ATTACKS = ("attack", "num_malicious", "poison_rate", "schedule")  # and of the attack
 WORKED, PARTLY = 0.5, 0.1  # by so much the ASR must end above the control's
@@ -69,7 +68,7 @@ def analyse(
     """
     runs, left_out = attacked_runs(sweep)
     cells = [part for _, part in runs.groupby("cell", sort=False)]
-    settings = (panel() if detectors is None else detectors, fpr, permutations)
+    settings = (usual() if detectors is None else detectors, fpr, permutations)
     if executor is None:
         done = (_cell(sweep, cell, *settings) for cell in cells)
     else:
@@ -85,7 +84,7 @@ def analyse(
     return Analysis(sweep, runs, attack_outcomes(sweep, runs), **tables, left_out=left_out, fpr=fpr)
 
 
-def panel(names: Sequence[str] = PANEL) -> dict[str, Detector]:
+def usual(names: Sequence[str] = USUAL) -> dict[str, Detector]:
     """The detectors of a report: one per statistic, all with the robust z-score."""
     return {name: DETECTORS[name]() for name in names}
 
