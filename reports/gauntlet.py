@@ -63,9 +63,9 @@ def main(words: Sequence[str] | None = None) -> None:
             chosen = cells(setting, seeds, families)
             free = attack_free(setting, benign)
             results += analysed(setting, [*chosen, *free], asked.runs, pool, keep=asked.keep)
-    if not results:
-        raise SystemExit(f"gauntlet: no attack of {asked.families or 'the scenarios'} is in {asked.settings}")
-    gauntlet_tables.write(results, asked.out, ROOT / "README.md" if whole else None)
+        if not results:
+            raise SystemExit(f"gauntlet: no attack of {asked.families or 'the scenarios'} is in {asked.settings}")
+        gauntlet_tables.write(results, asked.out, ROOT / "README.md" if whole else None, pool)
 
 
 @cache

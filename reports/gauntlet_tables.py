@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,11 +120,11 @@ def save(path: Path, arrays: Mapping[str, Any]) -> None:
     os.replace(part, path)
 
 
-def write(results: Sequence[Scores], out: Path, readme: Path | None = None) -> None:
+def write(results: Sequence[Scores], out: Path, readme: Path | None = None, executor: Executor | None = None) -> None:
     """The table as CSV and the page; readme: the README, whose section on the detectors is written anew."""
     import gauntlet_page
 
-    table = figures(results)
+    table = figures(results, executor)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out.with_suffix(".csv"), index=False, float_format="%.5g")
     gauntlet_page.write(table, results, out.with_suffix(".html"))
@@ -137,22 +138,26 @@ def committed(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, na_values=["nan", ""], dtype={"family": str}).fillna({"bound": ""})
 
 
-def figures(results: Sequence[Scores]) -> pd.DataFrame:
-    """Every figure of every detector in every cell, in the columns of gauntlet.csv."""
+def figures(results: Sequence[Scores], executor: Executor | None = None) -> pd.DataFrame:
+    """Every figure of every detector in every cell, in the columns of gauntlet.csv; one null's runs go together."""
     works = _works(results)
-    tables = []
-    for runs in _nulls(results).values():
-        free = [run for run in runs if run.free]
-        halves = [run for run in free if run.scenario.seed % 2 == 0], [run for run in free if run.scenario.seed % 2]
-        tested = [*halves[1], *(run for run in runs if not run.scenario.is_control)]
-        names = [name for name in runs[0].arrays["detectors"].tolist() if not name.startswith(PANEL)]
-        tables += [_evaluated(n, [r.of(n) for r in halves[0]], [(r, r.of(n)) for r in tested]) for n in names]
-        tables += _panels(halves[0], tested)
-    table = pd.concat(tables, ignore_index=True)
+    groups = list(_nulls(results).values())
+    parts = map(_figures, groups) if executor is None else executor.map(_figures, groups)
+    table = pd.concat(list(parts), ignore_index=True)
     table["works"] = [int(works.get(tuple(key), False)) for key in table[KEYS].itertuples(index=False, name=None)]
     table["adaptive"] = table["family"].isin(ADAPTIVE).astype(int)
     table = table[table["metric"].isin(METRICS) & table["value"].notna()]
-    return table.sort_values([*KEYS, "detector", "per"], kind="stable")[COLUMNS].reset_index(drop=True)
+    return table.sort_values([*KEYS, "detector", "per", "metric"], kind="stable")[COLUMNS].reset_index(drop=True)
+
+
+def _figures(runs: Sequence[Scores]) -> pd.DataFrame:
+    """The figures of runs that share a null: half of the attack-free ones calibrate, the other half is tested."""
+    free = [run for run in runs if run.free]
+    calibrating = [run for run in free if run.scenario.seed % 2 == 0]
+    tested = [run for run in runs if not run.scenario.is_control or (run.free and run.scenario.seed % 2)]
+    names = [name for name in runs[0].arrays["detectors"].tolist() if not name.startswith(PANEL)]
+    tables = [_evaluated(n, [r.of(n) for r in calibrating], [(r, r.of(n)) for r in tested]) for n in names]
+    return pd.concat([*tables, *_panels(calibrating, tested)], ignore_index=True)
 
 
 def named(results: Sequence[Scores]) -> pd.DataFrame:
@@ -287,8 +292,8 @@ def _cohort_flags(built: Panel, run: Scores, fpr: float) -> np.ndarray:
 
 def _panelled(run: Scores, scores: np.ndarray) -> pd.DataFrame:
     """The updates of a run with a panel's scores or flags (1) of what it saw [row]; not comparable: +inf, flagged."""
-    known = run.of(PANEL)["score"].to_numpy().copy()
-    known[np.isfinite(known)] = scores
+    known = run.arrays["answers"][run.arrays["detectors"].tolist().index(PANEL)][0].astype(np.float64)
+    known[np.isfinite(known)] = scores  # NaN where it could not say
     return run.updates(known, np.isinf(known) | (known == 1))
 
 
