@@ -96,7 +96,7 @@ def ranking(working: pd.DataFrame) -> pd.DataFrame:
     honest = full[full["adaptive"].eq(0)].pivot_table(
         index="detector", columns="metric", values="value", aggfunc="mean"
     )
-    means = means.join(honest[["tpr_1", "tpr_5"]], rsuffix="_plain")
+    means = means.join(honest[["tpr_1", "tpr_5"]].add_suffix("_plain"))
     return means.sort_values("tpr_5", ascending=False)
 
 

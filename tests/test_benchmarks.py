@@ -2,8 +2,11 @@
 
 import csv
 import json
+import math
 import sys
+import time
 
+import numpy as np
 import pytest
 
 from conftest import ROOT
@@ -15,7 +18,7 @@ def bench(monkeypatch):
     import bench
 
     yield bench
-    for name in ("bench", "workloads"):
+    for name in ("bench", "workloads", "rules", "scale", "gradlens_rules"):
         sys.modules.pop(name, None)
 
 
@@ -117,3 +120,104 @@ def test_work_that_was_not_measured_again_keeps_its_rows(bench, tmp_path):
     bench.write(tmp_path / "bench.csv", old)
     assert [row["work"] for row in bench.others(tmp_path / "bench.csv", ["mlp"])] == ["cnn"]
     assert bench.others(tmp_path / "none.csv", []) == []
+
+
+# rules over one round
+
+
+def test_a_cohort_has_the_layers_of_its_model(bench):
+    import workloads
+
+    for cohort, (clients, model) in workloads.COHORTS.items():
+        sizes = sum(math.prod(shape) for shape in workloads.shapes_of(cohort).values())
+        assert f"{clients}x{sizes}" == cohort
+        assert sizes == workloads.WORKLOADS[model].parameters
+
+
+@pytest.fixture
+def small(bench, monkeypatch):
+    """Our script on a round that is small."""
+    import gradlens_rules
+
+    matrix = np.random.default_rng(0).standard_normal((12, 47), dtype=np.float32)
+    shapes = {"a.weight": (5, 6), "a.bias": (5,), "b.weight": (2, 5), "b.bias": (2,)}
+    monkeypatch.setattr(gradlens_rules, "updates_of", lambda _: matrix)
+    monkeypatch.setattr(gradlens_rules, "shapes_of", lambda _: shapes)
+    return gradlens_rules
+
+
+def test_every_call_starts_from_a_fresh_round(small):
+    log, seen = small.fresh_logs("any"), []
+
+    def ask(log):
+        seen.append((log, dict(log[-1].__dict__)))
+
+    assert small.fastest_fresh(ask, log, 3) > 0
+    assert len({id(each) for each, _ in seen}) == 4
+    assert not any({"gram", "norms", "median", "finite"} & set(known) for _, known in seen)
+
+
+def test_what_needs_a_history_or_a_model_is_not_asked(small):
+    log = small.fresh_logs("any")()
+    asked = small.questions(log)
+    assert {"statistic final_bias", "detector layer_norms", "detector krum"} <= set(asked)
+    assert not {"statistic accumulated_norms", "statistic ddif", "detector fldetector"} & set(asked)
+    assert all(seconds >= 0 for seconds in small.each(asked, log).values())
+    assert set(small.rules(12)) == {"krum", "multi_krum", "median", "trimmed_mean", "geometric_median"}
+    assert small.rules(12)["krum"].num_malicious == 2
+
+
+def test_rules_take_turns_and_their_rows_join_the_table(bench, tmp_path, monkeypatch, capsys):
+    import rules
+
+    scripts = []
+
+    def printed(command, environ=None):
+        scripts.append((command[1].rsplit("/", 1)[1], environ["OMP_NUM_THREADS"]))
+        seconds = {"krum": 0.002, "median": 0.001 * len(scripts)}
+        ours = {"seconds": seconds | dict.fromkeys(rules.TOGETHER, 0.004), "asked": ["statistic final_bias"]}
+        theirs = {"krum": 0.01, "median": 0.03}
+        return json.dumps(ours if "gradlens" in command[1] else theirs)
+
+    monkeypatch.setattr(bench, "did", printed)
+    monkeypatch.setattr(bench, "environment", lambda peer: tmp_path)
+    out = tmp_path / "b.csv"
+    bench.write(out, bench.compared({"mlp": {"gradlens": 4.0, "pfl": 2.0}}))
+    rules.main(["--cohort", "100x56970", "--turns", "2", "--out", str(out)])
+    assert scripts == [(f"{who}_rules.py", n) for n in ("1", bench.ALL_CORES) for who in ("gradlens", "byzfl")] * 2
+    rows = {row["work"]: row for row in csv.DictReader(out.read_text().splitlines())}
+    assert next(iter(rows)) == "mlp"
+    assert (rows["krum 100x56970"]["ours"], rows["krum 100x56970"]["theirs"]) == ("2.0", "10.0")
+    assert rows["median 100x56970"]["ours"] == "1.0"  # the fastest turn
+    assert rows["five rules 100x56970"]["theirs"] == "40.0"
+    assert rows["all statistics and detectors 100x56970"]["ratio"] == "10.00"
+    assert "five rules 100x56970" in capsys.readouterr().out
+
+
+# long and large logs
+
+
+def test_scale_answers_both_questions(bench, tmp_path):
+    import scale
+
+    for work in ("final bias", "all"):
+        found = scale.answer(work, tmp_path, width=4, rounds=3)
+        assert found["seconds"] > 0
+        assert found["own_memory_mb"] > 10
+    assert len(list(tmp_path.iterdir())) == scale.FILES
+    log = scale.repeating(tmp_path, 4, 9)
+    assert [round_.index for round_ in log] == list(range(9))
+    np.testing.assert_array_equal(log[8].updates["8.bias"], log[0].updates["8.bias"])
+    assert scale.model_of(scale.WIDTHS[-1]).num_parameters == 1_060_138
+
+
+def test_own_memory_is_watched(bench):
+    import scale
+
+    with scale.watched() as peak:
+        held = np.ones(8_000_000)
+        before, patience = scale.own_memory(), time.monotonic() + 30
+        while peak() < before and time.monotonic() < patience:
+            time.sleep(0.01)
+        del held
+    assert peak() >= before

@@ -17,14 +17,13 @@ COLUMNS = ["detector", "family", "adaptive", "works", "partition", "per", "metri
 @pytest.fixture(scope="module")
 def scripts():
     """The modules gauntlet and gauntlet_tables of the folder of reports."""
-    sys.path.insert(0, str(ROOT / "reports"))
-    try:
-        import gauntlet
-        import gauntlet_page
-        import gauntlet_tables
-    finally:
-        sys.path.pop(0)
-    return gauntlet, gauntlet_tables, gauntlet_page
+    sys.path.append(str(ROOT / "reports"))  # worker processes look there, too
+    import gauntlet
+    import gauntlet_page
+    import gauntlet_tables
+
+    yield gauntlet, gauntlet_tables, gauntlet_page
+    sys.path.remove(str(ROOT / "reports"))
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,14 @@
 """All the rounds that the server saw: `UpdateLog`, and what adds up over them: `Accumulated`."""
 
+import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from weakref import WeakValueDictionary
 from zlib import crc32
 
 import numpy as np
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 BUDGET = 1_000_000_000  # bytes of accumulated updates held in full; above it they are sketched
 CLIP = 3.0  # median residual norms that one round of a client counts at most
 SKETCH = 512  # numbers that a sketch keeps of a larger layer
+LARGE = 20_000_000  # bytes of a round's updates from which freed memory is given back round by round
 HELD = 2  # references to an array that is in one table alone, as it is looked at
 RECENT = 3  # rounds held with their Grams and medians
 REMEMBERED = 4_096  # tables and verdicts held
@@ -157,8 +161,7 @@ class UpdateLog(Sequence[Round]):
     def accumulated(self) -> Accumulated:
         """The sum of every client's residuals over the rounds of this log (`Accumulated`)."""
         if self._last is None:
-            total = self._memory.accumulated(self._window, self.model)
-            return replace(total, sums=dict(total.sums))  # so that whoever holds it is seen to hold its arrays
+            return self._memory.accumulated(self._window, self.model)
         self._memory.cut = True
         before = self._memory.accumulated(self._window[:-1], self.model)
         return _advance(before, self._last, self.model)
@@ -228,6 +231,7 @@ class _Memory:
     recent: OrderedDict[int, Round] = field(default_factory=OrderedDict)
     indices: dict[int, int] = field(default_factory=dict)  # of the rounds that were looked at
     sums: dict[int, dict[int, Accumulated]] = field(default_factory=dict)  # start -> stop -> the sum until there
+    shown: WeakValueDictionary[tuple[int, int], Accumulated] = field(default_factory=WeakValueDictionary)
     answers: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
     states: dict[Any, dict[int, Any]] = field(default_factory=dict)  # (step, start) -> stop -> the state there
     cut: bool = False  # a log whose last round was cut down by `keep` has asked for what adds up
@@ -241,10 +245,14 @@ class _Memory:
             self.indices[position] = self.recent[position].index
             if len(self.recent) > RECENT:
                 self.recent.popitem(last=False)
+            if self.recent[position].nbytes > LARGE:
+                _give_back()
         self.recent.move_to_end(position)
         return self.recent[position]
 
     def accumulated(self, window: range, model: ModelSpec) -> Accumulated:
+        if (shown := self.shown.get((window.start, window.stop))) is not None:
+            return shown
         held = self.sums.setdefault(window.start, {})
         stop, total = _latest(held, window)
         total = total or _nothing(model)
@@ -254,7 +262,15 @@ class _Memory:
                 held.clear()  # what is interrupted while it changes must not be found again
             total = _advance(total, self.round(position), model, in_place=ours)
             _hold(held, position + 1, total, self.cut)
-        return total
+        # with a table of its own, so that whoever holds it is seen to hold its arrays
+        shown = self.shown[window.start, window.stop] = replace(total, sums=dict(total.sums))
+        return shown
+
+
+def _give_back() -> None:
+    """Memory that was freed goes back to the system, of which the C library of Linux else keeps up to 64 MB."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _latest(held: Mapping[int, Answer], window: range) -> tuple[int, Answer | None]:

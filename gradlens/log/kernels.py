@@ -89,9 +89,9 @@ def _float64(
 
 
 def middle_mean(columns: Columns, rows: np.ndarray, trimmed: int, out: np.ndarray) -> np.ndarray:
-    """The mean of each column's values without its `trimmed` smallest and largest, in `out` [number], summed in float64.
+    """The mean of each column's values without its `trimmed` smallest and largest, in `out` [number].
 
-    Of finite rows, taken in this order.
+    Of finite rows, taken in this order; summed in float64.
     """
     if len(rows) > NETWORK:
         return middle_mean_of_sorted(lambda start, stop: sorted_columns(columns, rows, start, stop), trimmed, out)

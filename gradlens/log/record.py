@@ -254,6 +254,11 @@ class Round:
         """Positions of the clients in the order of their names."""
         return np.argsort(self.clients)
 
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all updates of the layers that are scored."""
+        return 4 * len(self.clients) * sum(self._size(name) for name in self.parameters)
+
     def _size(self, layer: str) -> int:
         return math.prod(np.shape(self.global_model[layer]))
 
@@ -268,6 +273,7 @@ class Round:
         part.__dict__["gram"] = LazyLayers(self.parameters, lambda name: self.gram[name][pairs])
         part.__dict__["norms"] = LazyLayers(self.parameters, lambda name: self.norms[name][positions])
         part.__dict__["finite"] = self.finite[positions]
+        part.__dict__["comparable"] = self.comparable[positions]  # beside all of them, as they were judged
         return part
 
     def only(self, layers: Collection[str]) -> "Round":
@@ -391,7 +397,7 @@ class Round:
         out = np.zeros(self._size(layer), np.float32)
         if len(rows) <= 2 * trimmed:
             return out.reshape(shape)
-        held = 4 * len(rows) * sum(self._size(name) for name in self.parameters) <= ORDERED
+        held = self.nbytes <= ORDERED
         if len(rows) > kernels.NETWORK and held and np.array_equal(clients, self.comparable):
             ranks = self.ordered[layer].T
             return kernels.middle_mean_of_sorted(lambda start, stop: ranks[start:stop], trimmed, out).reshape(shape)
@@ -400,9 +406,10 @@ class Round:
     def weighted_mean(self, layer: str, clients: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Mean of the updates of the clients at these positions, [*shape] of the layer's own type.
 
-        Summed in float64 in this order, integers rounded. weights: float64 [chosen client], not all 0. 0 without clients.
+        Summed in float64 in this order, integers rounded; 0 without clients. weights: float64 [client], not all 0.
         """
-        shape, out = np.shape(self.global_model[layer]), np.zeros(self._size(layer), self.updates[layer].dtype)
+        shape, dtype = np.shape(self.global_model[layer]), np.dtype(np.float32)
+        out = np.zeros(self._size(layer), self.updates[layer].dtype if layer in self.buffers else dtype)
         if len(clients):
             kernels.weighted_mean(self.columns(layer), clients, weights, out)
         return out.reshape(shape)

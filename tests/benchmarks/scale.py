@@ -1,22 +1,21 @@
 """Times the analysis of long and large logs and takes its own memory: python tests/benchmarks/scale.py --help.
 
-A log of 1,000 rounds x 20 clients x 1,060,138 parameters (85 GB) is stood for by one that repeats a few recorded rounds,
-mapped from files as any other. Two questions: the final bias of every round, which reads that layer alone; and the whole
-analysis, every statistic and every detector of the tables after every round. Each is asked in a process of its own. Its
-own memory is the most that it held beside mapped files (RssAnon).
+A log of 1,000 rounds x 20 clients x 1,060,138 parameters (85 GB) is stood for by one that repeats a few recorded
+rounds, mapped from files as any other. Two questions: the final bias of every round, which reads that layer alone; and
+the whole analysis, every statistic and every detector of the tables after every round. Each is asked in a process of
+its own. Its own memory is the most that it held beside mapped files (RssAnon).
 """
 
 import argparse
 import csv
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -70,7 +69,6 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def answered(folder: Path, work: str, width: int, rounds: int) -> dict[str, str]:
     """The row of one question, asked in a process of its own."""
-    model_of(width)
     record(folder, width)
     command = [sys.executable, __file__, "--folder", str(folder), "--work", work]
     command += ["--width", str(width), "--rounds", str(rounds)]
@@ -102,10 +100,8 @@ def answer(work: str, folder: Path, width: int, rounds: int) -> dict[str, float]
             detectors = [build() for build in DETECTORS.values()]
             for prefix in log.prefixes():
                 for statistic in STATISTICS.values():
-                    try:
+                    with suppress(CannotSay):
                         prefix.remembered(statistic)
-                    except CannotSay:
-                        pass
                 for detector in detectors:
                     prefix.verdict(detector)
         seconds = time.perf_counter() - start
@@ -155,7 +151,7 @@ def watched() -> Iterator[Callable[[], float]]:
 
     def watch() -> None:
         while not done.wait(0.002):
-            held.append(max(held.pop(), own_memory()))
+            held[0] = max(held[0], own_memory())
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -173,5 +169,4 @@ def own_memory() -> float:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()
