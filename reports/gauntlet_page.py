@@ -18,7 +18,7 @@ PARTITIONS = {"iid": "iid", "dirichlet": "Dirichlet 0.5"}
 ENOUGH = 0.5  # TPR at 5 % FPR below which a detector finds too little to be called working
 INTERVAL = ("value", "low", "high")
 BEGIN, END = "<!-- gauntlet -->", "<!-- /gauntlet -->"
-BEFORE = "## The attacks, measured"
+BEFORE = "<!-- attacks -->"  # the next section
 TOP = 10  # detectors in the README
 MOST = 8  # rows of a picture's cells that are named
 

@@ -138,6 +138,13 @@ class _Adding:
     layers: str
 
     def __call__(self, before: _Histories | None, log: UpdateLog) -> _Histories:
+        return self._advanced(before, log, in_place=False)
+
+    def carry(self, before: _Histories | None, log: UpdateLog) -> _Histories:
+        """The same, in the memory of the histories before."""
+        return self._advanced(before, log, in_place=True)
+
+    def _advanced(self, before: _Histories | None, log: UpdateLog, in_place: bool) -> _Histories:
         round_ = log[-1]
         names = round_.parameters if self.layers == "all" else (str(log.model.final_weight),)
         known = before.clients if before else ()
@@ -154,8 +161,11 @@ class _Adding:
         for name in names:
             past = before.sums[name] if before else np.zeros((0, log.model[name].size), np.float32)
             past = _sketch(name, past) if sketched and not was_sketched else past
-            sums[name] = np.zeros((len(clients), past.shape[1]), np.float32)
-            sums[name][: len(past)] = past
+            if in_place and len(past) == len(clients):
+                sums[name] = past
+            else:
+                sums[name] = np.zeros((len(clients), past.shape[1]), np.float32)
+                sums[name][: len(past)] = past
             _add(sums[name], rows, round_, name, sketched)
             gram[rows] += _products(sums[name], rows)
         if before:

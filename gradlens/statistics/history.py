@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradlens.log import CannotSay, InputError, Round, UpdateLog
-from gradlens.log.history import BUDGET, _clipped_residuals, _sketch
+from gradlens.log import CannotSay, InputError, Round, UpdateLog, kernels
+from gradlens.log.history import BUDGET, _clipped, _residuals, _sketch
 from gradlens.log.record import BLOCK, PAIRWISE
 from gradlens.statistics.cohort import cohort, table
 
@@ -30,8 +30,8 @@ def accumulated_norms(log: UpdateLog) -> pd.DataFrame:
     has added up.
     """
     round_, rows, rounds = _cohort_with_past(log)
-    sums = [log.accumulated.sums[name][rows] for name in log.model.parameters]
-    norms = [np.sqrt(np.einsum("ki,ki->k", s, s, dtype=np.float64) / rounds[rows]) for s in sums]
+    squares = [_squares(log.accumulated.sums[name], rows) for name in log.model.parameters]
+    norms = [np.sqrt(of_layer / rounds[rows]) for of_layer in squares]
     return table(round_, log.model.parameters, np.stack(norms, axis=1))
 
 
@@ -104,12 +104,15 @@ def consistency(log: UpdateLog) -> pd.DataFrame:
     round_, rows, _ = _cohort_with_past(log)
     accumulated, values = log.accumulated, np.zeros((len(round_), len(log.model.parameters)))
     for column, name in enumerate(log.model.parameters):
-        residuals = _clipped_residuals(round_, name)
-        if accumulated.sketched:
-            residuals = _sketch(name, residuals)
-        past = accumulated.sums[name][rows[round_.comparable]]
-        past -= residuals
-        values[round_.comparable, column] = _row_cosines(residuals, past)
+        residuals, _, factors = _residuals(round_, name)
+        sums, size, dots = accumulated.sums[name], log.model[name].size, 0.0
+        for start in [0] if accumulated.sketched else range(0, size, BLOCK):
+            now = _clipped(residuals, factors, start, size if accumulated.sketched else min(start + BLOCK, size))
+            now = _sketch(name, now) if accumulated.sketched else now
+            past = sums[rows[round_.comparable], start : start + now.shape[1]] - now
+            pairs = ((now, past), (now, now), (past, past))
+            dots = dots + np.stack([np.einsum("ki,ki->k", one, other, dtype=np.float64) for one, other in pairs])
+        values[round_.comparable, column] = _cosine(*dots)
     return table(round_, log.model.parameters, values)
 
 
@@ -125,10 +128,10 @@ def persistence(log: UpdateLog) -> pd.DataFrame:
     round_, rows, _ = _cohort_with_past(log)
     accumulated, values = log.accumulated, np.zeros((len(round_), len(log.model.parameters)))
     for column, name in enumerate(log.model.parameters):
-        sums, squares = accumulated.sums[name][rows], accumulated.squares[name][rows]
+        squares = accumulated.squares[name][rows]
         with np.errstate(all="ignore"):  # in the rows that become NaN
             pairs = accumulated.lengths[name][rows] ** 2 - squares
-            shared = np.einsum("ki,ki->k", sums, sums, dtype=np.float64) - squares
+            shared = _squares(accumulated.sums[name], rows) - squares
             real = pairs > ROUNDING * squares
             values[:, column] = np.clip(np.divide(shared, pairs, out=np.zeros_like(pairs), where=real), -1, 1)
     return table(round_, log.model.parameters, values)
@@ -272,9 +275,13 @@ def _unexplained(gram: np.ndarray, drift: np.ndarray, reference: np.ndarray) -> 
     return np.sqrt(np.where(squares > ROUNDING * np.diagonal(gram), squares, 0))
 
 
-def _row_cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    dots, squares_x, squares_y = (np.einsum("ki,ki->k", a, b, dtype=np.float64) for a, b in ((x, y), (x, x), (y, y)))
-    norms = np.sqrt(squares_x * squares_y)
+def _squares(sums: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The sum of squares of some rows, float64 [row], without a copy of them all."""
+    return kernels.squares(lambda start, stop: sums[rows, start:stop], len(rows), sums.shape[1])
+
+
+def _cosine(dots: np.ndarray, squares: np.ndarray, others: np.ndarray) -> np.ndarray:
+    norms = np.sqrt(squares * others)
     with np.errstate(all="ignore"):  # in the rows that become NaN
         return np.clip(np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0), -1, 1)
 
