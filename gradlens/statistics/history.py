@@ -112,7 +112,7 @@ def consistency(log: UpdateLog) -> pd.DataFrame:
             past = sums[rows[round_.comparable], start : start + now.shape[1]] - now
             pairs = ((now, past), (now, now), (past, past))
             dots = dots + np.stack([np.einsum("ki,ki->k", one, other, dtype=np.float64) for one, other in pairs])
-        values[round_.comparable, column] = _cosine(*dots)
+        values[round_.comparable, column] = _cosine(*np.asarray(dots))
     return table(round_, log.model.parameters, values)
 
 
