@@ -147,13 +147,13 @@ def section(attacks: pd.DataFrame, replacement: pd.DataFrame) -> str:
     return "## The attacks, measured\n\n" + "\n\n".join(parts)
 
 
-def with_section(readme: str, text: str) -> str:
-    """The README with its section on the attacks replaced, or put before what to know before trusting a figure."""
-    marked = f"{BEGIN}\n{text}\n{END}"
-    if BEGIN not in readme:
-        return readme.replace(BEFORE, f"{marked}\n\n{BEFORE}", 1)
-    before, rest = readme.split(BEGIN, 1)
-    return before + marked + rest.split(END, 1)[1]
+def with_section(readme: str, text: str, begin: str = BEGIN, end: str = END, next_section: str = BEFORE) -> str:
+    """The README with the section between two marks replaced, or put before the next one; by default the attacks'."""
+    marked = f"{begin}\n{text}\n{end}"
+    if begin not in readme:
+        return readme.replace(next_section, f"{marked}\n\n{next_section}", 1)
+    before, rest = readme.split(begin, 1)
+    return before + marked + rest.split(end, 1)[1]
 
 
 def _rate(name: str, runs: Sequence[Run], held_out: int) -> dict[str, object]:

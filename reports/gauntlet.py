@@ -27,7 +27,7 @@ from gradlens.detectors.panel import Panel
 from gradlens.log import CannotSay, UpdateLog
 from gradlens.processes import processes
 from gradlens.run import Run
-from simulations import Scenario, load_sweep, run_sweep
+from simulations import Scenario, run_sweep
 from simulations.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def available(setting: str) -> bool:
     """Whether the dataset of a setting is here."""
     try:
-        load_task(load_sweep(gauntlet_tables.SCENARIOS / f"gauntlet_{setting}.toml").scenarios[0].task)
+        load_task(gauntlet_tables.scenarios(setting)[0].task)
     except gradlens.InputError:
         return False
     return True
@@ -80,8 +80,7 @@ def available(setting: str) -> bool:
 
 def cells(setting: str, seeds: Sequence[int], families: Sequence[str]) -> list[Scenario]:
     """The attacked runs of these seeds and families, each after its control."""
-    every = load_sweep(gauntlet_tables.SCENARIOS / f"gauntlet_{setting}.toml", seed=0).scenarios
-    attacked = [each for each in every if not each.is_control]
+    attacked = [each for each in gauntlet_tables.scenarios(setting) if not each.is_control]
     attacked = [each for each in attacked if not families or gauntlet_tables.family(each.attack) in families]
     pairs = [(each.control, each) for each in attacked]
     return [each.replace(seed=seed) for seed in seeds for pair in pairs for each in pair]
@@ -89,8 +88,7 @@ def cells(setting: str, seeds: Sequence[int], families: Sequence[str]) -> list[S
 
 def attack_free(setting: str, clients: int) -> list[Scenario]:
     """Attack-free runs of each partition, of seeds of their own, until so many clients are pooled."""
-    every = load_sweep(gauntlet_tables.SCENARIOS / f"gauntlet_{setting}.toml", seed=0).scenarios
-    controls = dict.fromkeys(each.control for each in every)
+    controls = dict.fromkeys(each.control for each in gauntlet_tables.scenarios(setting))
     most = max(max(2, -(-clients // each.num_clients)) for each in controls)
     return [each.replace(seed=gauntlet_tables.FREE + k) for k in range(most) for each in controls]
 

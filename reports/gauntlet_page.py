@@ -7,6 +7,7 @@ import gauntlet_tables as tables
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from attack_table import with_section
 from matplotlib.figure import Figure
 
 from gradlens.plots import percent
@@ -43,11 +44,7 @@ def write(figures: pd.DataFrame, results: Sequence[tables.Scores], path: Path) -
 
 def readme(text_of_readme: str, figures: pd.DataFrame) -> str:
     """The README with its section on the detectors written anew from the figures of gauntlet.csv."""
-    marked = f"{BEGIN}\n{readme_section(figures)}\n{END}"
-    if BEGIN not in text_of_readme:
-        return text_of_readme.replace(BEFORE, f"{marked}\n\n{BEFORE}", 1)
-    before, rest = text_of_readme.split(BEGIN, 1)
-    return before + marked + rest.split(END, 1)[1]
+    return with_section(text_of_readme, readme_section(figures), BEGIN, END, BEFORE)
 
 
 def readme_section(figures: pd.DataFrame) -> str:
@@ -336,20 +333,16 @@ def _labels(results: Sequence[tables.Scores]) -> list[Block]:
 
 
 def _weak(figures: pd.DataFrame, results: Sequence[tables.Scores]) -> list[Block]:
-    gains: dict[tuple[str, ...], list[float]] = {}
-    for run in results:
-        if not run.scenario.is_control:
-            gains.setdefault(tuple(run.cell.values()), []).append(run.gain)
     own = figures[figures["detector"].eq(tables.PANEL) & figures["per"].eq("client") & figures["metric"].eq("tpr_5")]
     found = {tuple(key): value for *key, value in own[[*tables.KEYS, "value"]].itertuples(index=False, name=None)}
     rows = [
         {
             "cell": _cell_name(key),
-            "gain": number(100 * float(np.mean(each)), 0),
+            "gain": number(100 * gain, 0),
             "panel, TPR at 5 %": _share(found.get(key, np.nan)) if key in found else "–",
         }
-        for key, each in gains.items()
-        if np.mean(each) < tables.WORKS
+        for key, gain in tables.gains(results).items()
+        if gain < tables.WORKS
     ]
     caption = "Points of ASR above the control, or of main accuracy below it; these cells are in no mean above."
     return [table(rows, caption)]

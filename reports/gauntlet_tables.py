@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from attack_table import shown
 
 from gradlens.attribution import attribution_accuracy
 from gradlens.detectors.panel import Observed, Panel, panel
@@ -41,11 +42,8 @@ METRICS = ("auc", "tpr_1", "tpr_5", "fpr_1", "fpr_5")
 
 
 def family(attack: Iterable[str]) -> str:
-    """The name in ATTACKS of what an attack of several parts is about: what comes with a plain trigger, or the data."""
-    first, *others = list(attack) or ["none"]
-    if first != "trigger" or not others:
-        return first
-    return next((name for name in others if name != "scaling"), "scaling")
+    """The name in ATTACKS of what an attack of several parts is about, "none" for no attack."""
+    return shown(list(attack) or ["none"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +138,11 @@ def committed(path: Path) -> pd.DataFrame:
 
 def figures(results: Sequence[Scores], executor: Executor | None = None) -> pd.DataFrame:
     """Every figure of every detector in every cell, in the columns of gauntlet.csv; one null's runs go together."""
-    works = _works(results)
+    gain = gains(results)
     groups = list(_nulls(results).values())
     parts = map(_figures, groups) if executor is None else executor.map(_figures, groups)
     table = pd.concat(list(parts), ignore_index=True)
-    table["works"] = [int(works.get(tuple(key), False)) for key in table[KEYS].itertuples(index=False, name=None)]
+    table["works"] = [int(gain.get(tuple(key), 0.0) >= WORKS) for key in table[KEYS].itertuples(index=False, name=None)]
     table["adaptive"] = table["family"].isin(ADAPTIVE).astype(int)
     table = table[table["metric"].isin(METRICS) & table["value"].notna()]
     return table.sort_values([*KEYS, "detector", "per", "metric"], kind="stable")[COLUMNS].reset_index(drop=True)
@@ -152,12 +150,15 @@ def figures(results: Sequence[Scores], executor: Executor | None = None) -> pd.D
 
 def _figures(runs: Sequence[Scores]) -> pd.DataFrame:
     """The figures of runs that share a null: half of the attack-free ones calibrate, the other half is tested."""
-    free = [run for run in runs if run.free]
-    calibrating = [run for run in free if run.scenario.seed % 2 == 0]
+    calibrating = _calibrating(runs)
     tested = [run for run in runs if not run.scenario.is_control or (run.free and run.scenario.seed % 2)]
     names = [name for name in runs[0].arrays["detectors"].tolist() if not name.startswith(PANEL)]
     tables = [_evaluated(n, [r.of(n) for r in calibrating], [(r, r.of(n)) for r in tested]) for n in names]
     return pd.concat([*tables, *_panels(calibrating, tested)], ignore_index=True)
+
+
+def _calibrating(runs: Sequence[Scores]) -> list[Scores]:
+    return [run for run in runs if run.free and run.scenario.seed % 2 == 0]
 
 
 def named(results: Sequence[Scores]) -> pd.DataFrame:
@@ -170,7 +171,7 @@ def named(results: Sequence[Scores]) -> pd.DataFrame:
     for runs in _nulls(results).values():
         built = panel()
         assert isinstance(built, Panel)
-        fitted, null = built.fitted([run.seen for run in runs if run.free and run.scenario.seed % 2 == 0])
+        fitted, null = built.fitted([run.seen for run in _calibrating(runs)])
         threshold = rank_threshold(null, RATES["5"], "attack-free runs")
         for run in runs:
             target = build_attack(run.scenario.attack).target_label
@@ -215,19 +216,26 @@ def named(results: Sequence[Scores]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True).drop(columns="label")
 
 
+@cache
+def scenarios(setting: str) -> list[Scenario]:
+    """The scenarios of a setting with seed 0, each attacked one after its control."""
+    return load_sweep(SCENARIOS / f"gauntlet_{setting}.toml", seed=0).scenarios
+
+
 def clean_rounds(scenario: Scenario, setting: str) -> int:
     """How many rounds each run of its setting begins with in which nobody attacks."""
     if scenario.is_control:
-        scenario = load_sweep(SCENARIOS / f"gauntlet_{setting}.toml", seed=0).scenarios[-1]
+        scenario = scenarios(setting)[-1]
     return int(scenario.schedule.get("from_round", {}).get("first", 0))
 
 
-def _works(results: Sequence[Scores]) -> dict[tuple[str, ...], bool]:
-    gains: dict[tuple[str, ...], list[float]] = {}
+def gains(results: Sequence[Scores]) -> dict[tuple[str, ...], float]:
+    """By how much the attack works in each cell (its `KEYS`), the mean over its runs."""
+    found: dict[tuple[str, ...], list[float]] = {}
     for run in results:
         if not run.scenario.is_control:
-            gains.setdefault(tuple(run.cell.values()), []).append(run.gain)
-    return {cell: bool(np.mean(each) >= WORKS) for cell, each in gains.items()}
+            found.setdefault(tuple(run.cell.values()), []).append(run.gain)
+    return {cell: float(np.mean(each)) for cell, each in found.items()}
 
 
 def _nulls(results: Sequence[Scores]) -> dict[tuple[object, ...], list[Scores]]:
@@ -259,35 +267,42 @@ def _panels(calibrating: Sequence[Scores], tested: Sequence[Scores]) -> list[pd.
     each = np.split(scores, np.cumsum([len(run.seen.values) for run in calibrating])[:-1])
     null = [_panelled(run, of_run) for run, of_run in zip(calibrating, each, strict=True)]
     tables = [_evaluated(PANEL, null, [(run, _panelled(run, fitted.scores(run.seen))) for run in tested])]
-    for name, flags in ((STRETCH, _stretch_flags), (COHORT, _cohort_flags)):
-        for metric, fpr in RATES.items():
-            found = [(run, flags(built, run, fpr)) for run in tested]
-            frames = [_panelled(run, f).assign(**run.cell, detector=name) for run, f in found if f is not None]
+    for name, judge in ((STRETCH, _by_stretch), (COHORT, _by_cohort)):
+        judged = [(run, flags) for run in tested if (flags := judge(built, run))]
+        for metric in RATES:
+            frames = [_panelled(r, f[metric]).assign(**r.cell, detector=name) for r, f in judged if metric in f]
             if frames:
                 tables.append(_flagged(pd.concat(frames, ignore_index=True), metric))
     return tables
 
 
-def _stretch_flags(built: Panel, run: Scores, fpr: float) -> np.ndarray | None:
-    """Whom the panel flags [row] whose null is the run's clean first rounds; None where they are too few."""
+def _by_stretch(built: Panel, run: Scores) -> dict[str, np.ndarray]:
+    """Whom the panel flags [row] at each rate, its null being the run's clean first rounds, where they are enough."""
     seen = run.seen
     clean = seen.positions < clean_rounds(run.scenario, run.setting)
     if not clean.any():
-        return None
+        return {}
+    part = Observed(seen.positions[clean], seen.clients[clean], seen.features, seen.values[clean])
+    flags = {}
     try:
-        part = Observed(seen.positions[clean], seen.clients[clean], seen.features, seen.values[clean])
         fitted, null = built.fitted([part])
-        return (fitted.scores(seen) > rank_threshold(null, fpr, "")).astype(float)
-    except InputError:
-        return None
+        scores = fitted.scores(seen)
+        for metric, fpr in sorted(RATES.items(), reverse=True):  # the rarer one needs more scores
+            flags[metric] = (scores > rank_threshold(null, fpr, "")).astype(float)
+    except InputError:  # too few
+        pass
+    return flags
 
 
-def _cohort_flags(built: Panel, run: Scores, fpr: float) -> np.ndarray:
-    """Whom the panel flags [row] where each cohort is its own null."""
+def _by_cohort(built: Panel, run: Scores) -> dict[str, np.ndarray]:
+    """Whom the panel flags [row] at each rate where each cohort is its own null."""
     seen, scores = run.seen, built.scores(run.seen)
     cohorts = [scores[seen.positions == position] for position in range(int(seen.positions.max()) + 1)]
-    thresholds = np.array([nominal_threshold(cohort, fpr) for cohort in cohorts])
-    return (scores > thresholds[seen.positions]).astype(float)
+    flags = {}
+    for metric, fpr in RATES.items():
+        thresholds = np.array([nominal_threshold(cohort, fpr) for cohort in cohorts])
+        flags[metric] = (scores > thresholds[seen.positions]).astype(float)
+    return flags
 
 
 def _panelled(run: Scores, scores: np.ndarray) -> pd.DataFrame:

@@ -115,7 +115,7 @@ def rflbat(eps1: float = 10.0, eps2: float = 4.0, most_clusters: int = 10, sampl
 
 def _flame(log: UpdateLog, on: str) -> Judgement:
     round_ = log[-1]
-    gram = np.sum([round_.gram[name] for name in round_.parameters], axis=0)
+    gram = round_.total_gram
     if on == "updates":
         return _outside_the_majority(round_, cosine_distances(gram))
     parts = (np.asarray(round_.global_model[name], np.float64).reshape(-1) for name in round_.parameters)
@@ -191,7 +191,7 @@ def _ratios(log: UpdateLog, predict: Predict) -> np.ndarray:
 def _rflbat(log: UpdateLog, eps1: float, eps2: float, most_clusters: int, samples: int, seed: int) -> Judgement:
     round_ = log[-1]
     order = np.argsort(round_.clients)
-    gram = np.sum([round_.gram[name] for name in round_.parameters], axis=0)[np.ix_(order, order)]
+    gram = round_.total_gram[np.ix_(order, order)]
     plane = principal_plane(gram)
     distances = _euclidean(plane)
     distances[distances <= APART * distances.max()] = 0

@@ -122,7 +122,7 @@ def _multi_krum(
 
 
 def _krum_scores(round_: Round, malicious: int, neighbours: str, power: float, by_layer: bool) -> np.ndarray:
-    apart = _layer_distances(round_) if by_layer else np.sqrt(squared_distances(_whole_gram(round_)))
+    apart = _layer_distances(round_) if by_layer else np.sqrt(squared_distances(round_.total_gram))
     if not apart.any():
         return np.zeros(len(round_))
     apart /= apart[apart > 0].mean()  # a high power of a large distance stays finite
@@ -186,7 +186,7 @@ def _squared_projections(numbers: np.ndarray) -> np.ndarray:
 
 def _paper_features(log: UpdateLog) -> np.ndarray:
     round_ = log[-1]
-    squares = np.diagonal(_whole_gram(round_))
+    squares = np.diagonal(round_.total_gram)
     model, models, longer = _model_norms(log, squares)
     both = 2 * models * model
     angles = _ratio(squares - longer**2, both)  # 1 - cosine: the cosine itself is 1 to many digits
@@ -196,7 +196,7 @@ def _paper_features(log: UpdateLog) -> np.ndarray:
 
 def _code_features(log: UpdateLog) -> np.ndarray:
     round_ = log[-1]
-    gram = _whole_gram(round_)
+    gram = round_.total_gram
     squares = np.diagonal(gram)
     _, models, longer = _model_norms(log, squares)
     taller = _apart(longer, np.sqrt(squares))
@@ -258,10 +258,6 @@ def squared_distances(gram: np.ndarray) -> np.ndarray:
     both = squares[:, None] + squares
     apart = both - 2 * gram
     return np.where(apart > ROUNDING * both, apart, 0.0)
-
-
-def _whole_gram(round_: Round) -> np.ndarray:
-    return np.sum([round_.gram[name] for name in round_.parameters], axis=0)
 
 
 def _layer_distances(round_: Round) -> np.ndarray:

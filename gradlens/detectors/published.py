@@ -6,14 +6,14 @@ hold all their clients, also those that were not comparable then.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from gradlens.detectors.verdict import Detector, Verdict
+from gradlens.detectors.verdict import Detector, Verdict, verdict_on
 from gradlens.log import CannotSay, InputError, UpdateLog
 
 
@@ -64,24 +64,22 @@ def judged(log: UpdateLog, judge: Callable[[UpdateLog], Judgement], smallest: in
     rule cannot say, it is an abstention. Raises: InputError where the rule's scores are not finite, one per client.
     """
     round_ = log[-1]
-    comparable = round_.comparable
-    clients = np.concatenate([round_.clients, np.array(sorted(round_.refused), dtype=np.str_)])
-    shown, scores, weights = np.flatnonzero(comparable), np.full(len(clients), np.inf), np.zeros(len(clients))
+    shown, scores = np.flatnonzero(round_.comparable), np.zeros(len(round_))
     try:
         if len(shown) < smallest:
             found = f"round {round_.index} has {len(shown)} comparable clients"
             raise CannotSay(f"{found}, at least {smallest} are needed")
-        judgement = judge(log if comparable.all() else log.keep(comparable))
+        judgement = judge(log if round_.comparable.all() else log.keep(round_.comparable))
     except CannotSay as reason:
-        scores[shown] = 0
-        return Verdict(clients, scores, np.isposinf(scores), abstained=str(reason), null=null)
+        return verdict_on(round_, scores, np.inf, abstained=str(reason), null=null)
     if np.shape(judgement.scores) != shown.shape or not np.isfinite(judgement.scores).all():
         raise InputError(f"a detector's rule must give a finite score for each of {len(shown)} clients")
     scores[shown] = judgement.scores
-    flags = np.isposinf(scores)
-    flags[shown] = judgement.flags
     evidence = None if judgement.evidence is None else judgement.evidence.reindex(round_.clients)
+    verdict = verdict_on(round_, scores, np.inf, evidence=evidence, null=null)
+    verdict.flags[shown] = judgement.flags
     if judgement.weights is None:
-        return Verdict(clients, scores, flags, evidence=evidence, null=null)
+        return verdict
+    weights = np.zeros(len(verdict.clients))
     weights[shown] = judgement.weights
-    return Verdict(clients, scores, flags, weights, evidence, null=null)
+    return replace(verdict, weights=weights)

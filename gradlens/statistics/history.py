@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradlens.log import CannotSay, InputError, Round, UpdateLog, kernels
+from gradlens.log import CannotSay, Round, UpdateLog, kernels
 from gradlens.log.history import BUDGET, _clipped, _residuals, _sketch
 from gradlens.log.record import BLOCK, PAIRWISE
-from gradlens.statistics.cohort import cohort, table
+from gradlens.statistics.cohort import check_count, cohort, table
 
 ROUNDING = 1e-12  # of a squared norm, what is left of 0 after sums of products
 
@@ -58,7 +58,7 @@ def accumulated_neighbours(log: UpdateLog, neighbours: int = 3) -> pd.DataFrame:
     Returns: float64 [client, layer], from -1 to 1; 0 where an update is.
     Raises: CannotSay as `accumulated_spectral`; InputError unless `neighbours` is at least 1.
     """
-    _check_count("accumulated_neighbours", "neighbours", neighbours)
+    check_count("accumulated_neighbours", "neighbours", neighbours)
 
     def measure(gram: np.ndarray, reference: np.ndarray) -> np.ndarray:
         return _nearest_cosines(gram, reference, neighbours)
@@ -156,7 +156,7 @@ def prediction_residual(log: UpdateLog, window: int = 10) -> pd.DataFrame:
     is at least 1.
     Source: Zhang, Cao, Jia & Gong 2022, KDD, arXiv:2207.09209; the median is the official code's default aggregation.
     """
-    _check_count("prediction_residual", "window", window)
+    check_count("prediction_residual", "window", window)
     round_ = cohort(log)
     shares = log.folded(_Predicting(int(window))).shares
     found = [[of[client] for of in shares if client in of] for client in round_.clients.tolist()]
@@ -284,11 +284,6 @@ def _cosine(dots: np.ndarray, squares: np.ndarray, others: np.ndarray) -> np.nda
     norms = np.sqrt(squares * others)
     with np.errstate(all="ignore"):  # in the rows that become NaN
         return np.clip(np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0), -1, 1)
-
-
-def _check_count(name: str, setting: str, value: Any) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name}: {setting} must be a whole number of at least 1, found {value!r}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from gradlens.log import CannotSay, InputError, Round, UpdateLog
-from gradlens.statistics.cohort import cohort, table
+from gradlens.statistics.cohort import check_count, cohort, table
 
 ROUNDING = 1e-12  # of squared norms; below it, a difference of equal numbers
 EQUAL = 1e-6  # relative gap below which two eigenvalues count as equal: between them no direction is certain
@@ -131,7 +131,7 @@ def neighbour_distances(log: UpdateLog, neighbours: int | None = None) -> pd.Dat
     Raises: CannotSay below 3 comparable clients, or above 5,000; InputError unless `neighbours` is at least 1.
     """
     if neighbours is not None:
-        _check_count("neighbour_distances", neighbours)
+        check_count("neighbour_distances", "neighbours", neighbours)
     return _by_gram(log, lambda gram: _nearest_distances(gram, neighbours))
 
 
@@ -146,7 +146,7 @@ def neighbour_cosines(log: UpdateLog, neighbours: int = 3) -> pd.DataFrame:
     Raises: CannotSay below 3 comparable clients, or above 5,000; InputError unless `neighbours` is at least 1.
     Source: of the kind of FoolsGold (Fung, Yoon & Beschastnikh 2020, RAID), which takes the one nearest, uncentred.
     """
-    _check_count("neighbour_cosines", neighbours)
+    check_count("neighbour_cosines", "neighbours", neighbours)
     dots = log.remembered(_median_dots)
 
     def of_layer(round_: Round, name: str) -> np.ndarray:
@@ -290,8 +290,3 @@ def _centred(gram: np.ndarray, dots: np.ndarray, square: float) -> np.ndarray:
 def _divided(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """The quotient, 0 where the denominator is."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
-
-
-def _check_count(name: str, neighbours: int) -> None:
-    if not isinstance(neighbours, int | np.integer) or isinstance(neighbours, bool) or neighbours < 1:
-        raise InputError(f"{name}: neighbours must be a whole number of at least 1, found {neighbours!r}")

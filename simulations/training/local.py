@@ -5,7 +5,6 @@ views, and gradients are taken and applied without an optimizer object.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
@@ -16,7 +15,7 @@ from torch import nn
 from gradlens.log import InputError
 from simulations.attacks import Reference, Tensors, Training
 from simulations.tasks import Loss, cross_entropy
-from simulations.training.model import Masks, State, dropouts, prepared, tensors, trained
+from simulations.training.model import Masks, State, dropouts, prepared, tensors, trained, worker_threads
 
 Dataset = tuple[torch.Tensor, torch.Tensor]  # x [sample, ...], labels int64 [sample]
 Observer = Callable[[torch.Tensor, torch.Tensor], None]  # (outputs [sample, ...], labels) of one step
@@ -130,8 +129,8 @@ def train_on(
         for client in range(len(datasets)):
             train(client)
     else:
-        with ThreadPoolExecutor(len(spaces)) as pool:
-            list(pool.map(train, range(len(datasets))))
+        with worker_threads(len(spaces)) as threads:
+            list(threads.map(train, range(len(datasets))))
     return updates
 
 

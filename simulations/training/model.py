@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Lock
 from typing import NamedTuple, TypeVar
@@ -178,6 +179,11 @@ class Masks:
         """A mask for each dropout, float32 [batch, *shape]."""
         kept = [torch.rand((batch, *layer.shape), generator=self.generator) >= layer.rate for layer in self.layers]
         return [each / (1 - layer.rate) for each, layer in zip(kept, self.layers, strict=True)]
+
+
+def worker_threads(workers: int) -> ThreadPoolExecutor:
+    """Threads that compute with as many torch threads as the caller: a new one starts with OpenMP's own number."""
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 
 
 @contextmanager

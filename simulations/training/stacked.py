@@ -8,7 +8,6 @@ high, on several threads: its patches then stay in a core's cache.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from simulations.tasks import Loss
 from simulations.training.compiled import traced
 from simulations.training.convolution import with_patches
 from simulations.training.local import AS_EVERYBODY, NOTHING, Dataset, LocalSGD
-from simulations.training.model import Masks, Slot, State, dropouts, prepared, tensors, trained
+from simulations.training.model import Masks, Slot, State, dropouts, prepared, tensors, trained, worker_threads
 
 WIDTH = 2**24  # parameters in one stack at most; more clients train in several
 BLOCK = 2**22  # numbers of samples gathered at once
@@ -102,8 +101,8 @@ class StackedEngine:
             parts = [train(first) for first in firsts]  # what is not traced puts numbers into the one model
         else:
             parts = [train(0)]  # traces and compiles
-            with ThreadPoolExecutor(self.workers) as pool:
-                parts += pool.map(train, firsts[1:])
+            with worker_threads(self.workers) as threads:
+                parts += threads.map(train, firsts[1:])
         if len(parts) == 1:
             return {name: each.cpu().numpy() for name, each in parts[0].items()}
         return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in start}
