@@ -7,6 +7,7 @@ gauntlet.html. A run that was analysed is not analysed again; its log is deleted
 """
 
 import argparse
+import ast
 import hashlib
 import os
 import shutil
@@ -135,8 +136,21 @@ def built() -> dict[str, Detector]:
 
 
 def digest() -> str:
-    """Eight digits that change with the detectors' names and settings."""
-    return hashlib.sha256(repr(sorted(built().items())).encode()).hexdigest()[:8]
+    """Eight digits that change with the detectors and the code that scores are made of, its comments aside."""
+    package = Path(gradlens.__file__).parent
+    files = [*package.glob("detectors/*.py"), *package.glob("statistics/*.py"), package / "scorers.py"]
+    files += [package / "log" / f"{name}.py" for name in ("record", "history", "kernels")]
+    code = [ast.dump(_without_docstrings(ast.parse(file.read_text("utf-8")))) for file in sorted(files)]
+    return hashlib.sha256("".join([repr(sorted(built())), *code]).encode()).hexdigest()[:8]
+
+
+def _without_docstrings(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            del body[0]
+    return tree
 
 
 def name_labels(log: UpdateLog) -> pd.Series:
@@ -185,6 +199,7 @@ def analyse(folder: Path, setting: str, scores: Path, control_asr: float, contro
             "seen_clients": seen.clients,
             "features": np.array(seen.features),
             "values": seen.values,
+            "heard": np.array(seen.heard),
         },
     )
 

@@ -28,8 +28,8 @@ ADAPTIVE = {  # made to pass for benign
     "min_max", "min_sum", "mimic",
 }  # fmt: skip
 LOOKS_BACK = {  # whose last score of a client speaks for all of its rounds; of the others the mean does
-    "accumulated_norms", "accumulated_spectral", "accumulated_neighbours", "label_drift_residual", "persistence",
-    "foolsgold", "fldetector", "flanders", "panel", "panel (clean stretch)", "panel (each cohort)",
+    "accumulated_norms", "accumulated_spectral", "accumulated_neighbours", "accomplices", "label_drift_residual",
+    "persistence", "foolsgold", "fldetector", "flanders", "panel", "panel (clean stretch)", "panel (each cohort)",
 }  # fmt: skip
 PANEL, STRETCH, COHORT = "panel", "panel (clean stretch)", "panel (each cohort)"
 SCENARIOS = Path(__file__).resolve().parents[1] / "simulations" / "scenarios"
@@ -87,7 +87,13 @@ class Scores:
     def seen(self) -> Observed:
         """What the panel saw of the run."""
         of = self.arrays
-        return Observed(of["positions"], of["seen_clients"], tuple(of["features"].tolist()), of["values"])
+        return Observed(
+            of["positions"],
+            of["seen_clients"],
+            tuple(of["features"].tolist()),
+            of["values"],
+            tuple(of["heard"].tolist()),
+        )
 
     def updates(self, score: np.ndarray, flag: np.ndarray) -> pd.DataFrame:
         """A row per update: round, client, score, flag, abstained, malicious, compromised, seed."""
@@ -282,7 +288,7 @@ def _by_stretch(built: Panel, run: Scores) -> dict[str, np.ndarray]:
     clean = seen.positions < clean_rounds(run.scenario, run.setting)
     if not clean.any():
         return {}
-    part = Observed(seen.positions[clean], seen.clients[clean], seen.features, seen.values[clean])
+    part = Observed(seen.positions[clean], seen.clients[clean], seen.features, seen.values[clean], seen.heard)
     flags = {}
     try:
         fitted, null = built.fitted([part])

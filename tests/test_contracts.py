@@ -60,6 +60,7 @@ CASE_OF_STATISTIC = {
     "accumulated_norms": "drifting",
     "accumulated_spectral": "drifting",
     "accumulated_neighbours": "equal pair",
+    "accomplices": "equal pair",
     "label_drift_residual": "drifting",
     "consistency": "boosted",
     "persistence": "drifting",

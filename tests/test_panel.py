@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import planted
 from gradlens.detectors import calibrate
-from gradlens.detectors.panel import GROUPS, PARTS, Fit, Observed, Panel, Reference, panel
+from gradlens.detectors.panel import PARTS, Fit, Observed, Panel, Reference, panel
 from gradlens.log import InputError, Round, UpdateLog
 from gradlens.scorers import robustly_scaled
 from gradlens.statistics import layer_cosines, layer_norms
@@ -62,38 +63,76 @@ def test_in_the_first_round_nothing_has_added_up():
     assert values[:, 0].any()
 
 
+def thirds(rows: np.ndarray) -> np.ndarray:
+    return np.arange(len(rows)) % 3
+
+
 def test_fit_against_a_naive_mahalanobis_distance(rng):
-    """With many rows the shrinkage fades: scale, arcsinh, mean, inverse covariance and the readings written out."""
+    """With many rows the shrinkage fades: scale, arcsinh, mean, inverse covariance and the parts written out."""
     rows, directions = watched(rng, 20_000), np.array([[1, 0], [1, 0], [0, -1], [0, -1]]) / 2
-    fit = Fit.of(rows, directions)
+    fit = Fit.of(rows, thirds(rows), directions)
     low, high = np.quantile(rows, [0.01, 0.99], axis=0)
     scale = np.sqrt(np.mean(np.clip(rows, low, high) ** 2, axis=0))
     drawn = np.arcsinh(rows / scale)
     precision = np.linalg.inv(np.cov(drawn.T, ddof=0))
     z = drawn - drawn.mean(axis=0)
     together = np.sqrt([row @ precision @ row / len(row) for row in z])
-    parts = [(z[:, 0] + z[:, 1]) / 2, -(z[:, 2] + z[:, 3]) / 2]
-    expected = [(x - x.mean()) / x.std() for x in (together, *parts)]
-    np.testing.assert_allclose(fit.readings(rows), np.stack(expected, axis=1), rtol=0.05, atol=0.05)
+    expected = np.stack([together, (z[:, 0] + z[:, 1]) / 2, -(z[:, 2] + z[:, 3]) / 2], axis=1)
+    np.testing.assert_allclose(fit.raw(rows), expected, rtol=0.05, atol=0.05)
+
+
+def test_a_reading_is_as_far_out_as_the_share_of_benign_rows_beyond_it(rng):
+    """On a null of a known distribution: what lies at its p-th quantile reads as a normal variable's."""
+    parts, size = np.eye(4)[:, :2], 40_000
+    rows = np.column_stack([rng.exponential(size=size), *rng.normal(size=(3, size))])
+    fit = Fit.of(rows, thirds(rows), parts)
+    levels = np.array([0.1, 0.5, 0.9, 0.99, 0.999])
+    asked = np.zeros((5, 4))
+    asked[:, 0], asked[:, 1] = stats.expon.ppf(levels), stats.norm.ppf(levels)
+    off = fit.readings(asked)[:, 1:] - stats.norm.ppf(levels)[:, None]
+    np.testing.assert_allclose(off[:4], 0, atol=0.12)
+    np.testing.assert_allclose(off[4], 0, atol=0.35)  # the tail of a normal falls faster than exponentially
+    high = np.zeros((3, 4))
+    high[:, 0] = [10, 20, 1e6]  # beyond all of the null they still differ
+    assert np.all(np.diff(fit.readings(high)[:, 1]) > 0)
+    assert np.isfinite(fit.readings(high)).all()
+
+
+def test_its_own_rows_are_read_out_of_sample(rng):
+    """Few rows of many features lie far inside the fit to themselves; new ones must not read as far out."""
+    rows, fresh = rng.normal(size=(60, 20)), rng.normal(size=(4_000, 20))
+    fit = Fit.of(rows, thirds(rows), np.zeros((20, 0)))
+    assert abs(fit.readings(fresh).mean()) < 0.5
+    inside = Fit.of(rows, np.zeros(60, int), np.zeros((20, 0)))  # one fold: nothing to leave out
+    assert inside.readings(fresh).mean() > fit.readings(fresh).mean() + 0.4
+
+
+def test_where_the_null_is_constant_the_same_reads_as_usual():
+    rows = np.zeros((40, 4))
+    fit = Fit.of(rows, thirds(rows), np.eye(4))
+    np.testing.assert_allclose(fit.readings(rows), 0, atol=1e-9)
+    assert fit.readings(np.ones((1, 4))).min() > 3
 
 
 def test_what_breaks_the_pattern_is_farther_out_than_what_is_large(rng):
     """Every feature of the second client is usual; together they are not."""
-    fit = Fit.of(watched(rng), np.zeros((4, 0)))
+    rows = watched(rng)
+    fit = Fit.of(rows, thirds(rows), np.zeros((4, 0)))
     large, odd = np.full((1, 4), 2.5), np.array([[1.0, -1.0, 1.0, -1.0]])
     together = fit.readings(np.concatenate([large, odd]))[:, 0]
-    assert together[1] > 3 * together[0]
+    assert together[1] > 2 * together[0]
 
 
-def test_a_part_is_heard_in_its_suspicious_direction_only():
+def test_a_part_is_heard_in_its_suspicious_direction_and_in_the_feature_weights_only():
     log = planted.clean_log()
-    parts = panel().directions(40)
+    assert panel().observed(log).heard == (True, False, False, False)  # fc1.weight
+    parts = panel().directions((True, False, True, False))
     names = [name for name, part in PARTS.items() if part.suspicious]
     assert panel().readings == ["together", *names]
-    assert parts.shape == (40, len(names))
+    assert parts.shape == (len(PARTS) * 4, len(names))
     column = parts[:, names.index("direction")].reshape(len(PARTS), 4)
-    np.testing.assert_array_equal(column[list(PARTS).index("direction")], [-0.25] * 4)
-    assert np.count_nonzero(column) == 4
+    np.testing.assert_array_equal(column[list(PARTS).index("direction")], [-0.5, 0, -0.5, 0])
+    assert np.count_nonzero(column) == 2
     assert not parts.reshape(len(PARTS), 4, -1)[list(PARTS).index("persistence")].any()
     turned = panel()(planted.PLANTED["turned"].log()).evidence
     assert turned is not None
@@ -129,13 +168,13 @@ def test_null_scores_are_out_of_sample(rng):
     """Each of two logs is scored by the other one; of one log, each fifth of the clients by the others."""
     rows = [watched(rng, 30, 8) for _ in "ab"]
     clients = np.arange(30).astype(str)
-    seen = [Observed(np.zeros(30, int), clients, tuple("abcdefgh"), values) for values in rows]
-    parts = np.eye(8)[:, :2]
-    expected = [Fit.of(rows[1 - k], parts).readings(rows[k]).max(axis=1) for k in range(2)]
+    seen = [Observed(np.zeros(30, int), clients, tuple("abcdefgh"), values, (True,)) for values in rows]
+    parts, one = np.eye(8)[:, :2], np.zeros(30)
+    expected = [Fit.of(rows[1 - k], one, parts).readings(rows[k]).max(axis=1) for k in range(2)]
     np.testing.assert_allclose(Reference.of(seen, parts).scores_out_of_sample(), np.concatenate(expected), rtol=1e-9)
     alone = Reference.of(seen[:1], parts)
     fifth = alone.fold == 3
-    expected = Fit.of(rows[0][~fifth], parts).readings(rows[0][fifth]).max(axis=1)
+    expected = Fit.of(rows[0][~fifth], alone.fold[~fifth], parts).readings(rows[0][fifth]).max(axis=1)
     np.testing.assert_allclose(alone.scores_out_of_sample()[fifth], expected, rtol=1e-9)
 
 
@@ -153,7 +192,8 @@ def test_rows_of_rounds_as_late_are_its_reference(rng):
     """Early rows are small and late ones large: each round is compared with its own kind."""
     early, late = watched(rng, 100), 10 * watched(rng, 100)
     positions = np.repeat([0, 9], 100)
-    seen = Observed(positions, np.tile(np.arange(100).astype(str), 2), tuple("abcd"), np.concatenate([early, late]))
+    clients = np.tile(np.arange(100).astype(str), 2)
+    seen = Observed(positions, clients, tuple("abcd"), np.concatenate([early, late]), (True,))
     reference = Reference.of([seen, seen], np.zeros((4, 0)))
     one = np.full((1, 4), 10.0)
     distances = [reference.at(p, seen.features).readings(one).max() for p in (0, 2, 8, 20)]
@@ -173,7 +213,7 @@ def test_a_null_of_another_model_is_refused(fitted):
 
 
 def test_a_null_without_enough_to_leave_out_is_refused():
-    seen = Observed(np.zeros(4, int), np.array(["a"] * 4), ("x",), np.ones((4, 1)))
+    seen = Observed(np.zeros(4, int), np.array(["a"] * 4), ("x",), np.ones((4, 1)), (True,))
     with pytest.raises(InputError, match="two logs, or two clients"):
         Reference.of([seen], np.zeros((1, 0))).scores_out_of_sample()
     with pytest.raises(InputError, match="comparable clients, found none"):
@@ -189,19 +229,29 @@ def test_scores_of_what_was_seen_are_those_of_the_verdicts(fitted):
 
 
 def test_a_model_of_many_layers_is_seen_in_groups():
-    state = {f"layer{i:02d}.weight": np.zeros((2, 2), np.float32) for i in range(20)}
-    state |= {"out.weight": np.zeros((3, 2), np.float32), "out.bias": np.zeros(3, np.float32)}
+    shapes = {f"layer{i:02d}.{kind}": shape for i in range(10) for kind, shape in (("weight", (2, 2)), ("bias", (2,)))}
+    shapes |= {"out.weight": (3, 2), "out.bias": (3,)}
+    state = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     rng = np.random.default_rng(0)
     rows = {name: rng.normal(size=(5, *a.shape)).astype(np.float32) for name, a in state.items()}
     log = planted.log_of(rows, state)
     names, values = panel().seen(log)
-    assert values.shape[1] == len(names) == len(PARTS) * GROUPS
-    assert names[0] == "size: layer00.weight to layer03.weight"
-    assert names[GROUPS - 2 : GROUPS] == ("size: out.weight", "size: out.bias")
+    assert values.shape[1] == len(names) == len(PARTS) * 8
+    weights = ["layer00.weight to layer02.weight", "layer03.weight to layer05.weight"]
+    weights += ["layer06.weight to layer07.weight", "layer08.weight to layer09.weight"]
+    biases = ["layer00.bias to layer04.bias", "layer05.bias to layer09.bias"]
+    assert names[:8] == tuple(f"size: {each}" for each in [*weights, *biases, "out.weight", "out.bias"])
+    assert panel().observed(log).heard == (True,) * 4 + (False,) * 4
     single = np.log(layer_norms(log).to_numpy())
     z = robustly_scaled(single)
     centred = z - np.median(z, axis=0)
-    np.testing.assert_allclose(values[:, 0], centred[:, :4].mean(axis=1), rtol=1e-9)
+    np.testing.assert_allclose(values[:, 0], centred[:, [0, 2, 4]].mean(axis=1), rtol=1e-9)
+
+
+def test_of_a_model_of_one_layer_all_is_heard():
+    state = {"weight": np.zeros((3, 4), np.float32), "bias": np.zeros(3, np.float32)}
+    rows = {name: np.ones((5, *a.shape), np.float32) for name, a in state.items()}
+    assert panel().observed(planted.log_of(rows, state)).heard == (True, True)
 
 
 def test_uncalibrated_it_rests_on_the_cohort_and_says_so():

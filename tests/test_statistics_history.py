@@ -10,17 +10,25 @@ from hypothesis import strategies as st
 import planted
 from gradlens.log import CannotSay, InputError, ModelSpec, Round, UpdateLog
 from gradlens.log import history as log_history
-from gradlens.statistics import history
+from gradlens.statistics import history, prediction
 from gradlens.statistics.history import (
+    accomplices,
     accumulated_neighbours,
     accumulated_norms,
     accumulated_spectral,
     consistency,
     label_drift_residual,
-    prediction_residual,
 )
+from gradlens.statistics.prediction import prediction_residual
 
-ACCUMULATED = (accumulated_norms, accumulated_spectral, accumulated_neighbours, label_drift_residual, consistency)
+ACCUMULATED = (
+    accumulated_norms,
+    accumulated_spectral,
+    accumulated_neighbours,
+    accomplices,
+    label_drift_residual,
+    consistency,
+)
 EVERY = (*ACCUMULATED, prediction_residual)
 FEATURES = ("fc1.weight", "fc1.bias")
 
@@ -107,6 +115,21 @@ def oracle_drift(log, layer):
     return np.linalg.norm(left, axis=1)
 
 
+def oracle_accomplices(log, layer, neighbours=3):
+    """Least squares over one row per client and round, instead of running sums."""
+    if layer == "fc2.bias":
+        return np.zeros(len(log[-1]))
+    observed = [(residuals(r, "fc2.bias"), residuals(r, layer)) for r in log]
+    drift = np.stack([row for drifts, _ in observed for row in drifts.values()])
+    moved = np.stack([row for _, moves in observed for row in moves.values()])
+    left = moved - drift @ np.linalg.lstsq(drift, moved, rcond=1e-6)[0]
+    names = np.array([client for drifts, _ in observed for client in drifts])
+    sums = {client: left[names == client].sum(axis=0) / np.sqrt((names == client).sum()) for client in names.tolist()}
+    among, rows = references(log), log[-1].clients.tolist()
+    largest = [sorted(sums[c] @ sums[other] for other in among if other != c)[-neighbours:] for c in rows]
+    return np.mean(largest, axis=1) / np.median([sums[c] @ sums[c] for c in among])
+
+
 def oracle_consistency(log, layer):
     past, now, answer = sums_of(log[:-1], layer), residuals(log[-1], layer), []
     for c in log[-1].clients.tolist():
@@ -119,6 +142,7 @@ def oracle_consistency(log, layer):
 ORACLES = {
     accumulated_spectral: oracle_spectral,
     accumulated_neighbours: oracle_neighbours,
+    accomplices: oracle_accomplices,
     label_drift_residual: oracle_drift,
     consistency: oracle_consistency,
 }
@@ -188,7 +212,7 @@ def test_hessian_times_a_move_it_knows_is_the_turn():
     s, y, latest = rng.normal(size=(3, 9)), rng.normal(size=(3, 9)), rng.normal(size=9)
     y[1] = 0  # without curvature: left out
     basis = np.concatenate([s, latest[None], y])
-    change = history._hessian_times(basis @ basis.T, np.array([[0.0, 0, 1, 0]]))
+    change = prediction._hessian_times(basis @ basis.T, np.array([[0.0, 0, 1, 0]]))
     np.testing.assert_allclose(change @ basis, y[2][None], atol=1e-10)
 
 
@@ -285,6 +309,15 @@ def test_label_drift_explains_a_label_skewed_client_and_not_a_pull_of_its_own():
     assert label_drift_residual(clean)["fc1.weight"].max() < 0.02 * accumulated_norms(clean)["fc1.weight"].max()
 
 
+def test_accomplices_are_found_among_clients_whose_labels_make_them_more_alike():
+    pair = ["c04", "c07"]
+    log = drifting_log([4, 7])
+    alike, together = (each(log, neighbours=1)["fc1.weight"] for each in (accumulated_neighbours, accomplices))
+    assert alike.drop(pair).max() > 0.95  # by their labels
+    assert set(together.nlargest(2).index) == set(pair)
+    assert together.drop(pair).max() < 0.5 * together[pair].min()
+
+
 def test_label_drift_of_few_clients_does_not_explain_everything():
     log = planted.clean_log(clients=planted.CLIENTS[:4])
     left, norms = label_drift_residual(log)["fc1.weight"], accumulated_norms(log)["fc1.weight"]
@@ -294,8 +327,9 @@ def test_label_drift_of_few_clients_does_not_explain_everything():
 
 
 def test_label_drift_says_what_is_missing():
-    with pytest.raises(CannotSay, match="no final bias"):
-        label_drift_residual(two_layers([[[1, 0], [0, 1], [1, 1], [2, 0]]] * 2))
+    for statistic in (label_drift_residual, accomplices):
+        with pytest.raises(CannotSay, match="no final bias"):
+            statistic(two_layers([[[1, 0], [0, 1], [1, 1], [2, 0]]] * 2))
     shapes = {"w": (3, 2, 2), "b": (3, 2)}
     rows = {n: np.ones(s, np.float32) for n, s in shapes.items()}
     with pytest.raises(CannotSay, match="no layer before the final ones"):
@@ -387,13 +421,13 @@ def test_what_has_no_unit_stays_when_all_updates_grow(seed, factor, each):
             updates[name] *= np.float32(factor)
 
     grown = planted.edited(log, grow, ())
-    for statistic in (accumulated_spectral, accumulated_neighbours, consistency, prediction_residual):
+    for statistic in (accumulated_spectral, accumulated_neighbours, accomplices, consistency, prediction_residual):
         try:
             expected = statistic(log)
         except CannotSay:
             continue
         np.testing.assert_allclose(statistic(grown), expected, rtol=1e-2, atol=2e-4)
-        if statistic is not prediction_residual:
+        if statistic not in (prediction_residual, accomplices):
             assert (expected.to_numpy() >= -1).all()
 
 
@@ -410,8 +444,8 @@ def test_one_gram_serves_all_who_ask_of_one_log(monkeypatch):
 
 def test_each_round_is_looked_at_once(monkeypatch):
     calls = []
-    original = history._shares
-    monkeypatch.setattr(history, "_shares", lambda *a: calls.append(1) or original(*a))
+    original = prediction._shares
+    monkeypatch.setattr(prediction, "_shares", lambda *a: calls.append(1) or original(*a))
     log = sampled_log(9)
     for prefix in [*log.prefixes()][1:]:
         prediction_residual(prefix, 3)
@@ -437,7 +471,7 @@ def test_above_the_budget_they_work_on_sketches(monkeypatch):
         for i in range(5)
     ]
     whole = {statistic: statistic(UpdateLog(ModelSpec.of(state), rounds)) for statistic in EVERY}
-    for module in (log_history, history):
+    for module in (log_history, history, prediction):
         monkeypatch.setattr(module, "BUDGET", 30_000)
     for statistic, table in whole.items():
         found = statistic(UpdateLog(ModelSpec.of(state), rounds))
@@ -446,10 +480,19 @@ def test_above_the_budget_they_work_on_sketches(monkeypatch):
         np.testing.assert_allclose(found, table, rtol=0.35, atol=0.35)
 
 
+def test_the_drift_of_a_vocabulary_is_left_alone():
+    rows = {"w": np.ones((65, 2), np.float32), "b": np.zeros(65, np.float32)}
+    log = planted.log_of({n: np.stack([r] * 4) for n, r in rows.items()}, rows)
+    with pytest.raises(CannotSay, match="the final bias has 65 labels, drift is regressed on 64 at most"):
+        accomplices(log)
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "3", None])
 def test_settings_are_checked(value):
     log = planted.clean_log()
     with pytest.raises(InputError, match="accumulated_neighbours: neighbours must be a whole number of at least 1"):
         accumulated_neighbours(log, value)
+    with pytest.raises(InputError, match="accomplices: neighbours must be a whole number of at least 1"):
+        accomplices(log, value)
     with pytest.raises(InputError, match="prediction_residual: window must be a whole number of at least 1"):
         prediction_residual(log, value)

@@ -30,6 +30,7 @@ DETECTORS: Mapping[str, Callable[..., Detector]] = {
     "accumulated_norms": _by_z(statistics.accumulated_norms),
     "accumulated_spectral": _by_z(statistics.accumulated_spectral),
     "accumulated_neighbours": _by_z(statistics.accumulated_neighbours),
+    "accomplices": _by_z(statistics.accomplices),
     "label_drift_residual": _by_z(statistics.label_drift_residual),
     "persistence": _by_z(statistics.persistence),
     # a statistic by other scorers

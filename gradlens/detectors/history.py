@@ -13,7 +13,7 @@ from gradlens.detectors.verdict import Detector
 from gradlens.log import CannotSay, InputError, Round, UpdateLog
 from gradlens.log.history import BUDGET, _sketch
 from gradlens.log.record import BLOCK, PAIRWISE
-from gradlens.statistics.history import prediction_residual
+from gradlens.statistics import prediction_residual
 
 __all__ = ["flanders", "fldetector", "foolsgold"]
 

@@ -3,7 +3,10 @@
 No single number tells an attacker from a client with unusual labels: skew moves everything, but in proportion.
 The panel learns from attack-free clients how its parts move together and asks how far a client is from that (its
 Mahalanobis distance): a first layer that moves more than the client's final bias explains is far out, though neither
-of the two is unusual by itself. Beside that it listens to each part alone, where a weak but plain sign would drown.
+of the two is unusual by itself. Beside that it listens to each part alone, where a weak but plain sign would drown;
+there to the weight matrices before the final layer, since skew speaks in the final layer and chance in the biases.
+How far out is told by the share of benign clients that read as high, so that no reading outshouts the others only
+because benign clients differ in it by leaps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
+from scipy.special import ndtri_exp
 
 from gradlens import statistics
 from gradlens.detectors.published import Judgement, judged
@@ -22,9 +26,10 @@ from gradlens.statistics import Statistic
 
 __all__ = ["PARTS", "Observed", "Panel", "Part", "panel"]
 
-GROUPS = 8  # of layers that lie together, in a model of more layers
+MATRICES, VECTORS = 4, 2  # groups of layers before the final one that lie together, in a model of more layers
 FAR = 20.0  # robust sigmas that one round counts at most
 ROWS = 5  # null rows for every feature, at least, where there are as many
+TAIL = 0.05  # of the null's rows, beyond which their shares are taken to fall exponentially
 SMALLEST = 3
 
 
@@ -53,6 +58,7 @@ PARTS: Mapping[str, Part] = {
     "accumulated size": Part(statistics.accumulated_norms, logarithm=True),
     "accumulated spectrum": Part(statistics.accumulated_spectral),
     "accumulated company": Part(statistics.accumulated_neighbours),
+    "accomplices": Part(statistics.accomplices),
     "persistence": Part(statistics.persistence, suspicious=0),
 }
 
@@ -60,11 +66,13 @@ PARTS: Mapping[str, Part] = {
 def panel() -> Detector:
     """How far each client's statistics, layer by layer, are from what benign clients show: together, or part by part.
 
-    Parts are the statistics of `PARTS`, layer by layer (in at most 8 groups of layers): of each round, averaged over
-    the client's rounds, and accumulated. They are centred on the cohort's median, scaled and drawn in by arcsinh. The
-    readings are their Mahalanobis distance under a Ledoit-Wolf covariance, "together", and for each part its mean over
-    the layers in the suspicious direction; each in standard deviations from the mean of benign clients. The score is
-    the largest reading. The verdict's evidence holds the readings, then every feature by itself.
+    Parts are the statistics of `PARTS`, layer by layer (of a model of more than 8 layers in 8 groups): of each round,
+    averaged over the client's rounds, and accumulated. They are centred on the cohort's median, scaled and drawn in by
+    arcsinh. The readings are their Mahalanobis distance under a Ledoit-Wolf covariance, "together", and for each part
+    its mean over the weights before the final layer in the suspicious direction; each as far out, in standard
+    deviations of a normal variable, as the share of benign clients that read as high (out of sample in five folds; in
+    the highest twentieth that share falls exponentially). The score is the largest reading. The verdict's
+    evidence holds the readings, then every feature by itself.
     `calibrate(panel(), null)` learns all of that from the null. Uncalibrated the scales come from the cohort itself and
     nothing is known of the covariance, which tells much less; then a client is flagged whose score lies 3.5 robust
     sigmas above the cohort's median.
@@ -78,13 +86,14 @@ class Observed:
     """What the panel saw in one log: a row per comparable client and round.
 
     positions: int64 [row], rounds before this one; clients: str [row]; features: names [feature]; values: float64
-    [row, feature].
+    [row, feature], all layer groups of the first part first; heard: of which groups a part's reading is the mean.
     """
 
     positions: np.ndarray
     clients: np.ndarray
     features: tuple[str, ...]
     values: np.ndarray
+    heard: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Panel:
         features, values = self.seen(log)
         if not values.any():  # all clients are equal
             return Judgement(np.zeros(len(values)), np.zeros(len(values), bool))
-        fit = self._fit(len(log) - 1, features, values)
+        fit = self._fit(len(log) - 1, features, values, _heard(log.model))
         readings = fit.readings(values)
         scores = readings.max(axis=1)
         flags = robustly_scaled(scores[:, None])[:, 0] > TEXTBOOK
@@ -117,11 +126,11 @@ class Panel:
         """Names of the readings: "together", and the parts that tell something by themselves."""
         return ["together", *(name for name, part in self.parts if part.suspicious)]
 
-    def directions(self, features: int) -> np.ndarray:
+    def directions(self, heard: Sequence[bool]) -> np.ndarray:
         """What of each feature a part's reading is made of, float64 [feature, part that tells something]."""
-        layers = features // len(self.parts)
+        layers = np.array(heard) / sum(heard)
         columns = [
-            np.repeat(np.eye(len(self.parts))[i] * part.suspicious / layers, layers)
+            np.kron(np.eye(len(self.parts))[i] * part.suspicious, layers)
             for i, (_, part) in enumerate(self.parts)
             if part.suspicious
         ]
@@ -150,7 +159,8 @@ class Panel:
             positions.append(np.full(len(seen), position))
         if not values:
             raise InputError(f"a null of the panel needs rounds of {SMALLEST} comparable clients, found none")
-        return Observed(np.concatenate(positions), np.concatenate(clients), names, np.concatenate(values))
+        rows = np.concatenate(positions), np.concatenate(clients)
+        return Observed(*rows, names, np.concatenate(values), _heard(log.model))
 
     def scores(self, seen: Observed) -> np.ndarray:
         """The score of every row of what was seen of a log, float64 [row]."""
@@ -159,12 +169,13 @@ class Panel:
             rows = seen.positions == position
             values = seen.values[rows]
             if values.any():
-                scores[rows] = self._fit(int(position), seen.features, values).readings(values).max(axis=1)
+                fit = self._fit(int(position), seen.features, values, seen.heard)
+                scores[rows] = fit.readings(values).max(axis=1)
         return scores
 
-    def _fit(self, position: int, features: tuple[str, ...], values: np.ndarray) -> "Fit":
+    def _fit(self, position: int, features: tuple[str, ...], values: np.ndarray, heard: tuple[bool, ...]) -> "Fit":
         if self.reference is None:
-            return _own_fit(values, self.directions(len(features)))
+            return _own_fit(values, self.directions(heard))
         return self.reference.at(position, features)
 
     def fitted(self, nulls: Sequence[UpdateLog | Observed]) -> tuple["Panel", np.ndarray]:
@@ -173,7 +184,7 @@ class Panel:
         A row is scored by what the other logs show (of one log: the other clients), in five folds.
         """
         seen = [null if isinstance(null, Observed) else self.observed(null) for null in nulls]
-        reference = Reference.of(seen, self.directions(len(seen[0].features)) if seen else np.zeros((0, 0)))
+        reference = Reference.of(seen, self.directions(seen[0].heard) if seen else np.zeros((0, 0)))
         return replace(self, reference=reference), reference.scores_out_of_sample()
 
     def __repr__(self) -> str:
@@ -207,7 +218,8 @@ class Reference:
         """The fit for the round after `position` others: of the null's rows after as many, or the nearest."""
         if features != self.features:
             raise InputError(f"the panel was calibrated on another model: {self.features[0]!r}, found {features[0]!r}")
-        return Fit.of(self.values[self._near(position, np.ones(len(self.values), bool))], self.directions)
+        near = self._near(position, np.ones(len(self.values), bool))
+        return Fit.of(self.values[near], self.fold[near], self.directions)
 
     def scores_out_of_sample(self) -> np.ndarray:
         """The score of every row by the fit of the other folds, float64 [row]."""
@@ -218,7 +230,8 @@ class Reference:
                 raise InputError("the null of a panel needs at least two logs, or two clients of one")
             for position in np.unique(self.positions[~others]):
                 rows = ~others & (self.positions == position)
-                fit = Fit.of(self.values[self._near(position, others)], self.directions)
+                near = self._near(position, others)
+                fit = Fit.of(self.values[near], self.fold[near], self.directions)
                 scores[rows] = fit.readings(self.values[rows]).max(axis=1)
         return scores
 
@@ -233,43 +246,75 @@ class Reference:
 class Fit:
     """What benign rows are like: scale, mean [feature], precision [feature, feature]; directions [feature, part].
 
-    centre, spread: [reading], of the readings of benign rows.
+    null: the raw readings of the benign rows themselves, each column ascending, float64 [row, reading].
+    among_attackers: not all of these are benign, so that only their median and their spread tell anything.
     """
 
     scale: np.ndarray
     mean: np.ndarray
     precision: np.ndarray
     directions: np.ndarray
-    centre: np.ndarray
-    spread: np.ndarray
+    null: np.ndarray
+    among_attackers: bool = False
 
     @classmethod
-    def of(cls, rows: np.ndarray, directions: np.ndarray) -> "Fit":
-        """The fit to benign rows [row, feature]."""
-        from sklearn.covariance import ledoit_wolf  # takes a second to import
-
-        low, high = np.quantile(rows, [0.01, 0.99], axis=0)
-        scale = np.sqrt(np.mean(np.clip(rows, low, high) ** 2, axis=0))
-        scale = np.where(scale > 0, scale, 1.0)
-        drawn = np.arcsinh(rows / scale)
-        covariance = ledoit_wolf(drawn)[0] if len(rows) > 1 else np.eye(rows.shape[1])
-        floor = 1e-6 * max(np.trace(covariance) / len(covariance), 1e-12)
-        precision = np.linalg.inv(covariance + floor * np.eye(len(covariance)))
-        raw = _raw_readings(drawn - drawn.mean(axis=0), precision, directions)
-        return cls(scale, drawn.mean(axis=0), precision, directions, raw.mean(axis=0), _positive(raw.std(axis=0)))
+    def of(cls, rows: np.ndarray, fold: np.ndarray, directions: np.ndarray) -> "Fit":
+        """The fit to benign rows [row, feature]; the rows of each fold [row] are read by the fit to the others."""
+        null, folds = np.empty((len(rows), 1 + directions.shape[1])), np.unique(fold)
+        for each in folds:
+            among = fold != each if len(folds) > 1 else np.ones(len(rows), bool)
+            apart = cls(*_learnt(rows[among]), directions, null)
+            null[fold == each] = apart.raw(rows[fold == each])
+        return cls(*_learnt(rows), directions, np.sort(null, axis=0))
 
     def drawn(self, values: np.ndarray) -> np.ndarray:
         """The features as they are compared, scaled and drawn in, minus their mean: [client, feature] -> the same."""
         return np.arcsinh(values / self.scale) - self.mean
 
+    def raw(self, values: np.ndarray) -> np.ndarray:
+        """[client, feature] -> the distance and the parts' means [client, reading]."""
+        z = self.drawn(values)
+        squares = np.einsum("ij,ij->i", z @ self.precision, z) / z.shape[1]
+        return np.column_stack([np.sqrt(np.maximum(squares, 0)), z @ self.directions])
+
     def readings(self, values: np.ndarray) -> np.ndarray:
-        """[client, feature] -> [client, reading], in standard deviations of benign rows; the first is "together"."""
-        return (_raw_readings(self.drawn(values), self.precision, self.directions) - self.centre) / self.spread
+        """[client, feature] -> [client, reading], in standard deviations; the first is "together"."""
+        raw = self.raw(values)
+        if self.among_attackers:
+            centre = np.median(self.null, axis=0)
+            return (raw - centre) / _positive(1.4826 * np.median(np.abs(self.null - centre), axis=0))
+        pairs = zip(self.null.T, raw.T, strict=True)
+        return np.stack([_normal_scores(null, numbers) for null, numbers in pairs], axis=1)
 
 
-def _raw_readings(z: np.ndarray, precision: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    squares = np.einsum("ij,ij->i", z @ precision, z) / z.shape[1]
-    return np.column_stack([np.sqrt(np.maximum(squares, 0)), z @ directions])
+def _learnt(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scale, mean and precision of rows [row, feature]."""
+    from sklearn.covariance import ledoit_wolf  # takes a second to import
+
+    low, high = np.quantile(rows, [0.01, 0.99], axis=0)
+    scale = _positive(np.sqrt(np.mean(np.clip(rows, low, high) ** 2, axis=0)))
+    drawn = np.arcsinh(rows / scale)
+    covariance = ledoit_wolf(drawn)[0] if len(rows) > 1 else np.eye(rows.shape[1])
+    floor = 1e-6 * max(np.trace(covariance) / len(covariance), 1e-12)
+    return scale, drawn.mean(axis=0), np.linalg.inv(covariance + floor * np.eye(len(covariance)))
+
+
+def _normal_scores(null: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """How far out numbers lie among those of a null, ascending, in standard deviations of a normal variable.
+
+    By the share of the null that is larger; in its highest twentieth that share falls exponentially with the mean
+    excess, so that numbers beyond the largest still differ.
+    """
+    count = len(null)
+    below = (np.searchsorted(null, numbers, "left") + np.searchsorted(null, numbers, "right")) / 2
+    logs = np.log((count - below + 0.5) / (count + 1))
+    many = min(max(int(TAIL * count), 10), count // 2)
+    if many:
+        start = null[-many]
+        excess = max((null[-many:] - start).mean(), 1e-9 * (abs(start) + 1))
+        far = numbers > start
+        logs[far] = np.log(many / count) - (numbers[far] - start) / excess
+    return -ndtri_exp(logs)
 
 
 def _positive(spread: np.ndarray) -> np.ndarray:
@@ -280,11 +325,8 @@ def _own_fit(values: np.ndarray, directions: np.ndarray) -> Fit:
     """The fit to a cohort by itself: robust scales alone, since fewer clients than features tell no covariance."""
     mad = 1.4826 * np.median(np.abs(values), axis=0)
     scale = _positive(np.where(mad > 0, mad, 1.2533 * np.abs(values).mean(axis=0)))
-    precision = np.eye(len(scale))
-    raw = _raw_readings(np.arcsinh(values / scale), precision, directions)
-    centre = np.median(raw, axis=0)
-    spread = _positive(1.4826 * np.median(np.abs(raw - centre), axis=0))
-    return Fit(scale, np.zeros(len(scale)), precision, directions, centre, spread)
+    fit = Fit(scale, np.zeros(len(scale)), np.eye(len(scale)), directions, np.zeros((0, 0)), among_attackers=True)
+    return replace(fit, null=fit.raw(values))
 
 
 def _part_values(part: Part, log: UpdateLog) -> np.ndarray:
@@ -352,14 +394,23 @@ class _Average:
 
 @lru_cache(maxsize=64)
 def _groups(model: ModelSpec) -> tuple[tuple[int, ...], ...]:
-    """Positions of the layers judged together: each by itself, or in 8 groups with the final layer's apart."""
+    """Positions of the layers judged together: each by itself, or matrices and vectors in a few groups each."""
     names = model.parameters
-    if len(names) <= GROUPS:
+    if len(names) <= MATRICES + VECTORS + 2:
         return tuple((i,) for i in range(len(names)))
     final = [i for i, name in enumerate(names) if name in (model.final_weight, model.final_bias)]
-    others = [i for i in range(len(names)) if i not in final]
-    parts = np.array_split(np.array(others), GROUPS - len(final))
-    return (*(tuple(part.tolist()) for part in parts), *((i,) for i in final))
+    matrices = [i for i in range(len(names)) if i not in final and len(model[names[i]].shape) > 1]
+    vectors = [i for i in range(len(names)) if i not in final and len(model[names[i]].shape) < 2]
+    parts = [*np.array_split(matrices, MATRICES), *np.array_split(vectors, VECTORS)]
+    return (*(tuple(part.tolist()) for part in parts if len(part)), *((i,) for i in final))
+
+
+@lru_cache(maxsize=64)
+def _heard(model: ModelSpec) -> tuple[bool, ...]:
+    """Which of these groups are weights before the final layer; all, where there are none."""
+    first = [model[model.parameters[group[0]]] for group in _groups(model)]
+    weights = tuple(len(each.shape) > 1 and each.name != model.final_weight for each in first)
+    return weights if any(weights) else (True,) * len(weights)
 
 
 def _named(group: tuple[int, ...], model: ModelSpec) -> str:

@@ -19,13 +19,13 @@ from gradlens.statistics.final_layer import (
     threshold_exceedings,
 )
 from gradlens.statistics.history import (
+    accomplices,
     accumulated_neighbours,
     accumulated_norms,
     accumulated_spectral,
     consistency,
     label_drift_residual,
     persistence,
-    prediction_residual,
 )
 from gradlens.statistics.layers import (
     aggregate_cosines,
@@ -39,11 +39,13 @@ from gradlens.statistics.layers import (
     sign_agreement,
     spectral,
 )
+from gradlens.statistics.prediction import prediction_residual
 
 __all__ = [
     "STATISTICS",
     "CannotSay",
     "Statistic",
+    "accomplices",
     "accumulated_neighbours",
     "accumulated_norms",
     "accumulated_spectral",
@@ -96,6 +98,7 @@ STATISTICS: Mapping[str, Statistic] = {
     "accumulated_norms": accumulated_norms,
     "accumulated_spectral": accumulated_spectral,
     "accumulated_neighbours": accumulated_neighbours,
+    "accomplices": accomplices,
     "label_drift_residual": label_drift_residual,
     "consistency": consistency,
     "persistence": persistence,
