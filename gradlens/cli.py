@@ -441,7 +441,7 @@ def _line(value: Any) -> str:
 
 def _summary(sweep: gradlens.Run | gradlens.Sweep) -> str:
     """What came of each condition of a sweep: main accuracy and ASR at the end, its control's beside it."""
-    from gradlens.report import attack_table
+    from gradlens.report.analysis import attack_table
 
     assert isinstance(sweep, gradlens.Sweep)
     return attack_table(sweep).to_string(index=False, float_format=lambda value: f"{value:.2f}")

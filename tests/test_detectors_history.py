@@ -10,7 +10,7 @@ from gradlens.detectors import history
 from gradlens.detectors.history import flanders, fldetector, foolsgold
 from gradlens.log import InputError, ModelSpec, Round, UpdateLog
 from gradlens.log import history as log_history
-from gradlens.statistics.history import prediction_residual
+from gradlens.statistics.prediction import prediction_residual
 
 STATE = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(2, np.float32)}
 EVERY = (foolsgold(), foolsgold(layers="final"), fldetector(window=2), flanders(), flanders(num_malicious=3))

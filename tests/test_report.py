@@ -17,8 +17,7 @@ from gradlens.evaluation import evaluate
 from gradlens.localize import PHASES
 from gradlens.log import InputError, LogWriter, ModelSpec, Round
 from gradlens.log.files import write_table
-from gradlens.report import attack_table
-from gradlens.report.analysis import analyse, attacked_runs, labelled, outcome, thresholds_of, usual
+from gradlens.report.analysis import analyse, attack_table, attacked_runs, labelled, outcome, thresholds_of, usual
 from gradlens.report.findings import distinct_controls, sweep_findings
 from gradlens.report.page import finding, listed, measured, number, render, section, table, text, unbroken, write
 from gradlens.report.pictures import localization_picture

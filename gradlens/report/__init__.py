@@ -5,16 +5,9 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from gradlens.detectors import Detector
-from gradlens.plots import count
-from gradlens.report.analysis import analyse, attack_table, usual
-from gradlens.report.findings import sweep_findings
-from gradlens.report.page import render, write
-from gradlens.report.provenance import common_settings
-from gradlens.report.single import examine, run_findings, run_sections
-from gradlens.report.sweep import representative, sections
 from gradlens.run import Run, Sweep, open_run
 
-__all__ = ["attack_table", "report"]
+__all__ = ["report"]
 
 
 def report(
@@ -38,23 +31,11 @@ def report(
     None: in this process. progress: show a bar while a sweep is analysed.
     Returns the path. Raises InputError where the source is no run or sweep, or the path cannot be written.
     """
+    from gradlens.report import document, page  # plots take long to import, and memory that a server does without
+
     source = source if isinstance(source, Run | Sweep) else open_run(source)
-    detectors = usual() if detectors is None else detectors
     if isinstance(source, Run):
-        control = Run.open(control) if isinstance(control, Path | str) else control
-        e = examine(source, detectors, fpr=fpr, control=control, null=null, permutations=permutations)
-        layers = ", ".join(source.log.model.parameters)
-        lead = f"One recorded run of {count(len(source.log), 'round')}; the model's layers are {layers}."
-        page = render(f"Report on run {source.name}", lead, run_findings(e), run_sections(e))
-        return write(page, out_path)
-    a = analyse(source, detectors, fpr=fpr, permutations=permutations, executor=executor, progress=progress)
-    chosen = representative(a)
-    conditions = count(len(a.outcomes), "attacked condition")
-    seeds, controls = count(a.outcomes["seeds"].max(), "seed"), len(a.runs["control"].unique())
-    seeds = f"{seeds} each" if len(a.outcomes["seeds"].unique()) == 1 else f"up to {seeds}"
-    lead = f"{len(a.runs)} attacked runs ({conditions}, {seeds}), {controls} attack-free controls"
-    lead = ", ".join([lead, *common_settings(source.runs)]) + "."
-    return write(
-        render(f"Report on sweep {source.name}", lead, sweep_findings(a, chosen), sections(a, chosen, executor)),
-        out_path,
-    )
+        whole = document.of_run(source, detectors, fpr, control, null, permutations)
+    else:
+        whole = document.of_sweep(source, detectors, fpr, permutations, executor, progress=progress)
+    return page.write(whole, out_path)

@@ -47,24 +47,25 @@ def prediction_residual(log: UpdateLog, window: int = 10) -> pd.DataFrame:
     return table(round_, ["update"], values[:, None])
 
 
+Layers = Mapping[str, np.ndarray]  # layer -> float32 [number]
+
+
 @dataclass(frozen=True, eq=False)
 class _Course:
-    """What predictions rest on: of at most the last `window` rounds, as float32 vectors over all layers.
+    """What predictions rest on: of at most the last `window` rounds and the one before them.
 
-    last: the last round; before: its number of predecessors; place, middle: its global model, its median update;
-    moves, turns: how these two changed from round to round, oldest first; seen: client -> the number of predecessors of
-    its last comparable round; absent: the updates of those of them that are not in the last round; shares: for each
-    round, client -> its residual over the mean one.
+    last: the last round; before: its number of predecessors; places, middles: the global models and the median updates
+    until then, oldest first; seen: client -> the number of predecessors of its last comparable round; absent: the
+    updates of those of them that are not in the last round; shares: for each round, client -> its residual over the
+    mean one.
     """
 
     last: Round
     before: int
-    place: np.ndarray
-    middle: np.ndarray
-    moves: tuple[np.ndarray, ...] = ()
-    turns: tuple[np.ndarray, ...] = ()
+    places: tuple[Layers, ...]
+    middles: tuple[Layers, ...]
     seen: Mapping[str, int] = field(default_factory=dict)
-    absent: Mapping[str, np.ndarray] = field(default_factory=dict)
+    absent: Mapping[str, Layers] = field(default_factory=dict)
     shares: tuple[Mapping[str, float], ...] = ({},)
 
 
@@ -77,57 +78,55 @@ class _Predicting:
     def __call__(self, course: _Course | None, log: UpdateLog) -> _Course:
         round_, window = log[-1], self.window
         sketched = 4 * log.model.num_parameters * (2 * window + 2) > BUDGET / 2
-        place = _joined({name: round_.global_model[name].reshape(1, -1) for name in round_.parameters}, sketched)
-        middle = _joined({name: round_.median[name].reshape(1, -1) for name in round_.parameters}, sketched)
+        place = {name: _vector(name, round_.global_model[name], sketched) for name in round_.parameters}
+        middle = {name: _vector(name, round_.median[name], sketched) for name in round_.parameters}
         present = round_.clients[round_.comparable].tolist()
         if course is None:
-            return _Course(round_, 0, place, middle, seen=dict.fromkeys(present, 0))
+            return _Course(round_, 0, (place,), (middle,), seen=dict.fromkeys(present, 0))
         if not present:  # then there is no median
-            middle = course.middle
+            middle = course.middles[-1]
         before = course.before + 1
-        with np.errstate(all="ignore"):  # the global model may not be finite
-            move, turn = place - course.place, middle - course.middle
-        shares = _shares(course, round_, move, sketched)
+        places = (*course.places, place)
+        shares = _shares(course, round_, places, sketched)
         seen = {client: when for client, when in course.seen.items() if when > before - window}
         absent = _absent(course, set(seen) - set(present), sketched)
         return _Course(
             round_,
             before,
-            place,
-            middle,
-            (*course.moves, move)[-window:],
-            (*course.turns, turn)[-window:],
+            places[-window - 1 :],
+            (*course.middles, middle)[-window - 1 :],
             {client: seen[client] for client in absent} | dict.fromkeys(present, before),
             absent,
             (*course.shares, shares)[-window:],
         )
 
 
-def _joined(layers: Mapping[str, np.ndarray], sketched: bool) -> np.ndarray:
-    """One float32 vector of matrices [1, number]."""
-    return np.concatenate([(_sketch(name, each) if sketched else each)[0] for name, each in layers.items()])
+def _vector(layer: str, numbers: np.ndarray, sketched: bool) -> np.ndarray:
+    """The numbers of a layer in a row: not copied, or sketched."""
+    return _sketch(layer, numbers.reshape(1, -1))[0] if sketched else numbers.reshape(-1)
 
 
-def _absent(course: _Course, clients: set[str], sketched: bool) -> dict[str, np.ndarray]:
+def _absent(course: _Course, clients: set[str], sketched: bool) -> dict[str, Layers]:
     """The last updates of these clients; of as many as 0.5 GB hold, the latest ones."""
     latest = sorted(clients, key=lambda client: (-course.seen[client], client))
     known = dict(course.absent)
     for row, client in enumerate(course.last.clients.tolist()):
         if client in clients and course.seen[client] == course.before:
-            layers = {name: course.last.flat(name)[row : row + 1] for name in course.last.parameters}
-            known[client] = _joined(layers, sketched)
-    return {client: known[client] for client in latest[: int(BUDGET / 2) // (4 * len(course.place))]}
+            flat = {name: course.last.flat(name)[row] for name in course.last.parameters}
+            known[client] = {name: np.array(_vector(name, each, sketched)) for name, each in flat.items()}
+    size = 4 * sum(len(each) for each in course.places[-1].values())
+    return {client: known[client] for client in latest[: int(BUDGET / 2) // size]}
 
 
-def _shares(course: _Course, round_: Round, move: np.ndarray, sketched: bool) -> dict[str, float]:
+def _shares(course: _Course, round_: Round, places: tuple[Layers, ...], sketched: bool) -> dict[str, float]:
     """Client -> the norm of its update minus the predicted one, over the mean of these norms."""
     rows = {c: r for r, c in enumerate(round_.clients.tolist()) if round_.comparable[r] and c in course.seen}
     if not rows:
         return {}
-    gram, products, squares = _inner_products(course, round_, rows, [*course.moves, move, *course.turns], sketched)
+    gram, products, squares = _inner_products(course, round_, rows, places, sketched)
     if not np.isfinite(gram).all():  # the global model is not
         return {}
-    led_to = course.before + 1 - np.arange(len(course.moves), -1, -1)  # which round each move led to
+    led_to = course.before + 1 - np.arange(len(places) - 2, -1, -1)  # which round each move led to
     steps = (led_to[None, :] > np.array([course.seen[client] for client in rows])[:, None]).astype(np.float64)
     change = _hessian_times(gram, steps)
     left = squares - 2 * (change * products).sum(axis=1) + np.einsum("ki,ij,kj->k", change, gram, change)
@@ -137,44 +136,42 @@ def _shares(course: _Course, round_: Round, move: np.ndarray, sketched: bool) ->
 
 
 def _inner_products(
-    course: _Course, round_: Round, rows: Mapping[str, int], basis: list[np.ndarray], sketched: bool
+    course: _Course, round_: Round, rows: Mapping[str, int], places: tuple[Layers, ...], sketched: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the basis [vector, vector], of what changed in each client's update with it, and of that with itself."""
-    gram = np.zeros((len(basis), len(basis)))
-    products, squares = np.zeros((len(rows), len(basis))), np.zeros(len(rows))
-    offset = 0
+    """Of the basis [vector, vector], of what changed in each client's update with it, and of that with itself.
+
+    The basis: how the global models moved from round to round, oldest first, then how the medians did.
+    """
+    count = len(places) + len(course.middles) - 2
+    gram, products, squares = np.zeros((count, count)), np.zeros((len(rows), count)), np.zeros(len(rows))
     for name in round_.parameters:
-        pairs = _pairs(course, round_, rows, name, offset, sketched)
-        size = len(pairs[0][0])
-        for start in range(0, size, BLOCK):
-            part = slice(start, min(start + BLOCK, size))
-            vectors = np.stack([v[offset + part.start : offset + part.stop] for v in basis]).astype(np.float64)
+        pairs = _pairs(course, round_, rows, name, sketched)
+        for start in range(0, len(places[-1][name]), BLOCK):
+            part = slice(start, start + BLOCK)
+            with np.errstate(all="ignore"):  # the global model may not be finite
+                courses = [np.stack([each[name][part] for each in of]) for of in (places, course.middles)]
+                vectors = np.concatenate([np.diff(each.astype(np.float64), axis=0) for each in courses])
+                gram += vectors @ vectors.T
             changes = np.stack([new[part] for new, _ in pairs]).astype(np.float64)
             changes -= np.stack([old[part] for _, old in pairs])
-            gram += vectors @ vectors.T
             products += changes @ vectors.T
             squares += np.einsum("ki,ki->k", changes, changes)
-        offset += size
     return gram, products, squares
 
 
 def _pairs(
-    course: _Course, round_: Round, rows: Mapping[str, int], layer: str, offset: int, sketched: bool
+    course: _Course, round_: Round, rows: Mapping[str, int], layer: str, sketched: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each client's update of one layer in this round and the one before it; not copied."""
     now, last = round_.flat(layer), course.last.flat(layer)
     position = {client: row for row, client in enumerate(course.last.clients.tolist())}
-
-    def of(matrix: np.ndarray, row: int) -> np.ndarray:
-        return _sketch(layer, matrix[row : row + 1])[0] if sketched else matrix[row]
-
     pairs = []
     for client, row in rows.items():
-        new = of(now, row)
         if course.seen[client] == course.before:
-            pairs.append((new, of(last, position[client])))
+            before = _vector(layer, last[position[client]], sketched)
         else:
-            pairs.append((new, course.absent[client][offset : offset + len(new)]))
+            before = course.absent[client][layer]
+        pairs.append((_vector(layer, now[row], sketched), before))
     return pairs
 
 
