@@ -8,18 +8,10 @@ from hypothesis import strategies as st
 import planted
 from gradlens.detectors.directions import _largest, _majority, _mean_shift, alignins, fltrust, rlr, signguard
 from gradlens.detectors.distances import drawn
-from gradlens.log import InputError, ModelSpec, Round, UpdateLog
+from gradlens.log import InputError
+from one_round import flat, log_of, model_of
 
 seeds = st.integers(0, 2**32 - 1)
-
-
-def log_of(*layers, state=None, index=0):
-    """A log of one round; layers [client, number], state: the global model's numbers of each layer, zeros if None."""
-    rows = {f"layer{i}": np.asarray(layer, np.float32) for i, layer in enumerate(layers)}
-    clients = np.array([f"c{i:02d}" for i in range(len(layers[0]))])
-    given_state = [np.zeros(np.shape(layer)[1]) for layer in layers] if state is None else state
-    model = {name: np.asarray(a, np.float32) for name, a in zip(rows, given_state, strict=True)}
-    return UpdateLog(ModelSpec.of(model), [Round(index, clients, np.full(len(clients), 10), rows, model)])
 
 
 def random_log(seed, clients=9, zeros=True):
@@ -29,17 +21,6 @@ def random_log(seed, clients=9, zeros=True):
     for layer in layers if zeros else []:
         layer[rng.random(layer.shape) < 0.2] = 0
     return log_of(*layers, state=[rng.normal(size=70), rng.normal(size=31)])
-
-
-def flat(log):
-    round_ = log[-1]
-    return np.concatenate(
-        [np.asarray(round_.updates[n], np.float64).reshape(len(round_), -1) for n in log.model], axis=1
-    )
-
-
-def model_of(log):
-    return np.concatenate([np.asarray(log[-1].global_model[name], np.float64).ravel() for name in log.model])
 
 
 def with_model(log, state):
@@ -75,39 +56,6 @@ def test_two_equal_groups_are_judged_group_by_group(detector):
     for group in (slice(0, 4), slice(4, 8)):
         np.testing.assert_allclose(verdict.scores[group], verdict.scores[group][0], rtol=1e-9)
         assert len(set(verdict.flags[group])) == 1
-
-
-@every_detector
-@settings(deadline=None, max_examples=20)
-@given(seed=seeds, first=st.integers(0, 8), second=st.integers(0, 8))
-def test_a_sybil_pair_has_one_score_and_one_fate(detector, seed, first, second):
-    log = random_log(seed)
-    rows = {name: np.array(a) for name, a in log[-1].updates.items()}
-    for array in rows.values():
-        array[second] = array[first]
-    verdict = detector(log_of(*rows.values(), state=list(log[-1].global_model.values())))
-    assert verdict.scores[first] == pytest.approx(verdict.scores[second], rel=1e-9)
-    assert verdict.flags[first] == verdict.flags[second]
-
-
-@every_detector
-@pytest.mark.parametrize("scale", [1e-6, 1e3])
-def test_scores_have_no_unit(detector, scale):
-    log = random_log(3)
-    model = [scale * array for array in log[-1].global_model.values()]
-    larger = log_of(*(scale * array for array in log[-1].updates.values()), state=model)
-    np.testing.assert_allclose(detector(larger).scores, detector(log).scores, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(detector(larger).flags, detector(log).flags)
-
-
-@every_detector
-@settings(deadline=None, max_examples=20)
-@given(seed=seeds)
-def test_order_of_clients_changes_nothing(detector, seed):
-    log, order = random_log(seed), np.random.default_rng(seed).permutation(9)
-    verdict, shuffled = detector(log), detector(planted.taken(log, order))
-    np.testing.assert_allclose(shuffled.scores, verdict.scores[order], rtol=1e-7, atol=1e-12)
-    np.testing.assert_array_equal(shuffled.flags, verdict.flags[order])
 
 
 @pytest.mark.parametrize("detector", [rlr(), signguard()], ids=repr)

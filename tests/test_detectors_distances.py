@@ -2,23 +2,14 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planted
 from gradlens.detectors.distances import dnc, drawn, krum, multi_krum, multi_metrics, numbers_at, squared_distances
-from gradlens.log import InputError, ModelSpec, Round, UpdateLog
+from gradlens.log import InputError
+from one_round import flat, log_of, model_of
 
 seeds = st.integers(0, 2**32 - 1)
-
-
-def log_of(*layers, state=None, index=0):
-    """A log of one round; layers [client, number], state: the global model's numbers of each layer, zeros if None."""
-    rows = {f"layer{i}": np.asarray(layer, np.float32) for i, layer in enumerate(layers)}
-    clients = np.array([f"c{i:02d}" for i in range(len(layers[0]))])
-    given_state = [np.zeros(np.shape(layer)[1]) for layer in layers] if state is None else state
-    model = {name: np.asarray(a, np.float32) for name, a in zip(rows, given_state, strict=True)}
-    return UpdateLog(ModelSpec.of(model), [Round(index, clients, np.full(len(clients), 10), rows, model)])
 
 
 def random_log(seed, clients=9, state=True):
@@ -27,17 +18,6 @@ def random_log(seed, clients=9, state=True):
     sizes = rng.lognormal(0, 0.5, (clients, 1))
     layers = [sizes * (rng.normal(size=n) + rng.normal(size=(clients, n))) for n in (17, 6)]
     return log_of(*layers, state=[rng.normal(size=17), rng.normal(size=6)] if state else None)
-
-
-def flat(log):
-    round_ = log[-1]
-    return np.concatenate(
-        [np.asarray(round_.updates[n], np.float64).reshape(len(round_), -1) for n in log.model], axis=1
-    )
-
-
-def model_of(log):
-    return np.concatenate([np.asarray(log[-1].global_model[name], np.float64).ravel() for name in log.model])
 
 
 def attacked(count=28, malicious=8, seed=0):
@@ -79,41 +59,6 @@ def test_equal_numbers_summed_in_another_order_are_no_distance():
     gram = np.array([[1.0, 1 + 2e-16, 0.5], [1 + 2e-16, 1 - 3e-16, 0.5], [0.5, 0.5, 1]])
     np.testing.assert_allclose(squared_distances(gram), [[0, 0, 1], [0, 0, 1], [1, 1, 0]], atol=1e-14)
     assert squared_distances(gram)[0, 1] == 0
-
-
-@every_detector
-@settings(deadline=None, max_examples=20)
-@given(seed=seeds, first=st.integers(0, 8), second=st.integers(0, 8))
-def test_a_sybil_pair_has_one_score_and_one_fate(detector, seed, first, second):
-    log = random_log(seed)
-    rows = {name: np.array(a) for name, a in log[-1].updates.items()}
-    for array in rows.values():
-        array[second] = array[first]
-    verdict = detector(log_of(*rows.values(), state=list(log[-1].global_model.values())))
-    assert verdict.scores[first] == pytest.approx(verdict.scores[second], rel=1e-9)
-    assert verdict.flags[first] == verdict.flags[second]
-
-
-@every_detector
-@pytest.mark.parametrize("scale", [1e-6, 1e3])
-def test_scores_have_no_unit(detector, scale):
-    log = random_log(3)
-    larger = log_of(
-        *(scale * array for array in log[-1].updates.values()),
-        state=[scale * array for array in log[-1].global_model.values()],
-    )
-    np.testing.assert_allclose(detector(larger).scores, detector(log).scores, rtol=1e-4)
-    np.testing.assert_array_equal(detector(larger).flags, detector(log).flags)
-
-
-@every_detector
-@settings(deadline=None, max_examples=20)
-@given(seed=seeds)
-def test_order_of_clients_changes_nothing(detector, seed):
-    log, order = random_log(seed), np.random.default_rng(seed).permutation(9)
-    verdict, shuffled = detector(log), detector(planted.taken(log, order))
-    np.testing.assert_allclose(shuffled.scores, verdict.scores[order], rtol=1e-7)
-    np.testing.assert_array_equal(shuffled.flags, verdict.flags[order])
 
 
 @pytest.mark.parametrize("detector", [multi_krum(8), dnc(8)], ids=repr)
