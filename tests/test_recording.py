@@ -103,7 +103,7 @@ def test_verdicts_are_kept_with_their_round(tmp_path, model):
 
 
 def test_verdicts_of_before_there_were_weights_still_open(tmp_path, model):
-    old = {"round": 0, "abstained": "", "null": "", "client": list("abc"), "detector": ["d"] * 3, "score": [0.0, 9.0, np.inf]}
+    old = {"round": 0, "abstained": "", "null": "", "client": list("abc"), "detector": "d", "score": [0.0, 9.0, 1.0]}
     table = pd.DataFrame({**old, "flag": [False, True, True], "kept": [True, False, False]})
     with LogWriter.create(tmp_path / "run", model, STATE) as writer:
         writer.commit(random_round(0), STATE, verdict=table)
