@@ -238,7 +238,7 @@ def pruned_layer(model: "nn.Module", layer: str | None = None) -> str:
     if not hidden:
         kinds = ", ".join(dict.fromkeys(type(each).__name__ for each in model.modules() if not any(each.children())))
         raise InputError(
-            f"model: expected a convolution or dense layer besides the final one ({names[0] or 'none'}) to prune, "
+            f"model: expected a convolution or dense layer besides the final one ({names[0] or 'none'}), "
             f"found {kinds or 'none'}"
         )
     convolutions = [name for name in hidden if _is_convolution(_layers(model)[name])]
