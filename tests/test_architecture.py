@@ -19,6 +19,7 @@ ARROWS = {
     "detectors": {"log", "statistics", "scorers"},
     "aggregators": {"log", "detectors"},
     "evaluation": {"log"},
+    "mitigation": {"log"},
     "attribution": {"log", "statistics", "scorers", "evaluation"},
     "localize": {"log", "run", "statistics", "scorers", "evaluation"},
     "plots": {"log", "run", "statistics", "scorers", "evaluation"},
