@@ -36,6 +36,8 @@ reports: $(STAMP)  ## the committed reports, from real data; what has run alread
 	$(BIN)/python reports/picture.py runs/first_look reports/picture.png
 	$(BIN)/gradlens simulate simulations/scenarios/localisation.toml -o runs/localisation
 	$(BIN)/python reports/localisation.py runs/localisation
+	$(BIN)/gradlens simulate simulations/scenarios/pruning.toml -o runs/pruning
+	$(BIN)/python reports/pruning.py runs/pruning
 	$(BIN)/gradlens simulate simulations/scenarios/attacks.toml -o runs/attacks
 	$(BIN)/gradlens simulate simulations/scenarios/attacks_data.toml -o runs/attacks_data
 	$(BIN)/gradlens simulate simulations/scenarios/replacement.toml -o runs/replacement
