@@ -8,6 +8,7 @@ follow. One half of the test set has the images that budgets are kept on, the ot
 
 import copy
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,19 +60,23 @@ ROUNDS = 2  # of fine-tuning
 LIARS = (1, 2, 3)  # of 10 clients; the attacker first
 DELTAS = (6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5, 2.0)
 NOTHING, PRUNING, ADJUSTMENT, BOTH = "no step", "pruning", "adjustment", "both"
-TUNED, TUNED_WITH = "both, tuned by\nbenign clients", "both, tuned with\nthe attacker"
-STEPS = (NOTHING, PRUNING, ADJUSTMENT, BOTH, TUNED, TUNED_WITH)
+TUNED, TUNED_WITH = "both, tuned by benign clients", "both, tuned with the attacker"
+TUNED_ALONE = "no step, tuned by benign clients"
+STEPS = (NOTHING, PRUNING, ADJUSTMENT, BOTH, TUNED_ALONE, TUNED, TUNED_WITH)
 HOW = ("ranks", "votes")
 LIES = ("reverse", "shield")
+LINES = ["ASR, attacked", "main accuracy, attacked", "ASR, control", "main accuracy, control"]
 KEYS = ("model", "partition")
 FALLS, GONE = 0.3, 0.2  # an ASR that falls by so much has been acted on; one below has been taken away
 NOTABLE = 0.1  # of an ASR
 SUBJECT = {
     PRUNING: "Pruning alone", ADJUSTMENT: "Adjustment alone", BOTH: "Pruning with adjustment after it",
+    TUNED_ALONE: "Fine-tuning by the benign clients, without any step before it,",
     TUNED: "Fine-tuning by the benign clients after both", TUNED_WITH: "Fine-tuning with the attacker after both",
 }  # fmt: skip
 ABOUT = {
-    PRUNING: "Pruning", ADJUSTMENT: "Adjustment", BOTH: "Both", TUNED: "Fine-tuning", TUNED_WITH: "With the attacker",
+    PRUNING: "Pruning", ADJUSTMENT: "Adjustment", BOTH: "Both", TUNED_ALONE: "Fine-tuning alone",
+    TUNED: "Fine-tuning after both", TUNED_WITH: "With the attacker",
 }  # fmt: skip
 WIDTH = 10.5  # inches
 
@@ -107,10 +112,17 @@ def gathered(runs: Sequence[Run], *, progress: bool = True) -> pd.DataFrame:
             federation = assemble(scenario)
             for run in (attacked, control):
                 case = Case.of(federation, run, is_control=run is control)
-                settings = {name: scenario.label(name) for name in (*KEYS, "seed")} | {"control": case.is_control}
+                settings = {"model": scenario.label("model"), "partition": _partition(scenario)}
+                settings |= {"seed": scenario.seed, "control": case.is_control}
                 lies = () if case.is_control else case.lies()
                 rows += [settings | row for row in (*case.steps(), *lies, *case.curves())]
     return pd.DataFrame(rows)
+
+
+def _partition(scenario: Scenario) -> str:
+    """The partition with its skew: "dirichlet 0.5"."""
+    ((name, values),) = scenario.partition.items()
+    return f"{name} {values['alpha']:g}" if "alpha" in values else name
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,19 +178,22 @@ class Case:
         return mitigation.aggregate_votes(mitigation.votes_of(said, SHARE), share=SHARE)
 
     def steps(self) -> Iterator[dict[str, Any]]:
-        """Each step alone, both, and fine-tuning after both; all clients tell the truth."""
+        """Each step alone, both, fine-tuning alone and after both; all clients tell the truth."""
         yield self._row("steps", NOTHING, self.start)
         yield self._row(
             "steps", ADJUSTMENT, mitigation.adjust_extreme_weights(self.start, self.accuracy, budget=BUDGET)
         )
+        tuning = self._tuning()
+        alone = mitigation.fine_tune(self.start, self._training(tuning[TUNED]), ROUNDS)
+        yield self._row("steps", TUNED_ALONE, alone)
         for how in HOW:
             pruned, both = self._pruned_and_both(self.order(how))
             yield self._row("steps", PRUNING, pruned, how=how)
             yield self._row("steps", BOTH, both, how=how)
             if how == "ranks":
-                for step, data in self._tuning().items():
-                    train = self._training(data)
-                    yield self._row("steps", step, mitigation.fine_tune(both, train, ROUNDS), how=how)
+                for step, data in tuning.items():
+                    done = mitigation.fine_tune(both, self._training(data), ROUNDS)
+                    yield self._row("steps", step, done, how=how)
 
     def lies(self) -> Iterator[dict[str, Any]]:
         """Pruning, and both, where some of the clients lie."""
@@ -263,7 +278,7 @@ def _places(found: pd.DataFrame) -> str:
 
 
 def _place(key: Any) -> str:
-    return " ".join(map(str, key)).replace("dirichlet(alpha=", "Dirichlet ").rstrip(")")
+    return " ".join(map(str, key)).replace("dirichlet", "Dirichlet")
 
 
 def _groups(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -280,15 +295,16 @@ def step_by_step(found: pd.DataFrame) -> list[Block]:
         for (place, part), column in zip(groups, axes.T, strict=True):
             for ax, value, title in zip(column, ("asr", "main_accuracy"), (_asr_title, _accuracy_title), strict=True):
                 _dots(ax, part, value)
-                titled(ax, f"{place}: {title(part)}" if value == "asr" else title(part))
-                ax.tick_params(axis="x", rotation=90)
-        axes[0, -1].legend(frameon=False, fontsize="small")
+                titled(ax, f"{place}: {title(part)}")
+        for ax in axes.flat:
+            ax.label_outer()
+        canvas.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
     caption = (
         "Every step within its budget, channels by the mean of truthful clients' ranks. Marks: means over seeds, "
         "bars: 95 % intervals over seeds; open grey marks: the attack-free control, the same trigger stamped."
     )
-    return [figure(draw, (max(WIDTH / 2, WIDTH * len(groups) / 3), 7.0), caption), steps_table(found)]
+    return [figure(draw, (WIDTH, 6.4), caption), steps_table(found)]
 
 
 def _dots(ax: Axes, part: pd.DataFrame, value: str) -> None:
@@ -304,20 +320,23 @@ def _dots(ax: Axes, part: pd.DataFrame, value: str) -> None:
             face = "white" if is_control else colour
             label = ("attack-free control" if is_control else "attacked") if position == 0 else None
             ax.plot(position + shift, mean, marker, color=colour, markerfacecolor=face, linestyle="", label=label)
-    ax.set_xticks(range(len(STEPS)), STEPS)
-    ax.set(ylim=(0, 1.03), ylabel="ASR" if value == "asr" else "main accuracy")
+    ax.set_xticks(range(len(STEPS)), [textwrap.fill(step, 10) for step in STEPS], fontsize="small")
+    name = "ASR" if value == "asr" else "main accuracy"
+    ax.set(ylim=(-0.03, 1.03), ylabel=f"{name} [share of images]", xlim=(-0.5, len(STEPS) - 0.4))
     ax.spines[["top", "right"]].set_visible(False)
 
 
 def _asr_title(part: pd.DataFrame) -> str:
     at = {step: _mean(part, step, "asr") for step in STEPS}
     lowest = min((PRUNING, ADJUSTMENT, BOTH), key=lambda step: at[step])
-    return f"ASR {at[NOTHING]:.2f}, at the least {at[lowest]:.2f} ({lowest}); tuned {at[TUNED]:.2f}"
+    tuned = f"tuned alone {at[TUNED_ALONE]:.2f}, after both {at[TUNED]:.2f}"
+    return f"ASR {at[NOTHING]:.2f}, lowest untuned {at[lowest]:.2f} ({lowest}); {tuned}"
 
 
 def _accuracy_title(part: pd.DataFrame) -> str:
     at = {step: _mean(part, step, "main_accuracy") for step in STEPS}
-    return f"Accuracy {at[NOTHING]:.2f}, after both {at[BOTH]:.2f}, tuned {at[TUNED]:.2f}"
+    tuned = f"tuned alone {at[TUNED_ALONE]:.2f}, after both {at[TUNED]:.2f}"
+    return f"accuracy {at[NOTHING]:.2f}, both {at[BOTH]:.2f}; {tuned}"
 
 
 def _mean(part: pd.DataFrame, step: str, value: str, *, control: bool = False) -> float:
@@ -331,7 +350,7 @@ def steps_table(found: pd.DataFrame) -> Block:
         {
             "Condition": _place((model, partition)),
             "Run": "control" if is_control else "attacked",
-            "Step": str(step).replace("\n", " "),
+            "Step": step,
             "By": how,
             "Main accuracy": _shown(own["main_accuracy"]),
             "ASR": _shown(own["asr"]),
@@ -357,30 +376,52 @@ def clients_that_lie(found: pd.DataFrame) -> list[Block]:
         "Liars send well-formed ranks or votes: in reverse order; or with the "
         f"{SHIELDED} channels that the trigger raises most shown as the most active ones. The attacker lies first."
     )
-    rows = among_liars(found)
-    groups = _groups(rows.assign(what=rows["how"] + ", " + rows["lie"]))
+    groups = _groups(among_liars(found))
+    kinds = [(how, lie) for how in HOW for lie in LIES]
+    channels = found.loc[found["part"].eq("steps") & found["step"].eq(PRUNING), ["pruned", "kept"]].sum(axis=1).max()
 
     def draw(canvas: Figure) -> None:
         axes = canvas.subplots(2, len(groups), sharex=True, sharey="row", squeeze=False)
         for (place, part), column in zip(groups, axes.T, strict=True):
-            for ax, step, value, label in zip(
-                column, (BOTH, PRUNING), ("asr", "pruned"), ("ASR after both", "channels pruned"), strict=True
-            ):
+            drawn = ((BOTH, "asr", "ASR after both"), (PRUNING, "pruned", "channels pruned"))
+            for ax, (step, value, label) in zip(column, drawn, strict=True):
                 own = part[part["step"].eq(step)]
-                sns.lineplot(
-                    own, x="liars", y=value, hue="what", style="what", markers=True, errorbar=("ci", 95),
-                    err_style="bars", palette="cividis", seed=0, ax=ax, legend=ax is axes[0, -1],
-                )  # fmt: skip
-                ends = [own.loc[own["liars"].eq(end), value].mean() for end in (0, max(LIARS))]
-                said = f"{label} {ends[0]:.2g} with none, {ends[1]:.2g} with {max(LIARS)} liars"
-                titled(ax, f"{place}: {said}")
-                ax.set(xlabel="liars of 10 clients", ylabel=label, xticks=(0, *LIARS))
-                ax.set_ylim(bottom=0)
+                for place_of, kind in enumerate(kinds):
+                    _kind(ax, own[own["how"].eq(kind[0]) & own["lie"].eq(kind[1])], value, place_of, ", ".join(kind))
+                titled(ax, f"{place}: {_lies_finding(own, value, label)}")
+                unit = "[share of images]" if value == "asr" else "[count]"
+                ax.set(xlabel="liars [clients of 10]", ylabel=f"{label} {unit}", xticks=(0, *LIARS))
+                ax.set_ylim(*((-0.03, 1.03) if value == "asr" else (0, channels)))
                 ax.spines[["top", "right"]].set_visible(False)
-        axes[0, -1].legend(frameon=False, fontsize="small", title=None)
+                ax.label_outer()
+        canvas.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
-    caption = "Attacked runs by number of liars; means over seeds with 95 % intervals."
-    return [text(about), figure(draw, (max(WIDTH / 2, WIDTH * len(groups) / 3), 6.0), caption)]
+    caption = "Attacked runs by number of liars: means over seeds, bars: 95 % intervals over seeds; kinds side by side."
+    return [text(about), figure(draw, (WIDTH, 6.4), caption)]
+
+
+def _kind(ax: Axes, rows: pd.DataFrame, value: str, place: int, label: str) -> None:
+    """Means with intervals over seeds by number of liars, of one kind of lie, beside those of the other kinds."""
+    colour, marker = [("0.1", "o"), ("0.1", "^"), ("0.55", "s"), ("0.55", "D")][place]
+    for liars, own in rows.groupby("liars"):
+        values, x = own[value].to_numpy(np.float64), liars + 0.14 * (place - 1.5)
+        ax.plot([x, x], bootstrap(values), color=colour, linewidth=1.4)
+        ax.plot(
+            x, values.mean(), marker, color=colour, markerfacecolor="white" if place % 2 else colour,
+            label=label if liars == 0 else None,
+        )  # fmt: skip
+
+
+def _lies_finding(rows: pd.DataFrame, value: str, label: str) -> str:
+    """The kind of lie that moves a mean furthest with the most liars."""
+    means = rows.pivot_table(value, ["how", "lie"], "liars")
+    moved = means[max(LIARS)] - means[0]
+    digits = 2 if value == "asr" else 1
+    worst = moved.abs().idxmax()
+    none, most = (number(float(means.loc[worst, liars]), digits) for liars in (0, max(LIARS)))
+    if none == most:
+        return f"{label}: no kind of lie by {max(LIARS)} liars moves the mean"
+    return f"{label}: {max(LIARS)} liars move it at most from {none} to {most} ({', '.join(worst)})"
 
 
 def among_liars(found: pd.DataFrame) -> pd.DataFrame:
@@ -394,39 +435,47 @@ def among_liars(found: pd.DataFrame) -> pd.DataFrame:
 def without_a_budget(found: pd.DataFrame) -> list[Block]:
     """ASR and accuracy at every delta, and at every share of channels pruned."""
     blocks = []
-    for part_name, label in (("deltas", "delta [sigma]"), ("channels", "share of channels pruned")):
+    for part_name, name, unit in (
+        ("deltas", "delta", "standard deviations of a layer's weights"),
+        ("channels", "share pruned", "of the last convolution's channels"),
+    ):
+        label = f"{name} [{unit}]"
         rows = found[found["part"].eq(part_name)]
         rows = rows.melt([*KEYS, "seed", "control", "value"], ["asr", "main_accuracy"], "what", "share")
         rows["what"] = rows["what"].map({"asr": "ASR", "main_accuracy": "main accuracy"})
         rows["run"] = np.where(rows["control"].astype(bool), "control", "attacked")
+        rows["line"] = rows["what"] + ", " + rows["run"]
         groups = _groups(rows)
 
         def draw(canvas: Figure, groups: Any = groups, label: str = label, part_name: str = part_name) -> None:
             axes = canvas.subplots(1, len(groups), sharey=True, squeeze=False)[0]
             for (place, part), ax in zip(groups, axes, strict=True):
                 sns.lineplot(
-                    part, x="value", y="share", hue="run", hue_order=["attacked", "control"], style="what",
-                    markers=True, errorbar=("ci", 95), err_style="bars", palette=[MALICIOUS, BENIGN], seed=0, ax=ax,
-                    legend=ax is axes[-1],
+                    part, x="value", y="share", hue="line", hue_order=LINES, style="line", style_order=LINES,
+                    markers=["o", "^", "s", "D"], dashes=["", (4, 2), "", (4, 2)], errorbar=("ci", 95),
+                    err_style="bars", palette=[MALICIOUS, MALICIOUS, BENIGN, BENIGN], seed=0, ax=ax,
                 )  # fmt: skip
-                titled(ax, f"{place}: {_curve_finding(part)}")
-                ax.set(xlabel=label, ylabel="share of held-out images", ylim=(0, 1.03))
+                titled(ax, f"{place}: {_curve_finding(part, 'delta' if part_name == 'deltas' else 'share')}")
+                ax.set(xlabel=label, ylabel="ASR, accuracy [share of images]", ylim=(-0.03, 1.03))
+                ax.legend().remove()
                 if part_name == "deltas":
                     ax.invert_xaxis()
                 ax.spines[["top", "right"]].set_visible(False)
-            axes[-1].legend(frameon=False, fontsize="small", title=None)
+            canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
-        caption = f"Without a budget: ASR and main accuracy over the {label}; means over seeds with 95 % intervals."
-        blocks.append(figure(draw, (max(WIDTH / 2, WIDTH * len(groups) / 3), 3.8), caption))
+        caption = f"Without a budget: ASR and main accuracy over the {name}; means over seeds with 95 % intervals."
+        blocks.append(figure(draw, (WIDTH, 4.0), caption))
     return blocks
 
 
-def _curve_finding(part: pd.DataFrame) -> str:
+def _curve_finding(part: pd.DataFrame, name: str) -> str:
     """The lowest mean ASR, and what accuracy it comes with."""
     own = part[part["run"].eq("attacked")].pivot_table(index="value", columns="what", values="share")
     best = own["ASR"].idxmin()
-    lowest, accuracy = own.loc[best, "ASR"], own.loc[best, "main accuracy"]
-    return f"ASR at its lowest {lowest:.2f} at {best:.2g}, accuracy there {accuracy:.2f}"
+    mildest = max(own.index) if name == "delta" else min(own.index)
+    accuracy = own["main accuracy"]
+    there = f"where accuracy is {accuracy[best]:.2f} ({accuracy[mildest]:.2f} at {mildest:g})"
+    return f"lowest ASR {own.loc[best, 'ASR']:.2f}, at {name} {best:.2g}, {there}"
 
 
 def provenance(runs: Sequence[Run]) -> list[Block]:
@@ -447,7 +496,7 @@ def findings(found: pd.DataFrame) -> list[Block]:
     """What each step does, sentences with figures, whichever way they fall."""
     steps = found[found["part"].eq("steps")]
     ranks = steps[steps["how"].fillna("ranks").eq("ranks")]
-    return [*(effect(ranks, step) for step in SUBJECT), ranks_or_votes(steps), liars(found)]
+    return [*(effect(ranks, step) for step in SUBJECT), before_tuning(ranks), ranks_or_votes(steps), liars(found)]
 
 
 def effect(rows: pd.DataFrame, step: str) -> Block:
@@ -469,6 +518,23 @@ def effect(rows: pd.DataFrame, step: str) -> Block:
     of = f"of {count(len(lines), 'condition')}"
     sentence = f"lowers the mean ASR by {FALLS:g} or more in {acted} {of}, to below {GONE:g} in {gone}."
     return finding(ABOUT[step], f"{SUBJECT[step]} {sentence}", lines)
+
+
+def before_tuning(rows: pd.DataFrame) -> Block:
+    """What both steps add to the fine-tuning that follows them, in every condition."""
+    lines, apart = [], []
+    for place, part in _groups(rows):
+        alone, after = (_mean(part, step, "asr") for step in (TUNED_ALONE, TUNED))
+        apart.append(after - alone)
+        accuracy = [number(_mean(part, step, "main_accuracy")) for step in (TUNED_ALONE, TUNED)]
+        lines.append(
+            f"{place}: ASR {number(alone)} after fine-tuning alone, {number(after)} with both steps before it; "
+            f"accuracy {accuracy[0]} and {accuracy[1]}"
+        )
+    lower = sum(each <= -NOTABLE for each in apart)
+    of = f"of {count(len(lines), 'condition')}"
+    said = f"Both steps before fine-tuning lower the mean ASR by {NOTABLE:g} or more in {lower} {of}, against it alone."
+    return finding("Worth of the steps", said, lines)
 
 
 def ranks_or_votes(steps: pd.DataFrame) -> Block:

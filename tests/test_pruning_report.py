@@ -1,0 +1,69 @@
+"""The page on what is left of a backdoor: a row per step of every run, and sentences that follow the figures."""
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from gradlens.log import InputError
+from simulations import load_sweep, run_sweep
+
+
+@pytest.fixture(scope="module")
+def report():
+    """reports/pruning.py, on fewer images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "reports"))
+        import pruning
+
+        patch.setattr(pruning, "IMAGES", 90)
+        patch.setattr(pruning, "LIARS", (1, 3))
+        yield pruning
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The report's scenarios on digits, two seeds of six rounds."""
+    changes = {
+        "task": "digits", "samples_per_client": None, "rounds": 6, "partition": "iid", "model": "mlp",
+        "schedule": {"from_round": {"first": 2}},
+    }  # fmt: skip
+    toml = ROOT / "simulations/scenarios/pruning.toml"
+    scenarios = [each for seed in (0, 1) for each in load_sweep(toml, seed=seed, **changes).scenarios]
+    return run_sweep(scenarios, tmp_path_factory.mktemp("pruning") / "sweep", progress=False).runs
+
+
+@pytest.fixture(scope="module")
+def figures(report, small):
+    return report.gathered(small, progress=False)
+
+
+def test_the_report_has_every_step_of_every_run_and_its_control(report, small, figures):
+    steps = figures[figures["part"].eq("steps")]
+    assert steps.groupby(["seed", "control"])["step"].nunique().tolist() == [7, 6] * 2
+    assert figures.loc[figures["part"].eq("lies"), "liars"].value_counts().to_dict() == {1: 16, 3: 16}
+    assert figures["main_accuracy"].between(0, 1).all()
+    assert figures["asr"].between(0, 1).all()
+    none = steps[steps["step"].eq(report.NOTHING)].set_index(["seed", "control"])["asr"]
+    assert (none.xs(False, level="control") > none.xs(True, level="control")).all()
+    whole = figures[figures["part"].eq("channels") & figures["value"].eq(0)].set_index(["seed", "control"])["asr"]
+    assert whole.to_dict() == none.to_dict()
+    assert report.page(figures, small).count("<img") == 4
+    said = " ".join(" ".join([block["text"], *block["points"]]) for block in report.findings(figures))
+    assert "nan" not in said
+    for step in (report.PRUNING, report.ADJUSTMENT):
+        own = steps[steps["step"].eq(step) & ~steps["control"] & steps["how"].fillna("ranks").eq("ranks")]
+        assert f"to {own['asr'].mean():.2f} [" in said
+
+
+def test_other_figures_give_other_sentences(report, small, figures):
+    mended = figures.assign(asr=np.where(figures["step"].isin([report.PRUNING, report.BOTH]), 0.05, 0.9))
+    said = report.effect(mended[mended["part"].eq("steps")], report.PRUNING)["text"]
+    assert "lowers the mean ASR by 0.3 or more in 1 of 1 condition, to below 0.2 in 1" in said
+    worse = mended.assign(asr=np.where(mended["liars"].eq(3), 0.5, mended["asr"]))
+    assert "clients raise the mean ASR" in report.liars(worse)["text"]
+    assert "clients do not raise the mean ASR" in report.liars(mended)["text"]
+    assert "in 0 of 1 condition, against it alone" in report.before_tuning(mended[mended["part"].eq("steps")])["text"]
+    tuned = mended.assign(asr=np.where(mended["step"].eq(report.TUNED), 0.1, mended["asr"]))
+    assert "in 1 of 1 condition, against it alone" in report.before_tuning(tuned[tuned["part"].eq("steps")])["text"]
+    with pytest.raises(InputError, match="found no pair"):
+        report.gathered(small[:1])
