@@ -1,6 +1,9 @@
 """The page on what is left of a backdoor: a row per step of every run, and sentences that follow the figures."""
 
+import html
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from conftest import ROOT
@@ -67,3 +70,15 @@ def test_other_figures_give_other_sentences(report, small, figures):
     assert "in 1 of 1 condition, against it alone" in report.before_tuning(tuned[tuned["part"].eq("steps")])["text"]
     with pytest.raises(InputError, match="found no pair"):
         report.gathered(small[:1])
+
+
+def test_the_committed_page_says_what_the_committed_figures_hold(report):
+    found = pd.read_csv(report.CSV)
+    seeds = found[found["part"].eq("steps")].groupby(["partition", "control", "step"])["seed"].nunique()
+    assert set(seeds.index.get_level_values("partition")) == {"iid", "dirichlet 0.5"}
+    assert len(seeds) == 2 * (7 + 6)
+    assert seeds.eq(5).all()
+    page = html.unescape(report.HTML.read_text())
+    for block in report.findings(found):
+        for sentence in (block["text"], *block["points"]):
+            assert sentence in page
