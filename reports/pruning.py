@@ -65,7 +65,7 @@ TUNED_ALONE = "no step, tuned by benign clients"
 STEPS = (NOTHING, PRUNING, ADJUSTMENT, BOTH, TUNED_ALONE, TUNED, TUNED_WITH)
 HOW = ("ranks", "votes")
 LIES = ("reverse", "shield")
-LINES = ["ASR, attacked", "main accuracy, attacked", "ASR, control", "main accuracy, control"]
+RUNS = ["attacked", "attack-free control"]
 KEYS = ("model", "partition")
 FALLS, GONE = 0.3, 0.2  # an ASR that falls by so much has been acted on; one below has been taken away
 NOTABLE = 0.1  # of an ASR
@@ -443,39 +443,42 @@ def without_a_budget(found: pd.DataFrame) -> list[Block]:
         rows = found[found["part"].eq(part_name)]
         rows = rows.melt([*KEYS, "seed", "control", "value"], ["asr", "main_accuracy"], "what", "share")
         rows["what"] = rows["what"].map({"asr": "ASR", "main_accuracy": "main accuracy"})
-        rows["run"] = np.where(rows["control"].astype(bool), "control", "attacked")
-        rows["line"] = rows["what"] + ", " + rows["run"]
+        rows["run"] = np.where(rows["control"].astype(bool), RUNS[1], RUNS[0])
         groups = _groups(rows)
 
         def draw(canvas: Figure, groups: Any = groups, label: str = label, part_name: str = part_name) -> None:
-            axes = canvas.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-            for (place, part), ax in zip(groups, axes, strict=True):
-                sns.lineplot(
-                    part, x="value", y="share", hue="line", hue_order=LINES, style="line", style_order=LINES,
-                    markers=["o", "^", "s", "D"], dashes=["", (4, 2), "", (4, 2)], errorbar=("ci", 95),
-                    err_style="bars", palette=[MALICIOUS, MALICIOUS, BENIGN, BENIGN], seed=0, ax=ax,
-                )  # fmt: skip
-                titled(ax, f"{place}: {_curve_finding(part, 'delta' if part_name == 'deltas' else 'share')}")
-                ax.set(xlabel=label, ylabel="ASR, accuracy [share of images]", ylim=(-0.03, 1.03))
-                ax.legend().remove()
-                if part_name == "deltas":
-                    ax.invert_xaxis()
-                ax.spines[["top", "right"]].set_visible(False)
-            canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+            axes = canvas.subplots(2, len(groups), sharex=True, sharey=True, squeeze=False)
+            for (place, part), column in zip(groups, axes.T, strict=True):
+                said = _curve_findings(part, "delta" if part_name == "deltas" else "share")
+                for ax, what in zip(column, ("ASR", "main accuracy"), strict=True):
+                    sns.lineplot(
+                        part[part["what"].eq(what)], x="value", y="share", hue="run", hue_order=RUNS, style="run",
+                        style_order=RUNS, markers=["o", "s"], dashes=["", (4, 2)], errorbar=("ci", 95),
+                        err_style="bars", palette=[MALICIOUS, BENIGN], seed=0, ax=ax,
+                    )  # fmt: skip
+                    titled(ax, f"{place}: {said[what]}")
+                    ax.set(xlabel=label, ylabel=f"{what} [share of images]", ylim=(-0.03, 1.03))
+                    ax.legend().remove()
+                    ax.spines[["top", "right"]].set_visible(False)
+                    ax.label_outer()
+            if part_name == "deltas":
+                axes[0, 0].invert_xaxis()  # all share it
+            canvas.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
         caption = f"Without a budget: ASR and main accuracy over the {name}; means over seeds with 95 % intervals."
-        blocks.append(figure(draw, (WIDTH, 4.0), caption))
+        blocks.append(figure(draw, (WIDTH, 6.4), caption))
     return blocks
 
 
-def _curve_finding(part: pd.DataFrame, name: str) -> str:
-    """The lowest mean ASR, and what accuracy it comes with."""
-    own = part[part["run"].eq("attacked")].pivot_table(index="value", columns="what", values="share")
-    best = own["ASR"].idxmin()
-    mildest = max(own.index) if name == "delta" else min(own.index)
-    accuracy = own["main accuracy"]
-    there = f"where accuracy is {accuracy[best]:.2f} ({accuracy[mildest]:.2f} at {mildest:g})"
-    return f"lowest ASR {own.loc[best, 'ASR']:.2f}, at {name} {best:.2g}, {there}"
+def _curve_findings(part: pd.DataFrame, name: str) -> dict[str, str]:
+    """The lowest mean ASR, and what accuracy it comes with, beside that of the mildest setting."""
+    own = part[part["run"].eq(RUNS[0])].pivot_table(index="value", columns="what", values="share")
+    best, mildest = own["ASR"].idxmin(), max(own.index) if name == "delta" else min(own.index)
+    asr, accuracy = own["ASR"], own["main accuracy"]
+    return {
+        "ASR": f"lowest ASR {asr[best]:.2f}, at {name} {best:.2g} ({asr[mildest]:.2f} at {mildest:g})",
+        "main accuracy": f"accuracy {accuracy[best]:.2f} at {name} {best:.2g} ({accuracy[mildest]:.2f} at {mildest:g})",
+    }
 
 
 def provenance(runs: Sequence[Run]) -> list[Block]:
@@ -567,8 +570,8 @@ def liars(found: pd.DataFrame) -> Block:
                 f"{how}, {lie}: ASR after both {number(none)} with no liar, {number(most)} with {max(LIARS)}; "
                 f"channels pruned {pruned[0]} and {pruned[1]}"
             )
-    verb = "raise" if max(rises) >= NOTABLE else "do not raise"
-    said = f"Lies of {max(LIARS)} of 10 clients {verb} the mean ASR after both steps by {NOTABLE:g} or more."
+    raised = f"{sum(each >= NOTABLE for each in rises)} of {count(len(rises), 'kind')}"
+    said = f"Lies of {max(LIARS)} of 10 clients raise the mean ASR after both steps by {NOTABLE:g} or more in {raised}."
     return finding("Liars", said, lines)
 
 

@@ -63,8 +63,8 @@ def test_other_figures_give_other_sentences(report, small, figures):
     said = report.effect(mended[mended["part"].eq("steps")], report.PRUNING)["text"]
     assert "lowers the mean ASR by 0.3 or more in 1 of 1 condition, to below 0.2 in 1" in said
     worse = mended.assign(asr=np.where(mended["liars"].eq(3), 0.5, mended["asr"]))
-    assert "clients raise the mean ASR" in report.liars(worse)["text"]
-    assert "clients do not raise the mean ASR" in report.liars(mended)["text"]
+    assert "by 0.1 or more in 4 of 4 kinds" in report.liars(worse)["text"]
+    assert "by 0.1 or more in 0 of 4 kinds" in report.liars(mended)["text"]
     assert "in 0 of 1 condition, against it alone" in report.before_tuning(mended[mended["part"].eq("steps")])["text"]
     tuned = mended.assign(asr=np.where(mended["step"].eq(report.TUNED), 0.1, mended["asr"]))
     assert "in 1 of 1 condition, against it alone" in report.before_tuning(tuned[tuned["part"].eq("steps")])["text"]
