@@ -1,16 +1,23 @@
 """Updates from elsewhere become a run: formats, hostile files, what is not known, nothing half-written."""
 
+import io
+import json
 import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
 import gradlens
-from conftest import STATE
+from conftest import ROOT, STATE
 from gradlens import InputError
 from gradlens.ingest import PATTERNS, ingest, with_csv_truth
 from test_cli import command  # noqa: F401 - a fixture
