@@ -229,13 +229,13 @@ def record_truth(folder: Path, table: pd.DataFrame) -> None:
 
 def check_free(folder: Path) -> None:
     """Raises InputError where something lies that is no remainder of a start that was stopped."""
-    if not folder.exists() or _is_stillborn(folder):
+    if not folder.exists() or is_stillborn(folder):
         return
     if not folder.is_dir() or any(folder.iterdir()):
         raise InputError(f"{folder}: a run is recorded into a new folder, found one that holds something")
 
 
-def _is_stillborn(folder: Path) -> bool:
+def is_stillborn(folder: Path) -> bool:
     """Whether all that a folder holds is what a writer leaves that was stopped before its first commit."""
     if not (folder / RUN).exists() and not any((folder / name).is_dir() for name in FOLDERS):
         return False
