@@ -4,12 +4,14 @@ from gradlens.aggregators import AGGREGATORS, filtered
 from gradlens.attribution import influence, label_drift, suspected_labels, sybils
 from gradlens.detectors import DETECTORS, Verdict, calibrate, detect, score_by
 from gradlens.evaluation import evaluate, per_client, rounds_to_detection, with_truth
+from gradlens.ingest import ingest
 from gradlens.localize import localize
 from gradlens.log import CannotSay, InputError, LogWriter, ModelSpec, Round, UpdateLog
 from gradlens.report import report
 from gradlens.run import Run, Sweep
 from gradlens.run import open_run as open
 from gradlens.scorers import SCORERS
+from gradlens.server import Recorder
 from gradlens.statistics import STATISTICS
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "InputError",
     "LogWriter",
     "ModelSpec",
+    "Recorder",
     "Round",
     "Run",
     "Sweep",
@@ -31,6 +34,7 @@ __all__ = [
     "evaluate",
     "filtered",
     "influence",
+    "ingest",
     "label_drift",
     "localize",
     "open",

@@ -1,6 +1,5 @@
 """One federated run: sample, train, attack, record, filter, aggregate, measure."""
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from gradlens.aggregators import Aggregator, FilteredAggregator, FilterStopped, filtered, step
 from gradlens.log import InputError, LogWriter, ModelSpec, Round, UpdateLog
-from gradlens.log.manifest import read_manifest
+from gradlens.log.writer import is_stillborn
 from gradlens.run import Run
 from simulations.attacks import Attack, Pool, Reference, Situation, build_attack
 from simulations.attacks.attack import unchanged
@@ -416,11 +415,8 @@ def _writer(federation: Federation, folder: Path, *, resume: bool) -> LogWriter:
 
 
 def _recorded(scenario: Scenario, folder: Path) -> Run | None:
-    """The run of this scenario that lies in the folder; what a writer left that was stopped at its start is removed."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    if _is_stillborn(folder):
-        shutil.rmtree(folder)
+    """The run of this scenario that lies in the folder, if any was begun."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())) or is_stillborn(folder):
         return None
     found = Run.open(folder)
     if found.scenario != scenario.settings:
@@ -429,13 +425,3 @@ def _recorded(scenario: Scenario, folder: Path) -> Run | None:
         differing = [name for name in Scenario.model_fields if settings.get(name) != wanted.get(name)]
         raise InputError(f"{folder}: holds the run of another scenario, which differs in {', '.join(differing)}")
     return found
-
-
-def _is_stillborn(folder: Path) -> bool:
-    """Whether all that a folder holds is what a writer leaves that was stopped before its first commit."""
-    first = {"run.json", "manifest.jsonl", "globals/round-000000.arrow"}
-    parts = {".run.json.part", "globals/.round-000000.arrow.part"}
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    if not folder.is_dir() or not files <= first | parts:
-        return False
-    return "manifest.jsonl" not in files or not read_manifest(folder).lines

@@ -13,6 +13,8 @@ from conftest import ROOT
 ARROWS = {
     "log": set(),
     "processes": {"log"},
+    "ingest": {"log", "run"},
+    "server": {"log", "detectors", "aggregators"},
     "run": {"log"},
     "statistics": {"log"},
     "scorers": {"log"},

@@ -11,7 +11,7 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 
 
-PANEL = 2  # which of its examples that is
+PANEL, SERVER = 2, 3  # which of its examples those are
 
 
 def blocks(language: str) -> list[str]:
@@ -82,6 +82,40 @@ def test_what_can_be_measured_is_all_of_it():
     by_score = {name for name, build in gradlens.DETECTORS.items() if "score_by" in repr(build)}
     assert set(gradlens.DETECTORS) - by_score == rows["published detectors"] | rows["all together"]
     assert all(hasattr(gradlens, name) for name in rows["attribution"])
+
+
+def test_the_server_of_the_readme_records_what_clients_send(tmp_path, monkeypatch):
+    import torch
+
+    import gradlens
+
+    def trained(state, x, y):
+        local = torch.nn.Linear(3, 2)
+        local.load_state_dict(state)
+        torch.nn.functional.cross_entropy(local(x), y).backward()
+        return {name: p.detach() - 0.1 * p.grad for name, p in local.named_parameters()}
+
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 20, 3), torch.randint(2, (8, 20))
+    y[7] = 1 - (x[7].sum(axis=1) > 0).long()
+    names = {"model": torch.nn.Linear(3, 2), "trained": trained}
+    before = {name: array.clone() for name, array in names["model"].state_dict().items()}
+    names["clients"] = {f"client-{i}": (x[i], y[i]) for i in range(8)}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks("python")[SERVER], "README.md", "exec"), names)
+    found = gradlens.open(tmp_path / "runs" / "server")
+    assert found.is_closed
+    assert len(found.log) == 5
+    assert found.verify().intact
+    assert len(found.verdicts) == 5 * 8
+    assert not torch.equal(names["model"].state_dict()["weight"], before["weight"])
+
+
+def test_the_rules_that_it_lists_are_those_that_there_are():
+    from gradlens import AGGREGATORS
+
+    text = README.split("Rules to aggregate by:")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", text)) == set(AGGREGATORS)
 
 
 def test_the_panel_of_the_readme_names_an_attacker(tmp_path, monkeypatch, capsys):

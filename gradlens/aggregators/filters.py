@@ -84,9 +84,9 @@ class Decision:
     outcome: str = ""
 
     @property
-    def kept(self) -> np.ndarray:
-        """Who is aggregated, bool [client]."""
-        return self.weights > 0
+    def kept(self) -> list[str]:
+        """Names of the clients that are aggregated."""
+        return self.clients[self.weights > 0].tolist()
 
     @property
     def stopped(self) -> bool:
@@ -108,7 +108,7 @@ class Decision:
         """
         reasons = ["; ".join(filter(None, (str(reason), self.outcome))) for reason in self.reasons]
         table = self.verdict.table(round_, detector).assign(
-            kept=self.kept, null=self.verdict.null, weight=self.weights, reason=np.array(reasons, dtype=np.str_)
+            kept=self.weights > 0, null=self.verdict.null, weight=self.weights, reason=np.array(reasons, dtype=np.str_)
         )
         return table[list(COLUMNS)]
 
@@ -143,7 +143,7 @@ class FilteredAggregator:
 
     def kept(self, log: UpdateLog) -> np.ndarray:
         """Which recorded clients of the last round are aggregated, bool [client]."""
-        return self.decision(log).kept[: len(log[-1])]
+        return self.decision(log).weights[: len(log[-1])] > 0
 
     def decision(self, log: UpdateLog) -> Decision:
         """What is decided on each client of the last round, and why; nothing is aggregated or raised for it."""
