@@ -10,6 +10,7 @@ from gradlens.report import report
 from gradlens.run import Run, Sweep
 from gradlens.run import open_run as open
 from gradlens.scorers import SCORERS
+from gradlens.server import Recorder
 from gradlens.statistics import STATISTICS
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "InputError",
     "LogWriter",
     "ModelSpec",
+    "Recorder",
     "Round",
     "Run",
     "Sweep",

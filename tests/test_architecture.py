@@ -13,6 +13,7 @@ from conftest import ROOT
 ARROWS = {
     "log": set(),
     "processes": {"log"},
+    "server": {"log", "detectors", "aggregators"},
     "run": {"log"},
     "statistics": {"log"},
     "scorers": {"log"},

@@ -112,13 +112,17 @@ def _write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> 
 
 @contextmanager
 def _placed(path: Path) -> Iterator[BinaryIO]:
-    """A file that is written beside its place, flushed to the disk and then renamed there."""
+    """A file that is written beside its place, flushed to the disk and then renamed there, or not there at all."""
     part = beside(path)
-    with open(part, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)  # a full disk is not kept full by what was not finished
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name, too

@@ -103,7 +103,7 @@ class Chain:
             if self.file.write(payload + b"\n") != len(payload) + 1:
                 raise OSError(f"{self.file.name}: the disk took a part of the line only")
             os.fsync(self.file.fileno())
-        except OSError:
+        except BaseException:
             os.ftruncate(self.file.fileno(), end)
             raise
         self.head = hashlib.sha256(payload).hexdigest()

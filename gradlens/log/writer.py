@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,7 @@ from gradlens.log.manifest import (
     RUN,
     Chain,
     Manifest,
+    beside,
     read_manifest,
     sha256,
     stem,
@@ -65,19 +67,29 @@ class LogWriter:
         scenario: Mapping[str, Any] | None = None,
         source: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Starts a run in a new or empty folder; raises InputError where something lies there already."""
+        """Starts a run in a new or empty folder; raises InputError where something lies there already.
+
+        What a writer left that was stopped before its first commit is cleared away. A start that fails leaves nothing.
+        """
         folder = Path(path)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder}: a run is recorded into a new folder, found one that holds something")
+        check_free(folder)
         _check_state(model, global_model)
-        for name in FOLDERS:
-            (folder / name).mkdir(parents=True)
+        _clear(folder)
         header = {"format": FORMAT, "model": model.to_json(), "software": _software()}
         header["scenario" if scenario is not None else "source"] = dict(scenario or source or {})
-        replace_with(folder / RUN, json.dumps(header, indent=1, allow_nan=False).encode())
-        write_state(folder / "globals" / stem(0), model, global_model)
-        file = _locked(folder / MANIFEST)
-        Chain(file).append({"files": _digests(folder, [RUN, f"globals/{stem(0)}"])})
+        file = None
+        try:
+            for name in FOLDERS:
+                (folder / name).mkdir(parents=True)
+            replace_with(folder / RUN, json.dumps(header, indent=1, allow_nan=False).encode())
+            write_state(folder / "globals" / stem(0), model, global_model)
+            file = _locked(folder / MANIFEST)
+            Chain(file).append({"files": _digests(folder, [RUN, f"globals/{stem(0)}"])})
+        except BaseException:
+            if file is not None:
+                file.close()
+            _clear(folder)
+            raise
         return cls(folder, model, read_manifest(folder), file)
 
     @classmethod
@@ -108,8 +120,8 @@ class LogWriter:
     ) -> None:
         """Records what was sent, what was decided and what came of it; on the disk when the call returns.
 
-        Raises InputError where the round is not the next one or its layers are not the model's; then nothing
-        is written.
+        Raises InputError where the round is not the next one or its layers are not the model's, OSError where the
+        disk does not take it; then nothing of it stays, and the next commit is of the same round.
         """
         number = len(self.log)
         if round_.index != number:
@@ -117,12 +129,18 @@ class LogWriter:
         round_ = fitted(self.model, round_)
         _check_state(self.model, next_global)
         names = [f"updates/{stem(number)}", f"globals/{stem(number + 1)}"]
-        write_updates(self.folder / names[0], self.model, round_)
-        write_state(self.folder / names[1], self.model, next_global)
-        if verdict is not None:
-            names.append(f"verdicts/{stem(number)}")
-            write_table(self.folder / names[2], verdict)
-        self._chain.append({"round": number, "files": _digests(self.folder, names), "metrics": _plain(metrics or {})})
+        try:
+            write_updates(self.folder / names[0], self.model, round_)
+            write_state(self.folder / names[1], self.model, next_global)
+            if verdict is not None:
+                names.append(f"verdicts/{stem(number)}")
+                write_table(self.folder / names[2], verdict)
+            line = {"round": number, "files": _digests(self.folder, names), "metrics": _plain(metrics or {})}
+            self._chain.append(line)
+        except BaseException:
+            for name in names:
+                (self.folder / name).unlink(missing_ok=True)
+            raise
         self.log = self.log.recorded(round_, sources(self.folder, self.model, number + 1)[number])
         self.global_model = read_state(self.folder / names[1], self.model)
 
@@ -194,6 +212,35 @@ def add_truth(folder: Path, chain: Chain, table: pd.DataFrame) -> None:
     types = {"round": np.int64, "client": str, "compromised": bool, "poisoned": bool}
     write_table(folder / "truth.arrow", table[list(TRUTH_COLUMNS)].astype(types))
     chain.append({"truth": len(table), "files": _digests(folder, ["truth.arrow"])})
+
+
+def check_free(folder: Path) -> None:
+    """Raises InputError where something lies that is no remainder of a start that was stopped."""
+    if not folder.exists() or _is_stillborn(folder):
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise InputError(f"{folder}: a run is recorded into a new folder, found one that holds something")
+
+
+def _is_stillborn(folder: Path) -> bool:
+    """Whether all that a folder holds is what a writer leaves that was stopped before its first commit."""
+    if not (folder / RUN).exists() and not any((folder / name).is_dir() for name in FOLDERS):
+        return False
+    state = Path("globals") / stem(0)
+    first = {str(path) for each in (Path(RUN), state) for path in (each, beside(each))} | {MANIFEST}
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    folders = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
+    if not files <= first or not folders <= set(FOLDERS):
+        return False
+    return MANIFEST not in files or not read_manifest(folder).lines
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a start left in the folder, which stays."""
+    for name in (RUN, beside(Path(RUN)), MANIFEST):
+        (folder / name).unlink(missing_ok=True)
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _check_state(model: ModelSpec, state: Mapping[str, np.ndarray]) -> None:

@@ -1,0 +1,331 @@
+"""Recording at a server: `Recorder` stands between what the clients sent and what the server makes of it.
+
+Everything that a client sends is hostile: it never stops the server, it is recorded, or refused with a reason. What
+the server itself gets wrong is an InputError. Evidence that cannot be written is missed loudly while training goes on.
+"""
+
+import json
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NoReturn, Self
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from gradlens.aggregators import FilteredAggregator, filtered, mean
+from gradlens.detectors import DETECTORS, Detector, Verdict
+from gradlens.detectors.verdict import verdict_on
+from gradlens.log import InputError, LogWriter, Round, UpdateLog
+from gradlens.log.manifest import MANIFEST, read_manifest
+from gradlens.log.received import Received, Sent, State, received, spec_of, state_of
+from gradlens.log.writer import check_free
+
+__all__ = ["Decision", "EvidenceLost", "Recorder"]
+
+TABLE = ("round", "client", "detector", "score", "flag", "kept", "abstained", "null", "weight", "reason")
+
+
+class EvidenceLost(RuntimeWarning):
+    """What could not be recorded, while training goes on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """Who is kept of a round, in the order of arrival; refused clients are among them.
+
+    clients: str [client]; weights: float64 [client], 0 = left out, 1 = in full; reasons: str [client], why a weight is
+    not 1, or which type of numbers was converted; outcome: what was decided on the whole.
+    """
+
+    verdict: Verdict
+    clients: np.ndarray
+    weights: np.ndarray
+    reasons: np.ndarray
+    outcome: str = ""
+
+    @property
+    def kept(self) -> list[str]:
+        """Names of the clients that are aggregated."""
+        return self.clients[self.weights > 0].tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A round of which it is not known yet what came of it; gap: an empty round for what was not recorded before it."""
+
+    round_: Round
+    gap: Round | None
+    before: UpdateLog | None
+    metrics: Mapping[str, float]
+    verdict: pd.DataFrame | None = None
+
+
+class Recorder:
+    """Stands between the clients' answers and the server's aggregation: records every round, judges it, or both.
+
+    path: the folder of the run, None = judge only. An open run of the same model that lies there is gone on with.
+    detector: a detector or its name, short for `filter=filtered(mean(), detector)`; without either, nobody is
+    judged, and only who was refused or is not finite has weight 0. sent: clients send local models or updates.
+    buffers: layers that are never scored, besides those of integers and those that batch normalisation keeps.
+    source: what `run.json` says of where this comes from, plain values. strict: what cannot be recorded raises
+    EvidenceLost instead of warning.
+    lost: one line for each round that was not recorded. Where a round does not start from the global model that the
+    last recorded round ended with (rounds were lost, the server was started from elsewhere), an empty round stands
+    between them, whose metric `lost` is the number of rounds known to be lost. Judging alone holds the last rounds.
+    Raises: InputError where the folder holds something else or a closed run, and for an unknown detector.
+    """
+
+    def __init__(
+        self,
+        path: Path | str | None = None,
+        *,
+        detector: Detector | str | None = None,
+        filter: FilteredAggregator | None = None,
+        sent: Literal["models", "updates"] = "models",
+        buffers: Collection[str] = (),
+        source: Mapping[str, Any] | None = None,
+        strict: bool = False,
+    ) -> None:
+        if sent not in ("models", "updates"):
+            raise InputError(f"sent: clients send 'models' or 'updates', found {sent!r:.80}")
+        self.path = None if path is None else Path(path)
+        self.filter = _filter(filter, detector)
+        self.sent, self.buffers, self.strict = sent, tuple(buffers), strict
+        self.source = _plain_source({**(source or {}), "recorder": {"sent": sent, "filter": repr(self.filter)}})
+        self.lost: list[str] = []
+        self._detector = detector if isinstance(detector, str) else repr(self.filter and self.filter.detector)
+        self._log: UpdateLog | None = None
+        self._waiting: _Waiting | None = None
+        self._missed = 0  # rounds lost since the last one on the disk
+        self._ended: Mapping[str, np.ndarray] | None = None  # the global model after the last recorded round
+        self._writer: LogWriter | None = None
+        self._closed = False
+        if self.path is not None:
+            self._writer = _begun(self.path)
+        if self._writer is not None:
+            self._log = self._writer.log
+            self._ended = {name: np.array(array) for name, array in self._writer.global_model.items()}
+
+    @property
+    def log(self) -> UpdateLog:
+        """The rounds so far, the one that waits for its commit included; raises InputError before the first."""
+        if self._log is None:
+            raise InputError("there is no log before the first round")
+        return self._log
+
+    def log_round(self, global_model: State, sent: Sent, num_examples: Mapping[Any, Any] | None = None) -> Decision:
+        """What every client sent -> who is kept, with weights and reasons.
+
+        global_model: layer -> array, what the clients started from; sent: client -> (layer -> array), or pairs of
+        them; arrays are those of numpy or torch, or what `numpy.asarray` takes, and are copied. num_examples: client ->
+        count, None: 1 for everybody. Nothing that a client sent raises: what cannot be recorded is refused with a
+        reason, has weight 0 and is flagged. Answers that differ under one name are all refused. Clients are known by
+        `str(client)`, escaped where that cannot be printed.
+        A round that still waits for its commit is committed, with this global model as what came of it.
+        Raises: InputError where the layers of the global model are not those of the rounds before.
+        """
+        if self._closed:
+            raise InputError("this recorder is closed")
+        model = spec_of(global_model, self.buffers) if self._log is None else self._log.model
+        state = state_of(global_model, model)
+        if self._waiting is not None:
+            self._record(state)
+        before = self._log
+        log, gap = UpdateLog(model) if before is None else before, None
+        if self._ended is not None and (self._missed or not _equal(state, self._ended)):
+            nothing = {layer.name: np.zeros((0, *layer.shape), layer.dtype) for layer in model.layers}
+            gap = Round(len(log), np.zeros(0, np.str_), np.zeros(0), nothing, self._ended, buffers=model.buffers)
+            log = log.append(gap)
+        answers = received(len(log), model, state, sent, num_examples, as_models=self.sent == "models")
+        metrics = {"converted": len(answers.notes)} if answers.notes else {}
+        self._log = log.append(answers.round_)
+        self._waiting = _Waiting(answers.round_, gap, before, metrics)  # the evidence is kept if the detector fails
+        decision = _decided(self._log, self.filter)
+        if self.filter is not None:
+            self._waiting = replace(self._waiting, verdict=self._table(decision))
+        return _as_sent(decision, answers)
+
+    def commit(self, next_global: State, metrics: Mapping[str, float] | None = None) -> None:
+        """Ends the round with what came of it; when the call returns it is on the disk, or in `lost`.
+
+        Raises: InputError without a round, where the layers are not the model's, or a metric is no number.
+        """
+        if self._waiting is None:
+            raise InputError("there is no round to commit; log_round comes first")
+        for name, value in (metrics or {}).items():
+            if not isinstance(value, Real | np.number | np.bool_):
+                raise InputError(f"metrics are numbers, found {name!r:.80}: {value!r:.80}")
+        self._record(state_of(next_global, self.log.model), metrics or {})
+
+    def close(self, next_global: State | None = None) -> None:
+        """Ends the run; next_global: what came of a round that still waits for its commit.
+
+        Without it that round is recorded with the global model that it had, and the metric `result_unknown`.
+        """
+        if self._closed:
+            return
+        self._finish(next_global)
+        self._closed = True
+        if self._writer is not None:
+            try:
+                self._writer.close()
+            except OSError as error:
+                self._writer.leave_open()
+                self._lose(f"the run was not closed: {error}")
+
+    def leave_open(self) -> None:
+        """Lets go of the folder without a closing line: another recorder can go on with the run."""
+        if self._closed:
+            return
+        self._finish(None)
+        self._closed = True
+        if self._writer is not None:
+            self._writer.leave_open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.leave_open()
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.path is None else repr(str(self.path))
+        rounds = 0 if self._log is None else len(self._log)
+        return f"Recorder({where}, {rounds} rounds, {len(self.lost)} lost, filter={self.filter!r})"
+
+    def _finish(self, next_global: State | None) -> None:
+        if self._waiting is None:
+            return
+        if next_global is None:
+            self._record(self._waiting.round_.global_model, {"result_unknown": 1})
+        else:
+            self._record(state_of(next_global, self.log.model))
+
+    def _record(self, next_global: Mapping[str, np.ndarray], metrics: Mapping[str, float] | None = None) -> None:
+        """Writes the round that waits, and the gap before it; what the disk does not take is lost."""
+        assert self._waiting is not None
+        waiting, self._waiting = self._waiting, None
+        round_ = waiting.round_
+        if self.path is None:
+            self._log = self.log[: round_.index].recorded(round_, _gone)
+            return
+        try:
+            if self._writer is None:
+                self._writer = LogWriter.create(self.path, self.log.model, round_.global_model, source=self.source)
+            if waiting.gap is not None:
+                self._writer.commit(waiting.gap, round_.global_model, metrics={"lost": self._missed})
+                self._missed, self._ended = 0, round_.global_model
+            noted = {**(metrics or {}), **waiting.metrics}
+            self._writer.commit(round_, next_global, verdict=waiting.verdict, metrics=noted)
+        except (OSError, pa.ArrowException) as error:
+            self._missed += 1
+            self._log = waiting.before if self._writer is None else self._writer.log
+            self._lose(f"round {round_.index} was not recorded: {error}")
+            return
+        self._log, self._ended = self._writer.log, next_global
+
+    def _lose(self, what: str) -> None:
+        self.lost.append(" ".join(what.split()))
+        lost = EvidenceLost(f"{self.path}: {self.lost[-1]}")
+        if self.strict:
+            raise lost
+        warnings.warn(lost, stacklevel=4)
+
+    def _table(self, decision: Decision) -> pd.DataFrame:
+        """The decision as it is recorded, a row per client."""
+        verdict = decision.verdict
+        rows = _rows(decision, verdict.clients)
+        weights = decision.weights[rows]
+        table = verdict.table(self.log.last_index, self._detector)
+        table = table.assign(kept=weights > 0, null=verdict.null, weight=weights, reason=decision.reasons[rows])
+        return table[list(TABLE)]
+
+
+def _filter(given: FilteredAggregator | None, detector: Detector | str | None) -> FilteredAggregator | None:
+    if detector is None:
+        return given
+    if given is not None:
+        raise InputError("a recorder takes a detector or a filter, found both; the filter has a detector of its own")
+    if not isinstance(detector, str):
+        return filtered(mean(), detector)
+    if detector not in DETECTORS:
+        raise InputError(f"detector: expected one of {', '.join(DETECTORS)}, found {detector!r:.80}")
+    return filtered(mean(), DETECTORS[detector]())
+
+
+def _plain_source(source: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(source, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"source: expected plain values that JSON can hold, found {error}") from error
+
+
+def _begun(folder: Path) -> LogWriter | None:
+    """The run in the folder, to go on with; None where one can be started. Raises InputError for all else."""
+    if (folder / MANIFEST).is_file() and read_manifest(folder).lines:
+        return LogWriter.resume(folder)
+    check_free(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: a run cannot be recorded here: {error.strerror}") from error
+    return None
+
+
+def _gone() -> NoReturn:
+    raise InputError("this round is no longer held: only the last rounds are without a folder to record into")
+
+
+def _equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    return all(np.array_equal(one[name], other[name], equal_nan=True) for name in one)
+
+
+def _decided(log: UpdateLog, filter_: FilteredAggregator | None) -> Decision:
+    """What the filter decides of the last round; without one, everybody whose numbers are finite is kept."""
+    round_ = log[-1]
+    if filter_ is None:
+        verdict = verdict_on(round_, np.zeros(len(round_)), np.inf, abstained="no detector was asked")
+        kept, outcome = round_.finite, "nobody was judged"
+    else:
+        verdict = filter_.verdict(log)
+        kept = filter_.kept(log) & round_.finite
+        outcome = f"the detector abstained: {verdict.abstained}" if verdict.abstained else "filtered"
+    if len(verdict.clients) and not kept.any():
+        outcome += "; nobody is left, so the global model stays"
+    scores = dict(zip(verdict.clients.tolist(), verdict.scores.tolist(), strict=True))
+    reasons = [
+        "" if keep else f"flagged, score {scores[client]:.4g}" if finite else "sent numbers that are not finite"
+        for client, keep, finite in zip(round_.clients.tolist(), kept, round_.finite, strict=True)
+    ]
+    reasons += [f"refused: {reason}" for reason in round_.refused.values()]
+    clients = np.array([*round_.clients.tolist(), *round_.refused], np.str_)
+    weights = np.concatenate([kept.astype(np.float64), np.zeros(len(round_.refused))])
+    return Decision(verdict, clients, weights, np.array(reasons, np.str_), outcome)
+
+
+def _as_sent(decision: Decision, answers: Received) -> Decision:
+    """The decision in the order of arrival, with what was converted."""
+    clients = np.array(answers.clients, np.str_)
+    rows = _rows(decision, clients)
+    reasons = [
+        "; ".join(part for part in (reason, answers.notes.get(client, "")) if part)
+        for client, reason in zip(answers.clients, decision.reasons[rows].tolist(), strict=True)
+    ]
+    weights = decision.weights[rows]
+    return replace(decision, clients=clients, weights=weights, reasons=np.array(reasons, np.str_))
+
+
+def _rows(decision: Decision, clients: np.ndarray) -> np.ndarray:
+    """The places of these clients in the decision."""
+    places = {client: place for place, client in enumerate(decision.clients.tolist())}
+    return np.array([places[client] for client in clients.tolist()], dtype=np.int64)
