@@ -38,7 +38,7 @@ def kept(recorder: Recorder, global_model: State, answers: Sequence[Answer]) -> 
     by the global model + w x its update (w x its update, where clients send updates), its buffers as they are. A
     client that sent the same several times counts once.
     """
-    sent = [(answer.client, answer.state) for answer in answers]
+    sent: list[tuple[str, Any]] = [(answer.client, answer.state) for answer in answers]
     decision = recorder.log_round(global_model, sent, {answer.client: answer.num_examples for answer in answers})
     weights = dict(zip(decision.clients.tolist(), decision.weights.tolist(), strict=True))
     first: dict[str, Answer] = {}
@@ -74,11 +74,17 @@ class Clients:
             self._claims.setdefault(node, str(claim))
         return self._claims.get(node, f"node-{node}")
 
+    def without_claims(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of a round without the mean of its clients' numbers."""
+        return {name: value for name, value in metrics.items() if name != self.key}
+
 
 def read_safely(read: Callable[[], State]) -> State | Unfit:
     """What a client sent, or why it cannot be read: whatever its bytes make the reader do."""
     try:
         return read()
+    except Unfit as reason:
+        return reason
     except Exception as error:
         return Unfit(f"what was sent cannot be read: {shown(error)}")
 

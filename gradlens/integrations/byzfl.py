@@ -1,4 +1,4 @@
-"""ByzFL: our detectors in front of its aggregators, and its aggregators inside our filter. Nothing of byzfl is imported.
+"""ByzFL: our detectors in front of its aggregators, its aggregators inside our filter; nothing of byzfl is imported.
 
     server.robust_aggregator.pre_agg_list.append(PreAggregator(Recorder(detector="krum", sent="updates"), state))
     filtered(wrapped(byzfl.TrMean(2)), DETECTORS["krum"]())

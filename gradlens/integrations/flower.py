@@ -57,7 +57,7 @@ class GradlensStrategy(Strategy):
         failed = [answer.message for answer in answers if answer.message.has_error()]  # for the inner strategy's log
         arrays, metrics = self.inner.aggregate_train(server_round, found + failed) if found else (None, None)
         arrays = arrays or self._sent  # a training without any arrays would end with an empty record
-        self.recorder.commit(_arrays(arrays), numbers(metrics))
+        self.recorder.commit(_arrays(arrays), self._clients.without_claims(numbers(metrics)))
         return arrays, metrics
 
     def configure_evaluate(

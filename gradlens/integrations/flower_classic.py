@@ -55,7 +55,7 @@ class ClassicStrategy(Strategy):
             for (client, result), state in kept(self.recorder, self._layers(self._sent), answers)
         ]
         parameters, metrics = self.inner.aggregate_fit(server_round, found, failures) if found else (None, {})
-        self.recorder.commit(self._layers(parameters or self._sent), numbers(metrics))
+        self.recorder.commit(self._layers(parameters or self._sent), self._clients.without_claims(numbers(metrics)))
         return parameters, metrics
 
     def configure_evaluate(self, server_round: int, parameters: Parameters, client_manager: ClientManager) -> list:

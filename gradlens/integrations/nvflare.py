@@ -59,7 +59,8 @@ class GradlensAggregator(ModelAggregator):
         """Keeps the global model that the clients are sent, which no aggregator is told; ends the run."""
         super().handle_event(event_type, fl_ctx)
         if event_type == AppEventType.BEFORE_TRAIN_TASK:
-            self._global = FLModelUtils.from_shareable(fl_ctx.get_prop(AppConstants.TRAIN_SHAREABLE)).params
+            shareable: Any = fl_ctx.get_prop(AppConstants.TRAIN_SHAREABLE)
+            self._global = dict(FLModelUtils.from_shareable(shareable).params or {})
         elif event_type == EventType.END_RUN and self._recorder is not None:
             self._recorder.close()
 
@@ -111,21 +112,17 @@ def _state(model: FLModel, kind: ParamsType) -> Any:
     """Layer -> array, or why there is none; what FLARE left on the disk is read."""
     if model.params_type != kind:
         return Unfit(f"sent {model.params_type}, where {kind} is expected")
-    if not isinstance(model.params, Mapping):
-        return model.params
-    return read_safely(
-        lambda: {n: v.materialize() if hasattr(v, "materialize") else v for n, v in model.params.items()}
-    )
+    params = model.params
+    if not isinstance(params, Mapping):
+        return params
+    return read_safely(lambda: {n: v.materialize() if hasattr(v, "materialize") else v for n, v in params.items()})
 
 
 def _means(models: Sequence[FLModel]) -> dict[str, float]:
     """The mean of each metric that all of these clients sent."""
     said = [numbers(model.metrics) for model in models]
-    return (
-        {name: float(np.mean([each[name] for each in said])) for name in said[0] if all(name in each for each in said)}
-        if said
-        else {}
-    )
+    shared = set.intersection(*map(set, said)) if said else set()
+    return {name: float(np.mean([each[name] for each in said])) for name in sorted(shared)}
 
 
 def _like(array: np.ndarray, value: Any) -> Any:
