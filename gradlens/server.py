@@ -8,10 +8,11 @@ import json
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,7 @@ from gradlens.log.writer import check_free
 __all__ = ["Decision", "EvidenceLost", "Recorder"]
 
 TABLE = ("round", "client", "detector", "score", "flag", "kept", "abstained", "null", "weight", "reason")
+HELD = 16  # rounds held without a folder
 
 
 class EvidenceLost(RuntimeWarning):
@@ -76,7 +78,8 @@ class Recorder:
     EvidenceLost instead of warning.
     lost: one line for each round that was not recorded. Where a round does not start from the global model that the
     last recorded round ended with (rounds were lost, the server was started from elsewhere), an empty round stands
-    between them, whose metric `lost` is the number of rounds known to be lost. Judging alone holds the last rounds.
+    between them. The metric `lost` of a round is the number of rounds known to be lost before it. Without a folder
+    the last 16 rounds are held, which is as far as any detector looks back at updates.
     Raises: InputError where the folder holds something else or a closed run, and for an unknown detector.
     """
 
@@ -101,6 +104,7 @@ class Recorder:
         self._detector = detector if isinstance(detector, str) else repr(self.filter and self.filter.detector)
         self._log: UpdateLog | None = None
         self._waiting: _Waiting | None = None
+        self._held: dict[int, Round] = {}  # without a folder
         self._missed = 0  # rounds lost since the last one on the disk
         self._ended: Mapping[str, np.ndarray] | None = None  # the global model after the last recorded round
         self._writer: LogWriter | None = None
@@ -217,22 +221,31 @@ class Recorder:
         waiting, self._waiting = self._waiting, None
         round_ = waiting.round_
         if self.path is None:
-            self._log = self.log[: round_.index].recorded(round_, _gone)
+            self._held = {**self._held, round_.index: round_}
+            self._held.pop(round_.index - HELD, None)
+            self._log = self.log[: round_.index].recorded(round_, partial(self._round, round_.index))
             return
         try:
             if self._writer is None:
                 self._writer = LogWriter.create(self.path, self.log.model, round_.global_model, source=self.source)
+                self._ended = round_.global_model
             if waiting.gap is not None:
                 self._writer.commit(waiting.gap, round_.global_model, metrics={"lost": self._missed})
                 self._missed, self._ended = 0, round_.global_model
-            noted = {**(metrics or {}), **waiting.metrics}
+            lost = {"lost": self._missed} if self._missed else {}  # before the run was begun
+            noted = {**(metrics or {}), **waiting.metrics, **lost}
             self._writer.commit(round_, next_global, verdict=waiting.verdict, metrics=noted)
         except (OSError, pa.ArrowException) as error:
             self._missed += 1
             self._log = waiting.before if self._writer is None else self._writer.log
             self._lose(f"round {round_.index} was not recorded: {error}")
             return
-        self._log, self._ended = self._writer.log, next_global
+        self._log, self._ended, self._missed = self._writer.log, next_global, 0
+
+    def _round(self, index: int) -> Round:
+        if index not in self._held:
+            raise InputError(f"round {index} is no longer held: without a folder to record into the last {HELD} are")
+        return self._held[index]
 
     def _lose(self, what: str) -> None:
         self.lost.append(" ".join(what.split()))
@@ -280,10 +293,6 @@ def _begun(folder: Path) -> LogWriter | None:
     except OSError as error:
         raise InputError(f"{folder}: a run cannot be recorded here: {error.strerror}") from error
     return None
-
-
-def _gone() -> NoReturn:
-    raise InputError("this round is no longer held: only the last rounds are without a folder to record into")
 
 
 def _equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:

@@ -1,5 +1,7 @@
 """Published detectors that look at the final layer alone: Bilgin, Tolpegin, LFighter, Auror."""
 
+import math
+
 import numpy as np
 
 from gradlens.detectors.clusters import APART, ROUNDING, cosine_distances, evidence_of, final_weight, principal_plane
@@ -222,4 +224,4 @@ def two_groups(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _rows(round_: Round, weight: str) -> np.ndarray:
     """The updates of the final weight, float64 [client, class, number]."""
     update = round_.updates[weight]
-    return update.reshape(*update.shape[:2], -1).astype(np.float64)
+    return update.reshape(*update.shape[:2], math.prod(update.shape[2:])).astype(np.float64)
