@@ -40,7 +40,10 @@ def kept(recorder: Recorder, global_model: State, answers: Sequence[Answer]) -> 
     """
     sent: list[tuple[str, Any]] = [(answer.client, answer.state) for answer in answers]
     decision = recorder.log_round(global_model, sent, {answer.client: answer.num_examples for answer in answers})
-    weights = dict(zip(decision.clients.tolist(), decision.weights.tolist(), strict=True))
+    counted = decision.weights
+    if getattr(recorder.filter, "action", "") == "down_weight" and counted.any():  # a mean becomes the weighted mean
+        counted = counted * (np.count_nonzero(counted) / counted.sum())
+    weights = dict(zip(decision.clients.tolist(), counted.tolist(), strict=True))
     first: dict[str, Answer] = {}
     for answer in answers:
         first.setdefault(printable(answer.client), answer)

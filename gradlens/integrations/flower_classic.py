@@ -15,6 +15,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy
 
 from gradlens.integrations import Answer, Clients, State, kept, numbers, read_safely
+from gradlens.log import InputError
 from gradlens.log.received import Unfit, shown
 from gradlens.server import Recorder
 
@@ -40,7 +41,9 @@ class ClassicStrategy(Strategy):
         return self.inner.initialize_parameters(client_manager)
 
     def configure_fit(self, server_round: int, parameters: Parameters, client_manager: ClientManager) -> list:
-        """Keeps the global model, for results are local models, and asks the inner strategy."""
+        """Keeps the global model, for results are local models, and asks the inner strategy; raises InputError."""
+        if (found := len(parameters.tensors)) != len(self.names):
+            raise InputError(f"ClassicStrategy: names name {len(self.names)} layers, the model has {found}")
         self._sent = parameters
         return self.inner.configure_fit(server_round, parameters, client_manager)
 

@@ -24,7 +24,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from gradlens.aggregators import AGGREGATORS, Aggregator, FilteredAggregator, filtered, step
 from gradlens.detectors import DETECTORS
 from gradlens.integrations import numbers, read_safely
-from gradlens.log import InputError
+from gradlens.log import InputError, UpdateLog
 from gradlens.log.received import Unfit, as_array
 from gradlens.server import Recorder
 
@@ -46,7 +46,10 @@ class GradlensAggregator(ModelAggregator):
     ) -> None:
         super().__init__()
         self.path, self.detector, self.aggregator, self.settings = path, detector, aggregator, settings
-        given = {"detector": {}, "aggregator": {}, "filter": {}} | (settings or {})
+        given: dict[str, Any] = {"detector": {}, "aggregator": {}, "filter": {}}
+        if unknown := [part for part in settings or {} if part not in given]:
+            raise InputError(f"settings: expected tables of {', '.join(given)}, found {unknown[0]!r:.80}")
+        given |= settings or {}
         self._rule: Aggregator = _built("aggregator", aggregator, given["aggregator"])
         self._filter: FilteredAggregator | None = None
         if detector:
@@ -63,6 +66,13 @@ class GradlensAggregator(ModelAggregator):
             self._global = dict(FLModelUtils.from_shareable(shareable).params or {})
         elif event_type == EventType.END_RUN and self._recorder is not None:
             self._recorder.close()
+
+    @property
+    def log(self) -> UpdateLog:
+        """The rounds so far; raises InputError before the first."""
+        if self._recorder is None:
+            raise InputError("there is no log before the first round")
+        return self._recorder.log
 
     def accept_model(self, model: FLModel) -> None:
         """Keeps what one client sent until all have."""
@@ -94,7 +104,8 @@ class GradlensAggregator(ModelAggregator):
             result, after = update, {name: start[name] + update[name] for name in start}  # as FLARE adds them
         else:
             result = after = step(start, update, buffers=recorder.log.model.buffers)
-        metrics = _means([model for model in models if _name(model) in set(decision.kept)])
+        counted = set(decision.clients[decision.weights > 0].tolist())
+        metrics = _means([model for model in models if _name(model) in counted])
         recorder.commit(after, metrics)
         params = {name: _like(result[name], value) for name, value in self._global.items()}
         return FLModel(params_type=kind, params=params, metrics=metrics or None)
