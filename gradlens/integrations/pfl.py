@@ -21,6 +21,7 @@ from pfl.stats import MappedVectorStatistics
 
 from gradlens.integrations import State
 from gradlens.log import InputError
+from gradlens.log.received import as_array
 from gradlens.server import Recorder
 
 __all__ = ["PflRecorder"]
@@ -77,6 +78,4 @@ class PflRecorder(Postprocessor, TrainingProcessCallback):
 
 def _arrays(stats: MappedVectorStatistics) -> dict[str, np.ndarray]:
     """Layer -> array, copied: pfl writes the next user into the same memory."""
-    return {
-        name: np.array(value.detach().cpu() if hasattr(value, "detach") else value) for name, value in stats.items()
-    }
+    return {name: as_array(value)[0].copy() for name, value in stats.items()}

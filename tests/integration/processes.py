@@ -10,11 +10,11 @@ from pathlib import Path
 from conftest import ROOT
 
 HERE = Path(__file__).resolve().parent
-SECONDS = 300  # a minute on two idle cores
+SECONDS = 200  # half a minute on two idle cores
 
 
 def ran(script: str, *words: str) -> str:
-    """What a script printed, its complaints included; AssertionError where it failed."""
+    """What a script printed, its complaints included; AssertionError where it failed, TimeoutExpired where it hangs."""
     paths = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
     setting = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
