@@ -28,7 +28,8 @@ class PreAggregator:
 
     global_model: layer -> array, in the order in which the vectors hold the layers, or a function that gives it, as
     `server.get_dict_parameters`; vectors are gradients for a recorder of `sent="updates"`, local models for one of
-    "models". Where nobody is kept, one vector is left that changes nothing: zero, or the global model.
+    "models". Where nobody is kept, one vector is left that changes nothing: zero, or the global model. ByzFL's rules
+    with an f raise where 2f reaches the number of those who are kept: there our filter around `wrapped` is the way.
     """
 
     def __init__(self, recorder: Recorder, global_model: State | Callable[[], State]) -> None:
