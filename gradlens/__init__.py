@@ -4,6 +4,7 @@ from gradlens.aggregators import AGGREGATORS, filtered
 from gradlens.attribution import influence, label_drift, suspected_labels, sybils
 from gradlens.detectors import DETECTORS, Verdict, calibrate, detect, score_by
 from gradlens.evaluation import evaluate, per_client, rounds_to_detection, with_truth
+from gradlens.ingest import ingest
 from gradlens.localize import localize
 from gradlens.log import CannotSay, InputError, LogWriter, ModelSpec, Round, UpdateLog
 from gradlens.report import report
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "filtered",
     "influence",
+    "ingest",
     "label_drift",
     "localize",
     "open",

@@ -59,7 +59,12 @@ Named = Annotated[
 
 
 class Stopped(BaseException):
-    """A signal came that ends the command, its number with it; no KeyboardInterrupt, which typer keeps for itself."""
+    """A signal came that ends the command, its number with it; no KeyboardInterrupt, which typer keeps for itself.
+
+    left: what is left of the work.
+    """
+
+    left = "what was finished is kept, and the same command goes on from there"
 
 
 def main() -> None:
@@ -74,7 +79,7 @@ def main() -> None:
     except UsageFault as error:
         status = _fail(str(error.format_message()), " (gradlens --help shows what there is)")  # type: ignore[attr-defined]
     except Stopped as error:
-        _fail("interrupted; what was finished is kept, and the same command goes on from there")
+        _fail(f"interrupted; {error.left}")
         status = 128 + error.args[0]
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
@@ -200,6 +205,80 @@ def report(
 ) -> None:
     """Writes what was found as one self-contained HTML file."""
     typer.echo(f"report: {_reported(gradlens.open(run), out, workers)}")
+
+
+@app.command(epilog="Example: gradlens ingest checkpoints -o runs/first --pattern 'round_{round}/client_{client}'")
+def ingest(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder with a .pt, .pth, .npz or .safetensors file per round and client, or an Arrow or Parquet "
+            "table; with --truth and without --out, a run.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder of the run.", show_default=False)] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="How the clients' files are called, such as round_{round}/client_{client}."),
+    ] = None,
+    global_models: Annotated[
+        str | None,
+        typer.Option(
+            "--globals",
+            metavar="NAME",
+            help="Likewise the model that a round started from: global_{round}; of a table, a file of the first one.",
+        ),
+    ] = None,
+    after: Annotated[bool, typer.Option("--globals-after", help="--globals are what came of a round.")] = False,
+    updates: Annotated[bool, typer.Option("--updates", help="The files hold updates, not local models.")] = False,
+    final_layer: Annotated[
+        str | None, typer.Option(metavar="LAYER", help="The weight of the model's last layer, where it is not found.")
+    ] = None,
+    buffers: Annotated[
+        str | None, typer.Option(metavar="LAYERS", help="Layers that are not trained, with commas between.")
+    ] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV", help="Who was malicious: client, and round, compromised, poisoned where it varies."
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first file that is not as it should be.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Records updates from elsewhere as a run; what cannot be recorded is refused with a reason. Unpickles nothing."""
+    from gradlens.ingest import ingest, with_csv_truth
+
+    if out is None:
+        if truth is None:
+            raise InputError("ingest: -o RUN names the new run, or --truth CSV what is known about one that is there")
+        run = with_csv_truth(source, truth)
+        typer.echo(f"run: {run.path}, {int(run.truth['poisoned'].sum())} poisoned updates, head {run.head}")
+        return
+    names = [name.strip() for name in (buffers or "").split(",") if name.strip()]
+    try:
+        done = ingest(
+            source, out, pattern=pattern, global_models=global_models, after=after, updates=updates,
+            final_layer=final_layer, buffers=names, truth=truth, strict=strict, progress=True,
+        )  # fmt: skip
+    except Stopped as stopped:
+        stopped.left = "nothing is left of the run"
+        raise
+    if as_json:
+        facts = {"run": str(done.run.path), "head": done.run.head, "notes": done.notes, "faults": done.faults}
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    lines = [
+        *done.faults[:40],
+        *([f"... and {len(done.faults) - 40} more; --json lists all"] if done.faults[40:] else []),
+    ]
+    lines += [f"note: {note}" for note in done.notes]
+    log = done.run.log
+    lines.append(f"run: {done.run.path}, {len(log)} rounds, {sum(map(len, log))} updates, head {done.run.head}")
+    typer.echo("\n".join(lines))
 
 
 @app.command(epilog="Example: gradlens verify runs/demo/0a1b2c3d4e5f --head 5d41402a...")

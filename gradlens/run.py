@@ -17,7 +17,7 @@ from gradlens.log.record import InputError
 from gradlens.log.writer import TRUTH_COLUMNS, read_header, sources
 
 SWEEP, CONTROLS = "sweep.json", "controls.arrow"
-VERDICT_COLUMNS = ("round", "client", "detector", "score", "flag", "kept", "abstained", "null")
+VERDICT_COLUMNS = ("round", "client", "detector", "score", "flag", "kept", "abstained", "null", "weight", "reason")
 CONTROL_COLUMNS = ("run", "control", "round", "asr")
 
 
@@ -94,11 +94,21 @@ class Run:
 
     @cached_property
     def verdicts(self) -> pd.DataFrame:
-        """What a live filter decided: round, client, detector, score, flag, kept, abstained, null."""
+        """What a live filter decided: round, client, detector, score, flag, kept, abstained, null, weight, reason.
+
+        weight: what the client counted, 1 as it came, 0 not at all; reason: why not 1, and what held for the whole
+        round. Runs of before there were these two get them from `kept` and `flag`.
+        """
         named = self.manifest.named()
         names = [name for n in range(len(self.log)) if (name := f"verdicts/{stem(n)}") in named]
-        tables = [read_table(self.path / name) for name in names]
-        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(VERDICT_COLUMNS))
+        if not names:
+            return pd.DataFrame(columns=list(VERDICT_COLUMNS))
+        table = pd.concat([read_table(self.path / name) for name in names], ignore_index=True)
+        if "weight" not in table and "kept" in table:
+            table["weight"] = table["kept"].astype(float)
+        if "reason" not in table and {"kept", "flag"} <= set(table):
+            table["reason"] = np.where(table["kept"], "", np.where(table["flag"], "flagged", "left out"))
+        return table
 
     def states(self) -> Iterator[Mapping[str, np.ndarray]]:
         """The global model after each round, layer -> array."""

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from gradlens.aggregators import FilteredAggregator, filtered, mean
-from gradlens.detectors import DETECTORS, Detector, Verdict
+from gradlens.aggregators import Decision, FilteredAggregator, FilterStopped, filtered, mean
+from gradlens.detectors import DETECTORS, Detector
 from gradlens.detectors.verdict import verdict_on
 from gradlens.log import InputError, LogWriter, Round, UpdateLog
 from gradlens.log.manifest import MANIFEST, read_manifest
@@ -28,32 +28,11 @@ from gradlens.log.writer import check_free
 
 __all__ = ["Decision", "EvidenceLost", "Recorder"]
 
-TABLE = ("round", "client", "detector", "score", "flag", "kept", "abstained", "null", "weight", "reason")
 HELD = 16  # rounds held without a folder
 
 
 class EvidenceLost(RuntimeWarning):
     """What could not be recorded, while training goes on."""
-
-
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """Who is kept of a round, in the order of arrival; refused clients are among them.
-
-    clients: str [client]; weights: float64 [client], 0 = left out, 1 = in full; reasons: str [client], why a weight is
-    not 1, or which type of numbers was converted; outcome: what was decided on the whole.
-    """
-
-    verdict: Verdict
-    clients: np.ndarray
-    weights: np.ndarray
-    reasons: np.ndarray
-    outcome: str = ""
-
-    @property
-    def kept(self) -> list[str]:
-        """Names of the clients that are aggregated."""
-        return self.clients[self.weights > 0].tolist()
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +110,9 @@ class Recorder:
         reason, has weight 0 and is flagged. Answers that differ under one name are all refused. Clients are known by
         `str(client)`, escaped where that cannot be printed.
         A round that still waits for its commit is committed, with this global model as what came of it.
-        Raises: InputError where the layers of the global model are not those of the rounds before.
+        The decision is given in the order of arrival, its reasons say which types of numbers were converted, too.
+        Raises: InputError where the layers of the global model are not those of the rounds before; FilterStopped where
+        the filter is told to stop, the round then waits like any other.
         """
         if self._closed:
             raise InputError("this recorder is closed")
@@ -149,9 +130,13 @@ class Recorder:
         metrics = {"converted": len(answers.notes)} if answers.notes else {}
         self._log = log.append(answers.round_)
         self._waiting = _Waiting(answers.round_, gap, before, metrics)  # the evidence is kept if the detector fails
-        decision = _decided(self._log, self.filter)
-        if self.filter is not None:
-            self._waiting = replace(self._waiting, verdict=self._table(decision))
+        if self.filter is None:
+            return _as_sent(_unjudged(answers.round_), answers)
+        decision = self.filter.decision(self._log)
+        table = decision.table(answers.round_.index, self._detector)
+        self._waiting = replace(self._waiting, verdict=table)
+        if decision.stopped:
+            raise FilterStopped(f"round {answers.round_.index}: {decision.outcome} was asked for by {self.filter!r}")
         return _as_sent(decision, answers)
 
     def commit(self, next_global: State, metrics: Mapping[str, float] | None = None) -> None:
@@ -254,15 +239,6 @@ class Recorder:
             raise lost
         warnings.warn(lost, stacklevel=4)
 
-    def _table(self, decision: Decision) -> pd.DataFrame:
-        """The decision as it is recorded, a row per client."""
-        verdict = decision.verdict
-        rows = _rows(decision, verdict.clients)
-        weights = decision.weights[rows]
-        table = verdict.table(self.log.last_index, self._detector)
-        table = table.assign(kept=weights > 0, null=verdict.null, weight=weights, reason=decision.reasons[rows])
-        return table[list(TABLE)]
-
 
 def _filter(given: FilteredAggregator | None, detector: Detector | str | None) -> FilteredAggregator | None:
     if detector is None:
@@ -299,42 +275,25 @@ def _equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bo
     return all(np.array_equal(one[name], other[name], equal_nan=True) for name in one)
 
 
-def _decided(log: UpdateLog, filter_: FilteredAggregator | None) -> Decision:
-    """What the filter decides of the last round; without one, everybody whose numbers are finite is kept."""
-    round_ = log[-1]
-    if filter_ is None:
-        verdict = verdict_on(round_, np.zeros(len(round_)), np.inf, abstained="no detector was asked")
-        kept, outcome = round_.finite, "nobody was judged"
-    else:
-        verdict = filter_.verdict(log)
-        kept = filter_.kept(log) & round_.finite
-        outcome = f"the detector abstained: {verdict.abstained}" if verdict.abstained else "filtered"
-    if len(verdict.clients) and not kept.any():
-        outcome += "; nobody is left, so the global model stays"
-    scores = dict(zip(verdict.clients.tolist(), verdict.scores.tolist(), strict=True))
+def _unjudged(round_: Round) -> Decision:
+    """Everybody whose numbers are finite is kept."""
+    verdict = verdict_on(round_, np.zeros(len(round_)), np.inf, abstained="no detector was asked")
+    finite = np.isin(verdict.clients, round_.clients[round_.finite])
     reasons = [
-        "" if keep else f"flagged, score {scores[client]:.4g}" if finite else "sent numbers that are not finite"
-        for client, keep, finite in zip(round_.clients.tolist(), kept, round_.finite, strict=True)
+        f"refused: {round_.refused[client]}" if client in round_.refused else "" if kept else "not finite"
+        for client, kept in zip(verdict.clients.tolist(), finite, strict=True)
     ]
-    reasons += [f"refused: {reason}" for reason in round_.refused.values()]
-    clients = np.array([*round_.clients.tolist(), *round_.refused], np.str_)
-    weights = np.concatenate([kept.astype(np.float64), np.zeros(len(round_.refused))])
-    return Decision(verdict, clients, weights, np.array(reasons, np.str_), outcome)
+    return Decision(verdict, verdict.clients, finite * 1.0, np.array(reasons, np.str_), "only recorded")
 
 
 def _as_sent(decision: Decision, answers: Received) -> Decision:
     """The decision in the order of arrival, with what was converted."""
     clients = np.array(answers.clients, np.str_)
-    rows = _rows(decision, clients)
+    places = {client: place for place, client in enumerate(decision.clients.tolist())}
+    rows = np.array([places[client] for client in answers.clients], dtype=np.int64)
     reasons = [
         "; ".join(part for part in (reason, answers.notes.get(client, "")) if part)
         for client, reason in zip(answers.clients, decision.reasons[rows].tolist(), strict=True)
     ]
     weights = decision.weights[rows]
     return replace(decision, clients=clients, weights=weights, reasons=np.array(reasons, np.str_))
-
-
-def _rows(decision: Decision, clients: np.ndarray) -> np.ndarray:
-    """The places of these clients in the decision."""
-    places = {client: place for place, client in enumerate(decision.clients.tolist())}
-    return np.array([places[client] for client in clients.tolist()], dtype=np.int64)

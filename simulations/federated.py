@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from gradlens.aggregators import Aggregator, FilteredAggregator, filtered, step
+from gradlens.aggregators import Aggregator, FilteredAggregator, FilterStopped, filtered, step
 from gradlens.log import InputError, LogWriter, ModelSpec, Round, UpdateLog
 from gradlens.log.manifest import read_manifest
-from gradlens.run import VERDICT_COLUMNS, Run
+from gradlens.run import Run
 from simulations.attacks import Attack, Pool, Reference, Situation, build_attack
 from simulations.attacks.attack import unchanged
 from simulations.cohorts import Cohort, client_names, cohorts, malicious_clients
@@ -81,7 +81,8 @@ def run(scenario: Scenario, path: Path | str, *, workers: int = 1, progress: boo
     main_accuracy and asr after its aggregation (asr only under an attack on data); seconds, of which
     train_seconds were local training and log_seconds the wait until the round before was on the disk.
     workers: threads that train clients, which change no bit; progress: show a bar. Raises InputError where the
-    folder holds anything else, or task, model and attack do not fit.
+    folder holds anything else, or task, model and attack do not fit. Raises FilterStopped where the filter is told to
+    stop: the round that made it stop is recorded, its global model stays, and a further call goes on after it.
     """
     folder = Path(path)
     found = _recorded(scenario, folder)
@@ -156,8 +157,15 @@ def assemble(scenario: Scenario, workers: int = 1) -> Federation:
         chosen,
         deviants,
         cohorts(scenario),
-        filtered(aggregate, build("detector", scenario.detector)) if scenario.detector else aggregate,
+        _filtered(scenario, aggregate),
     )
+
+
+def _filtered(scenario: Scenario, aggregate: Aggregator) -> Aggregator:
+    """The rule behind the live filter, if there is one."""
+    if not scenario.detector:
+        return aggregate
+    return filtered(aggregate, build("detector", scenario.detector), **scenario.filter)
 
 
 def attack_goal(scenario: Scenario) -> Goal:
@@ -273,8 +281,13 @@ def _play(
     names = client_names(scenario)[cohort.clients]
     round_ = Round(index, names, counts, updates, global_model, buffers=writer.model.buffers)
     log = writer.log.append(round_)
+    try:
+        update = federation.aggregate(log)
+    except FilterStopped:  # what made it stop is evidence
+        writer.commit(round_, global_model, verdict=_decided(federation, log))
+        raise
     next_global = step(
-        global_model, federation.aggregate(log), scenario.server_learning_rate,
+        global_model, update, scenario.server_learning_rate,
         momentum=scenario.server_momentum, before=before, buffers=writer.model.buffers,
     )  # fmt: skip
     metrics = {
@@ -380,11 +393,8 @@ def _decided(federation: Federation, log: UpdateLog) -> pd.DataFrame | None:
     """What the live filter, if there is one, decided in the last round."""
     if not isinstance(federation.aggregate, FilteredAggregator):
         return None
-    verdict = federation.aggregate.verdict(log)
-    kept = log[-1].clients[federation.aggregate.kept(log)]
-    table = verdict.table(log[-1].index, component_label("detector", federation.scenario.detector))
-    table = table.assign(kept=np.isin(verdict.clients, kept), null=verdict.null)
-    return table[list(VERDICT_COLUMNS)]
+    decision = federation.aggregate.decision(log)
+    return decision.table(log[-1].index, component_label("detector", federation.scenario.detector))
 
 
 def _truth(federation: Federation) -> pd.DataFrame:
@@ -415,7 +425,8 @@ def _recorded(scenario: Scenario, folder: Path) -> Run | None:
     found = Run.open(folder)
     if found.scenario != scenario.settings:
         settings = Scenario(**found.scenario).settings if found.scenario else {}
-        differing = [name for name, value in scenario.settings.items() if settings.get(name) != value]
+        wanted = scenario.settings
+        differing = [name for name in Scenario.model_fields if settings.get(name) != wanted.get(name)]
         raise InputError(f"{folder}: holds the run of another scenario, which differs in {', '.join(differing)}")
     return found
 

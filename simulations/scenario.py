@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from gradlens.aggregators import AGGREGATORS
+from gradlens.aggregators import AGGREGATORS, filtered, mean
 from gradlens.detectors import DETECTORS
 from gradlens.log import InputError
 from simulations.attacks import ATTACKS, SCHEDULES, Turn, build_attack
@@ -40,6 +40,9 @@ SCENARIOS = Path(__file__).parent / "scenarios"  # the demo and the reproduced e
 ATTACK_SETTINGS = ("attack", "num_malicious", "poison_rate", "schedule")  # what a control does not have
 
 
+UNTIL_CLEARED = "until_cleared"  # in TOML, which has no None
+
+
 def _component(kind: str) -> BeforeValidator:
     return BeforeValidator(lambda value: normalised(kind, value))
 
@@ -49,6 +52,7 @@ Attack = Annotated[Component, _component("attack")]
 Schedule = Annotated[Component, _component("schedule")]
 Aggregator = Annotated[Component, _component("aggregator")]
 Detector = Annotated[Component, _component("detector")]
+Filter = Annotated[dict[str, Any], BeforeValidator(lambda value: filter_settings(value))]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -88,6 +92,7 @@ class Scenario(BaseModel):
     schedule: Schedule = "every_round"  # type: ignore[assignment]
     aggregator: Aggregator = "mean"  # type: ignore[assignment]
     detector: Detector = None  # type: ignore[assignment] # the live filter's; None: no filter
+    filter: Filter = {}  # settings of `gradlens.filtered` around the detector; {}: its defaults
     seed: Annotated[int, Field(ge=0)] = 0
     engine: Literal["auto", "plain", "stacked"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -100,6 +105,8 @@ class Scenario(BaseModel):
             super().__init__(**plain)
         except ValidationError as error:
             raise one_line(error, "scenario") from None
+        if plain.get("filter") and not self.detector:
+            raise InputError("scenario: filter: its settings need a detector, found none")
         self._given = plain
 
     @model_validator(mode="after")
@@ -144,8 +151,11 @@ class Scenario(BaseModel):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings as plain values, as `run.json` holds them; `Scenario(**settings)` is the inverse."""
-        return self.model_dump(mode="json")
+        """All settings as plain values, as `run.json` holds them; `Scenario(**settings)` is the inverse.
+
+        A filter at its defaults is not among them: digests name the folders of runs of before there was a choice.
+        """
+        return self.model_dump(mode="json", exclude=None if self.filter else {"filter"})
 
     @property
     def is_control(self) -> bool:
@@ -168,6 +178,9 @@ class Scenario(BaseModel):
         value = getattr(self, name)
         if name in COMPONENTS:
             return component_label(name, value)
+        if name == "filter":
+            changed = [f"{key}={_short(value[key])}" for key in value if value[key] != FILTER[key]]
+            return ", ".join(changed) or "drop"
         return "all" if value is None else value
 
     @classmethod
@@ -243,6 +256,36 @@ def normalised(kind: str, value: Any) -> Component:
     if kind != "attack" and len(parts) != 1:
         raise InputError(f"{kind}: expected exactly one of {allowed}, found {', '.join(parts) or 'nothing'}")
     return {name: _written_out(kind, name, parts[name]) for name in builders if name in parts}
+
+
+FILTER: dict[str, Any] = {  # the settings of a filter, and their defaults
+    name: list(p.default) if name == "cleared" else p.default
+    for name, p in inspect.signature(filtered).parameters.items()
+    if p.kind is p.KEYWORD_ONLY
+}
+
+
+def filter_settings(value: Any) -> dict[str, Any]:
+    """The settings of a filter, all written out, {} where all are at their defaults; raises InputError for a wrong one.
+
+    out_for may be "until_cleared" in place of None.
+    """
+    if not isinstance(value, Mapping):
+        raise InputError(f"filter: expected a table of its settings {', '.join(FILTER)}, found {value!r:.80}")
+    if unknown := [key for key in value if key not in FILTER]:
+        raise InputError(f"filter: {unknown[0]!r} is no setting; its settings are {', '.join(FILTER)}")
+    plain = {name: each.item() if isinstance(each, np.generic) else each for name, each in value.items()}
+    written = FILTER | plain
+    if written["out_for"] == UNTIL_CLEARED:
+        written["out_for"] = None
+    if isinstance(written["cleared"], str) or not isinstance(written["cleared"], Iterable):
+        raise InputError(f"filter: cleared is a list of clients' names, found {written['cleared']!r:.80}")
+    written["cleared"] = sorted({str(name) for name in written["cleared"]})
+    try:
+        filtered(mean(), build("detector", {"layer_norms": {}}), **written)
+    except InputError as error:
+        raise InputError(f"filter: {error}") from None
+    return {} if written == FILTER else written
 
 
 def build(kind: str, component: Component) -> Any:

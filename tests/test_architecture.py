@@ -13,6 +13,7 @@ from conftest import ROOT
 ARROWS = {
     "log": set(),
     "processes": {"log"},
+    "ingest": {"log", "run"},
     "server": {"log", "detectors", "aggregators"},
     "integrations": {"log", "detectors", "aggregators", "server"},
     "run": {"log"},

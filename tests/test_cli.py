@@ -49,7 +49,7 @@ def planted(tmp_path, model):
     return tmp_path / "planted"
 
 
-COMMANDS = ("demo", "simulate", "inspect", "detect", "localize", "report", "verify")
+COMMANDS = ("demo", "simulate", "inspect", "detect", "localize", "report", "verify", "ingest")
 
 
 def test_help_names_every_command_and_each_shows_an_example(command):

@@ -11,7 +11,7 @@ import pytest
 import planted
 from gradlens.aggregators import AGGREGATORS, filtered
 from gradlens.detectors import DETECTORS, calibrate, score_by
-from gradlens.log import CannotSay, Round, UpdateLog
+from gradlens.log import CannotSay, InputError, Round, UpdateLog
 from gradlens.scorers import SCORERS
 from gradlens.statistics import STATISTICS
 
@@ -282,12 +282,28 @@ def test_statistic_cannot_say_of_small_cohorts(name, count):
 
 # Aggregators
 
-IN_RANGE = {"mean", "median"}  # stays inside the coordinate range of the clients
-OUTVOTES = {"median"}  # stays inside the benign coordinate range while fewer than half are malicious
+NOISY = {"weak_dp": {"std": 0.0}, "flame": {"noise": 0.0}, "crfl": {"std": 0.0}}  # what takes the noise away
+# stays inside the coordinate range of the clients
+IN_RANGE = {
+    "mean", "median", "trimmed_mean", "geometric_median", "krum", "multi_krum", "bulyan", "nearest_neighbour_mixing",
+    "bucketing",
+}  # fmt: skip
+OUTVOTES = {"median", "trimmed_mean"}  # stays inside the benign coordinate range while fewer than half are malicious
+# of 12 clients; nearest-neighbour mixing and buckets around a median
+TOLERATES = {
+    "krum": 4, "multi_krum": 4, "geometric_median": 5, "bulyan": 2, "nearest_neighbour_mixing": 5, "bucketing": 2,
+    "flame": 5,
+}  # fmt: skip
+CLIPPED = ("norm_clipping", "weak_dp", "centred_clipping", "flame")
 
 
 def updates_of(log: UpdateLog, name: str) -> np.ndarray:
     return np.asarray(log[-1].updates[name], np.float64)
+
+
+def million(updates, who):
+    for layer in planted.LAYERS:
+        updates[layer][who] = 1e6
 
 
 def assert_same_update(one, other):
@@ -315,7 +331,7 @@ def test_aggregate_has_the_layers_of_the_model(name):
 @every_aggregator
 def test_equal_updates_come_back(name):
     log = planted.Planted(planted.one_for_all, planted.CLIENTS).log()
-    for layer, array in AGGREGATORS[name]()(log).items():
+    for layer, array in AGGREGATORS[name](**NOISY.get(name, {}))(log).items():
         np.testing.assert_array_equal(array, log[-1].updates[layer][0])
 
 
@@ -329,10 +345,6 @@ def test_aggregate_stays_inside_the_coordinate_range(name):
 
 @pytest.mark.parametrize("name", sorted(OUTVOTES & set(AGGREGATORS)))
 def test_aggregate_is_bounded_when_fewer_than_half_send_a_million(name):
-    def million(updates, who):
-        for layer in planted.LAYERS:
-            updates[layer][who] = 1e6
-
     log = planted.clean_log()
     attacked = planted.edited(log, million, planted.CLIENTS[:5])
     for layer in planted.LAYERS:
@@ -340,6 +352,69 @@ def test_aggregate_is_bounded_when_fewer_than_half_send_a_million(name):
         array = AGGREGATORS[name]()(attacked)[layer]
         assert (array >= benign.min(axis=0)).all()
         assert (array <= benign.max(axis=0)).all()
+
+
+@pytest.mark.parametrize("name", TOLERATES)
+def test_as_many_as_a_rule_tolerates_move_it_no_farther_than_the_benign_are_apart(name):
+    """Of 12 clients that many send a million in each number: the update stays among the benign ones."""
+    log, rule = planted.clean_log(), AGGREGATORS[name]
+    culprits, benign = planted.CLIENTS[: TOLERATES[name]], planted.CLIENTS[TOLERATES[name] :]
+    attacked = planted.edited(log, million, culprits)
+    rows = np.isin(log[-1].clients, benign)
+    inner = {"rule": "median"} if name in ("nearest_neighbour_mixing", "bucketing") else {}
+    found, clean = rule(**inner)(attacked), log[-1].take(rows)
+    for layer in planted.LAYERS:
+        spread = np.ptp(updates_of(log, layer)[rows], axis=0).max()
+        centre = clean.weighted_mean(layer, np.arange(len(benign)), np.ones(len(benign)))
+        assert np.abs(found[layer] - centre).max() <= spread
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+@pytest.mark.parametrize("value", [1e6, 1e30])
+def test_a_client_of_any_length_moves_a_clipping_rule_by_one_client(name, value):
+    """By the median norm, at most the share of one client: what it would do at that norm."""
+    log, rule = planted.clean_log(), AGGREGATORS[name](**NOISY.get(name, {}))
+    found, without = rule(planted.with_client_at(log, value)), rule(planted.without(log))
+    norms = np.sqrt(sum(log[-1].norms[layer] ** 2 for layer in planted.LAYERS))
+    moved = sum(np.square(np.asarray(found[layer] - without[layer], np.float64)).sum() for layer in planted.LAYERS)
+    assert np.sqrt(moved) <= 3 * np.median(norms) / 12
+
+
+@every_aggregator
+def test_a_client_of_absurd_length_makes_no_number_that_is_none(name):
+    found = AGGREGATORS[name]()(planted.with_client_at(planted.clean_log(), 1e30))
+    assert all(np.isfinite(array).all() for array in found.values())
+
+
+@every_aggregator
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_clients_are_enough_for_an_update(name, count):
+    """Each number lies between the clients' own, or nearer to zero where it was clipped."""
+    log = planted.clean_log(clients=planted.CLIENTS[:count])
+    found = AGGREGATORS[name](**NOISY.get(name, {}))(log)
+    for layer in planted.LAYERS:
+        numbers = updates_of(log, layer)
+        if name == "rlr":  # turns round where two disagree
+            numbers = np.concatenate([numbers, -numbers])
+        low, high = np.minimum(numbers.min(axis=0), 0), np.maximum(numbers.max(axis=0), 0)  # clipped: towards zero
+        assert (found[layer] >= low - 1e-6).all()
+        assert (found[layer] <= high + 1e-6).all()
+        assert found[layer].any()
+
+
+@every_aggregator
+def test_replaying_a_prefix_gives_the_same_bits(name):
+    """Whatever was asked of later rounds, or of this one before."""
+    log, rule = planted.PLANTED["boosted"].log(), AGGREGATORS[name]()
+    later = rule(log)
+    assert_same_update(rule(log[:2]), rule(planted.PLANTED["boosted"].log(rounds=2)))
+    assert_same_update(rule(log), later)
+
+
+def test_a_client_that_comes_twice_is_no_round():
+    last = planted.clean_log()[-1]
+    with pytest.raises(InputError, match="client 'client-00' appears twice"):
+        Round(0, np.array(["client-00"] * 12), last.num_examples, last.updates, last.global_model)
 
 
 @every_aggregator

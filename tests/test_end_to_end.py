@@ -1,11 +1,15 @@
 """From a scenario to a verdict: what is planted is found, what is not there is not, live equals offline."""
 
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 
 import gradlens
-from gradlens import DETECTORS, detect, evaluate, filtered, with_truth
-from gradlens.aggregators import AGGREGATORS, step
+from gradlens import DETECTORS, UpdateLog, detect, evaluate, filtered, with_truth
+from gradlens.aggregators import AGGREGATORS, FilterStopped, step
+from gradlens.run import VERDICT_COLUMNS
 from simulations import Scenario, run
 
 ATTACK = {"trigger": {"target_label": 1, "size": 3, "row": 0, "column": 0}, "scaling": {"factor": 3.0}}
@@ -22,15 +26,57 @@ def control(tmp_path_factory):
     return run(SCENARIO.control, tmp_path_factory.mktemp("control") / "run")
 
 
+FILTERS = (
+    {},
+    {"action": "clip", "out_for": 1},
+    {"action": "down_weight", "out_for": 2, "when_all_flagged": "use_all"},
+    {"out_for": None, "cleared": ["client-03"], "when_abstained": "keep_model"},
+    {"action": "record"},
+)
+
+
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_live_filter_decides_what_the_offline_pass_decides(tmp_path, name):
-    live = run(SCENARIO.replace(rounds=3, detector=name), tmp_path / "run")
-    offline = detect(live, {name: DETECTORS[name]()})
-    recorded = live.verdicts
+    """Verdicts, decisions and the next global model, to the bit, whichever round the offline pass is asked first."""
+    settings = FILTERS[list(DETECTORS).index(name) % len(FILTERS)]
+    live = run(SCENARIO.replace(rounds=3, detector=name, filter=settings, nonfinite_rate=0.05), tmp_path / "run")
+    offline, recorded = detect(live, {name: DETECTORS[name]()}), live.verdicts
     assert recorded["round"].tolist() == offline["round"].tolist()
     for column in ("client", "score", "flag", "abstained"):
         np.testing.assert_array_equal(recorded[column].to_numpy(), offline[column].to_numpy())
-    np.testing.assert_array_equal(recorded["kept"].to_numpy(bool), ~offline["flag"].to_numpy(bool))
+    rule, states = filtered(AGGREGATORS["mean"](), DETECTORS[name](), **settings), list(live.states())
+    log = gradlens.open(live.path).log  # of which nothing is remembered
+    for index in (2, 0, 1):
+        prefix = log[: index + 1]
+        decided, told = rule.decision(prefix).table(index, name), recorded[recorded["round"] == index]
+        for column in VERDICT_COLUMNS:
+            np.testing.assert_array_equal(told[column].to_numpy(), decided[column].to_numpy())
+        replayed = step(prefix[-1].global_model, rule(prefix))
+        for layer in log.model:
+            np.testing.assert_array_equal(replayed[layer], states[index][layer])
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_what_the_offline_pass_decides_a_live_filter_decides(attacked, name):
+    """The other way round: a recording made without a filter, its rounds then arriving one by one."""
+    rule = filtered(AGGREGATORS["mean"](), DETECTORS[name](), out_for=1)
+    offline = gradlens.open(attacked.path).log[:4]
+    decided = [rule.decision(offline[: index + 1]).table(index, name) for index in (3, 2, 1, 0)][::-1]
+    live = UpdateLog(offline.model)
+    for index, table in enumerate(decided):
+        arrived = offline[index]
+        live = live.append(replace(arrived, updates={layer: np.array(u) for layer, u in arrived.updates.items()}))
+        pd.testing.assert_frame_equal(rule.decision(live).table(index, name), table, check_exact=True)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_replaying_any_rule_gives_the_recorded_global_models(tmp_path, name):
+    live = run(SCENARIO.replace(rounds=3, aggregator=name), tmp_path / "run")
+    log, states = gradlens.open(live.path).log, list(live.states())
+    for index in (2, 0, 1):
+        replayed = step(log[index].global_model, AGGREGATORS[name]()(log[: index + 1]))
+        for layer in log.model:
+            np.testing.assert_array_equal(replayed[layer], states[index][layer])
 
 
 def test_replaying_the_filter_gives_the_recorded_global_models(tmp_path):
@@ -46,6 +92,7 @@ def test_where_everybody_is_flagged_the_global_model_stays(tmp_path):
     live = run(SCENARIO.replace(rounds=2, detector={"layer_norms": {"threshold": -1.0}}), tmp_path / "run")
     assert live.verdicts["flag"].all()
     assert not live.verdicts["kept"].any()
+    assert set(live.verdicts["reason"]) == {"flagged; everybody is flagged: keep_model"}
     for name in live.log.model:
         np.testing.assert_array_equal(live.log[0].global_model[name], live.log[1].global_model[name])
 
@@ -68,6 +115,36 @@ def test_the_filter_takes_the_attack_away(attacked, tmp_path):
     assert defended.metrics["main_accuracy"].iloc[-1] > attacked.metrics["main_accuracy"].iloc[-1] - 0.02
     flagged = defended.verdicts.merge(defended.truth, on=["round", "client"])
     assert flagged.loc[flagged["poisoned"], "flag"].mean() > 0.9
+
+
+def test_a_filter_that_is_told_to_stop_leaves_the_evidence(tmp_path):
+    """The round is recorded with its verdict, its global model stays; a further call goes on after it."""
+    flags_all = {"layer_norms": {"threshold": -1.0}}
+    stopping = SCENARIO.replace(rounds=2, detector=flags_all, filter={"when_all_flagged": "stop"})
+    for rounds in (1, 2):
+        with pytest.raises(FilterStopped, match=f"round {rounds - 1}: everybody is flagged: stop"):
+            run(stopping, tmp_path / "run")
+        found = gradlens.open(tmp_path / "run")
+        assert not found.is_closed
+        assert len(found.log) == rounds
+        assert set(found.verdicts["reason"]) == {"flagged; everybody is flagged: stop"}
+        for layer, array in list(found.states())[-1].items():
+            np.testing.assert_array_equal(array, found.log[0].global_model[layer])
+    assert run(stopping, tmp_path / "run").is_closed
+
+
+BOOSTED = {"trigger": {"target_label": 1, "size": 3, "row": 0, "column": 0}, "scaling": {"factor": 20.0}}
+
+
+def test_norm_clipping_stops_an_unconstrained_boosted_trigger(tmp_path):
+    """Sun et al. 2019: one attacker of twenty replaces the model; clipped to the median norm it is one of twenty."""
+    boosted = SCENARIO.replace(attack=BOOSTED, num_malicious=1)
+    bare = run(boosted, tmp_path / "bare").metrics.iloc[-1]
+    clipped = run(boosted.replace(aggregator="norm_clipping"), tmp_path / "clipped").metrics.iloc[-1]
+    control = run(boosted.control, tmp_path / "control").metrics.iloc[-1]
+    assert bare["asr"] > 0.8
+    assert clipped["asr"] < 0.2
+    assert clipped["main_accuracy"] > control["main_accuracy"] - 0.02
 
 
 def test_localisation_names_layers_of_the_attack_and_none_of_the_control(attacked, control):

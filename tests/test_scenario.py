@@ -1,5 +1,6 @@
 """Scenarios: what is written out, what is refused, which settings make another run."""
 
+import hashlib
 import pickle
 import tomllib
 
@@ -34,6 +35,59 @@ def test_equal_scenarios_have_equal_digests_however_they_are_spelled():
     assert len(set(spelled)) == 1
     assert len(spelled[0].digest) == 12
     assert int(spelled[0].digest, 16) >= 0
+
+
+def test_digests_stay_what_they_were():
+    """They name the folders of runs that exist: taken from the release before a filter had settings."""
+    assert Scenario().digest == "4b22759ed4fc"
+    assert Scenario(detector="flame", aggregator="krum").digest == "7ea9c802ca3e"
+    assert Scenario(detector="flame", aggregator="krum", filter={"action": "drop"}).digest == "7ea9c802ca3e"
+    known = {"demo": "e62fc9f39c11", "first_look": "2dcddfeb497b", "replacement": "1cc5c67ac438"}
+    for name, digest in known.items():
+        digests = [each.digest for each in load_sweep(SCENARIOS / f"{name}.toml").scenarios]
+        assert hashlib.sha256(",".join(digests).encode()).hexdigest()[:12] == digest
+
+
+def test_the_filter_is_written_out_where_it_is_not_the_usual_one():
+    usual = Scenario(detector="flame", filter={"action": "drop", "out_for": 0})
+    assert usual.filter == {}
+    assert "filter" not in usual.settings
+    assert usual.label("filter") == "drop"
+    other = Scenario(detector="flame", filter={"out_for": "until_cleared", "cleared": ["b", "a", "b"]})
+    assert other.settings["filter"] == {
+        "action": "drop", "out_for": None, "when_all_flagged": "keep_model", "when_abstained": "use_all",
+        "cleared": ["a", "b"],
+    }  # fmt: skip
+    assert other.label("filter") == "out_for=None, cleared=['a', 'b']"
+    assert Scenario(**other.settings) == other
+    assert other.digest != usual.digest
+    assert pickle.loads(pickle.dumps(other)) == other  # noqa: S301 - our own bytes
+    assert other.control == other  # the defence stays
+    axes = [{"action": "clip"}, {}]
+    cells = sweep(Scenario(**ATTACKED, detector="flame"), filter=axes)
+    assert [cell.label("filter") for cell in cells] == ["action=clip", "action=clip", "drop", "drop"]
+    assert varied(cells)[-1] == "filter"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"filter": {"action": "clip"}}, "filter: its settings need a detector, found none"),
+        ({"filter": {"action": "drop"}}, "filter: its settings need a detector, found none"),
+        ({"filter": {"actoin": "clip"}, "detector": "flame"}, "'actoin' is no setting; its settings are action, out"),
+        ({"filter": {"action": "clap"}, "detector": "flame"}, "action is one of drop, down_weight, clip, record"),
+        ({"filter": {"out_for": -2}, "detector": "flame"}, "out_for is a number of rounds, or None until cleared"),
+        ({"filter": {"cleared": "a"}, "detector": "flame"}, "cleared is a list of clients' names"),
+        ({"filter": "clip", "detector": "flame"}, "filter: expected a table of its settings"),
+        ({"aggregator": {"weak_dp": {"std": -1.0}}}, "weak_dp: std is a number of at least 0"),
+        ({"aggregator": {"bucketing": {"rule": "means"}}}, "bucketing: rule is an aggregator or one of mean"),
+    ],
+)
+def test_wrong_settings_of_the_server_are_one_line(settings, said):
+    with pytest.raises(InputError) as refused:
+        Scenario(**settings)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_settings_and_pickle_bring_a_scenario_back():

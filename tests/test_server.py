@@ -13,7 +13,8 @@ import pytest
 
 import gradlens
 from conftest import ROOT, STATE
-from gradlens import InputError, Recorder
+from gradlens import DETECTORS, InputError, Recorder, filtered
+from gradlens.aggregators import FilterStopped, mean
 from gradlens.log import files
 from gradlens.server import EvidenceLost
 
@@ -43,7 +44,7 @@ def test_a_round_is_recorded_as_updates_with_what_was_decided(tmp_path):
         recorder.commit(moved(2))
     assert decision.kept == list(COHORT)
     assert decision.clients.tolist() == [*COHORT, "big"]
-    assert decision.reasons[-1].startswith("flagged, score")
+    assert decision.reasons[-1] == "flagged"
     run = gradlens.open(tmp_path / "run")
     assert (run.verify().intact, run.is_closed, len(run.log)) == (True, True, 2)
     assert run.header["source"]["server"] == "test"
@@ -226,8 +227,27 @@ def test_where_everybody_is_flagged_nobody_is_kept_and_it_is_said(tmp_path):
         decision = recorder.log_round(STATE, COHORT)
         recorder.commit(STATE)
     assert decision.kept == []
-    assert "nobody is left" in decision.outcome
+    assert decision.outcome == "everybody is flagged: keep_model"
     assert not gradlens.open(tmp_path / "run").verdicts["kept"].any()
+
+
+def test_a_filter_that_is_told_to_stop_keeps_the_evidence(tmp_path):
+    stopping = filtered(mean(), everybody, when_all_flagged="stop")
+    with suppress(FilterStopped), Recorder(tmp_path / "run", filter=stopping) as recorder:
+        recorder.log_round(STATE, COHORT)
+        pytest.fail("it did not stop")
+    run = gradlens.open(tmp_path / "run")
+    assert (run.is_closed, len(run.log[0]), len(run.verdicts)) == (False, 8, 8)
+    assert set(run.verdicts["reason"]) == {"flagged; everybody is flagged: stop"}
+
+
+def test_a_filter_weighs_down_instead_of_dropping():
+    softly = filtered(mean(), DETECTORS["layer_norms"](), action="down_weight")
+    decision = Recorder(filter=softly).log_round(STATE, {"a": local(9, 0.6), **COHORT})
+    assert decision.clients[0] == "a"
+    assert 0 < decision.weights[0] < 1
+    assert decision.weights[1:].tolist() == [1] * 8
+    assert decision.reasons[0] == "flagged, weighed down"
 
 
 def test_the_evidence_is_kept_where_the_detector_fails(tmp_path):

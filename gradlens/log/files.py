@@ -44,7 +44,7 @@ def write_updates(path: Path, model: ModelSpec, round_: Round) -> None:
 
 def read_updates(path: Path, model: ModelSpec, global_model: Mapping[str, np.ndarray]) -> Round:
     """One round as it was recorded, its arrays mapped from the file; raises InputError on anything else."""
-    batches, metadata = _read(path, _updates_schema(model))
+    batches, metadata = read_batches(path, _updates_schema(model))
     try:
         index, refused = int(metadata[b"round"]), json.loads(metadata[b"refused"])
     except (KeyError, ValueError) as error:
@@ -77,7 +77,7 @@ def read_state(path: Path, model: ModelSpec) -> Mapping[str, np.ndarray]:
 
     @cache
     def columns() -> list[pa.Array]:
-        batches, _ = _read(path, _state_schema(model))
+        batches, _ = read_batches(path, _state_schema(model))
         if len(batches) != 1 or batches[0].num_rows != 1:
             raise InputError(f"{path}: a global model is one row, found {sum(b.num_rows for b in batches)}")
         return batches[0].columns
@@ -94,7 +94,7 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 def read_table(path: Path) -> pd.DataFrame:
     """A plain table as pandas; raises InputError where the file is none."""
-    batches, _ = _read(path, None)
+    batches, _ = read_batches(path, None)
     return pa.Table.from_batches(batches).to_pandas()
 
 
@@ -130,8 +130,11 @@ def _placed(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def _read(path: Path, schema: pa.Schema | None) -> tuple[list[pa.RecordBatch], Mapping[bytes, bytes]]:
-    """The record batches of a file, every buffer of them checked, and the schema's metadata."""
+def read_batches(path: Path, schema: pa.Schema | None = None) -> tuple[list[pa.RecordBatch], Mapping[bytes, bytes]]:
+    """The record batches of an Arrow file, every buffer of them checked, and the schema's metadata.
+
+    Raises InputError where it is none, or its columns are not those of `schema`.
+    """
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         found = reader.schema

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from hashlib import sha256
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 from weakref import WeakValueDictionary
@@ -142,6 +143,14 @@ class UpdateLog(Sequence[Round]):
         positions = np.arange(len(self[-1].clients))[selection]
         part._last = self[-1].take(positions)
         part._kept = self._kept + b"|" + positions.tobytes()
+        return part
+
+    def combined(self, matrix: "np.ndarray | sparse.csr_array", clients: np.ndarray | None = None) -> "UpdateLog":
+        """The log whose last round has linear combinations of its clients in their place (`Round.combined`)."""
+        matrix, part = sparse.csr_array(matrix, dtype=np.float64), self._stretch(self._window)
+        part._last = self[-1].combined(matrix, clients)
+        parts = (matrix.indptr, matrix.indices, matrix.data, part._last.clients)
+        part._kept = self._kept + b"*" + sha256(b"|".join(each.tobytes() for each in parts)).digest()
         return part
 
     def only(self, *layers: str) -> "UpdateLog":

@@ -61,15 +61,18 @@ def _row_squares(numbers: np.ndarray) -> np.ndarray:
     return (numbers[:, None, :] @ numbers[:, :, None])[:, 0, 0]
 
 
-def weighted_mean(columns: Columns, rows: np.ndarray, weights: np.ndarray, out: np.ndarray) -> np.ndarray:
+def weighted_mean(
+    columns: Columns, rows: np.ndarray, weights: np.ndarray, out: np.ndarray, total: float | None = None
+) -> np.ndarray:
     """The mean of these rows by their weights, summed in float64 in this order; in `out` [number], which it gives back.
 
-    Integers are rounded; what is beyond the type of `out` is infinite there.
+    Integers are rounded; what is beyond the type of `out` is infinite there. total: what the sum is divided by, None:
+    the sum of the weights.
     """
-    size = len(out)
+    size, total = len(out), weights.sum() if total is None else total
     with np.errstate(all="ignore"), one_blas_thread(len(rows) * size):
         for start, numbers in _float64(columns, rows, size, len(rows)):
-            mean = weights @ numbers / weights.sum()
+            mean = weights @ numbers / total
             out[start : start + len(mean)] = np.rint(mean) if np.issubdtype(out.dtype, np.integer) else mean
     return out
 

@@ -141,7 +141,8 @@ def received(
             if note := _note(answer, model):
                 notes[name] = note
     round_ = Round.collect(index, model, global_model, updates, counts)
-    refused = {name: refused.get(name) or round_.refused[name] for name in answers if name not in set(round_.clients)}
+    reasons = {**round_.refused, **refused}
+    refused = {name: reasons[name] for name in answers if name in reasons}
     notes = {name: note for name, note in notes.items() if name not in refused}
     return Received(replace(round_, refused=refused), tuple(answers), notes)
 

@@ -1,15 +1,17 @@
 """What the server saw in one round: `Layer`, `ModelSpec`, `Round`."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Self
 
 import numpy as np
+from scipy import sparse
 
 from gradlens.log import kernels
 from gradlens.log.kernels import BLOCK, Columns
+from gradlens.log.layers import Combination, LazyLayers, shares_of
 
 GROSS = 1_000.0  # a client whose update is this many times the cohort's median norm is no reference for anybody
 PAIRWISE = 5_000  # clients up to which inner products of all pairs are formed
@@ -238,6 +240,8 @@ class Round:
     def columns(self, layer: str) -> Columns:
         """The function (start, stop) -> these numbers of the layer, [client, number], without copying the layer."""
         updates = self.updates
+        if isinstance(updates, LazyLayers) and updates.combination is not None:
+            return updates.combination.columns(layer, layer in self.buffers)
         pieces = updates.pieces(layer) if isinstance(updates, LazyLayers) else [updates[layer]]
         matrices = [_as_matrix(piece) for piece in pieces]
         if len(matrices) == 1:
@@ -266,6 +270,8 @@ class Round:
         """The round of the clients in a mask [client] or a list of positions; nothing is computed again."""
         positions = np.arange(len(self.clients))[selection]
         updates = LazyLayers(tuple(self.updates), lambda name: self.updates[name][positions], keep=False)
+        if isinstance(self.updates, LazyLayers) and self.updates.combination is not None:
+            updates = self.updates.combination.rows(positions).layers(tuple(self.updates))
         part = replace(
             self, clients=self.clients[positions], num_examples=self.num_examples[positions], updates=updates
         )
@@ -281,10 +287,40 @@ class Round:
         names = [name for name in self.updates if name in layers]
         updates = LazyLayers(names, lambda name: self.updates[name], keep=False)
         if isinstance(self.updates, LazyLayers):
-            updates.pieces = self.updates.pieces
+            updates.pieces, updates.combination = self.updates.pieces, self.updates.combination
         state = {name: self.global_model[name] for name in names}
         buffers = tuple(name for name in self.buffers if name in names)
         return replace(self, updates=updates, global_model=state, buffers=buffers)
+
+    def combined(self, matrix: np.ndarray | sparse.csr_array, clients: np.ndarray | None = None) -> "Round":
+        """The round whose clients are linear combinations of these; only who asks for numbers forms them, in blocks.
+
+        matrix: float64 [new, client]; clients: the new names, str [new], None: the same ones. Inner products and
+        weighted means follow from those of this round. Buffers, and claims of examples, are mixed by the row's shares
+        (its absolute values, over their sum): a client that is scaled keeps its own.
+        Raises: InputError on a row without any client, on one that uses a client that is not finite, and where there
+        are not as many names as rows.
+        """
+        matrix = sparse.csr_array(matrix, dtype=np.float64, copy=True)
+        matrix.eliminate_zeros()
+        names = self.clients if clients is None else np.asarray(clients, np.str_)
+        where = f"round {self.index}: a combination of clients"
+        if matrix.shape != (len(names), len(self.clients)):
+            raise InputError(f"{where} is a matrix {(len(names), len(self.clients))}, found {matrix.shape}")
+        used = np.isin(np.arange(len(self.clients)), matrix.indices)
+        if (np.diff(matrix.indptr) == 0).any() or not self.finite[used].all():
+            raise InputError(f"{where} needs a finite client in each row, and none that is not finite")
+        past = self.updates.combination if isinstance(self.updates, LazyLayers) else None
+        base, whole = (self, matrix) if past is None else (past.base, sparse.csr_array(matrix @ past.matrix))
+        shares = shares_of(matrix) if past is None else sparse.csr_array(shares_of(matrix) @ past.shares)
+        mixed = Combination.of(base, whole, shares)
+        examples = np.rint(shares_of(matrix) @ self.num_examples.astype(np.float64)).astype(np.int64)
+        round_ = replace(self, clients=names, num_examples=examples, updates=mixed.layers(tuple(self.updates)))
+        round_.__dict__["finite"] = np.ones(len(names), dtype=bool)
+        if len(base) <= PAIRWISE:
+            round_.__dict__["gram"] = LazyLayers(self.parameters, mixed.gram)
+        round_.__dict__["norms"] = LazyLayers(self.parameters, mixed.norms)
+        return round_
 
     @cached_property
     def parameters(self) -> tuple[str, ...]:
@@ -408,55 +444,26 @@ class Round:
 
         Summed in float64 in this order, integers rounded; 0 without clients. weights: float64 [client], not all 0.
         """
+        if isinstance(self.updates, LazyLayers) and self.updates.combination is not None and len(clients):
+            return self.updates.combination.weighted_mean(layer, layer in self.buffers, clients, weights)
         shape, dtype = np.shape(self.global_model[layer]), np.dtype(np.float32)
         out = np.zeros(self._size(layer), self.updates[layer].dtype if layer in self.buffers else dtype)
         if len(clients):
             kernels.weighted_mean(self.columns(layer), clients, weights, out)
         return out.reshape(shape)
 
+    def weighted_sum(self, layer: str, clients: np.ndarray, weights: np.ndarray, total: float) -> np.ndarray:
+        """As `weighted_mean`, divided by `total` in place of the weights' own sum, which may then be 0."""
+        dtype = self.updates[layer].dtype if layer in self.buffers else np.dtype(np.float32)
+        out = np.zeros(self._size(layer), dtype)
+        if len(clients):
+            kernels.weighted_mean(self.columns(layer), clients, weights, out, total)
+        return out.reshape(np.shape(self.global_model[layer]))
+
     def forget(self) -> None:
         """Gives back the memory of what is as large as an update, or as all of them, and can be found again."""
         for found in ("ordered", "median"):
             self.__dict__.pop(found, None)
-
-
-class LazyLayers(Mapping[str, np.ndarray]):
-    """A mapping layer -> array that makes an array when it is asked for; `keep`: once only.
-
-    `pieces` gives an array as several stacked ones, where joining them would copy it.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        make: Callable[[str], np.ndarray],
-        *,
-        keep: bool = True,
-        pieces: Callable[[str], list[np.ndarray]] | None = None,
-    ) -> None:
-        self._names, self._make, self._keep = dict.fromkeys(names), make, keep
-        self.pieces = pieces or (lambda name: [self[name]])
-        self._made: dict[str, np.ndarray] = {}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name in self._made:
-            return self._made[name]
-        if name not in self._names:
-            raise KeyError(name)
-        array = self._make(name)
-        if self._keep:
-            self._made[name] = array
-        return array
-
-    def give(self, name: str, array: np.ndarray) -> None:
-        """Puts in an array that was found on the way, where it is not there yet."""
-        self._made.setdefault(name, array)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _as_matrix(array: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from gradlens.log import InputError
 from gradlens.plots import conditions
 from gradlens.run import Run, Sweep
 
-DEFENCES = ("aggregator", "detector")  # settings of the server, not of the attack
+DEFENCES = ("aggregator", "detector", "filter")  # settings of the server, not of the attack
 ATTACKS = ("attack", "num_malicious", "poison_rate", "schedule")  # and of the attack
 WORKED, PARTLY = 0.5, 0.1  # by so much the ASR must end above the control's
 MOST_ROUNDS = 1 << 40  # no run is longer
@@ -129,7 +129,7 @@ def _without(settings: Mapping[Any, Any], names: Sequence[str]) -> dict[Any, Any
 
 def _defence(settings: Mapping[Any, Any]) -> str:
     """What the server does about attackers, "" where it does nothing."""
-    return ", ".join(str(settings[n]) for n in DEFENCES if str(settings.get(n, "none")) not in ("none", "mean"))
+    return ", ".join(str(settings[n]) for n in DEFENCES if str(settings.get(n, "none")) not in ("none", "mean", "drop"))
 
 
 def _named(sweep: Sweep, runs: pd.DataFrame, places: pd.DataFrame) -> list[str]:

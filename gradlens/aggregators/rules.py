@@ -1,30 +1,24 @@
-"""Aggregators: a log -> the aggregated update of its last round; `filtered` leaves flagged clients out.
-
-Sums are formed in float64, in the order of the clients' names, so that the order in which they answered changes
-no bit. A client with a number that is not finite never enters; without any client the update is zero. Buffers are
-averaged over the clients that enter.
-
-num_malicious: how many malicious clients a rule is to stand, None = the most that it tolerates for the cohort. A
-cohort that has become too small for a number (a client is refused, or sends NaN) is treated as with None.
-"""
+"""Rules that choose and average: mean, median, trimmed mean, geometric median, Krum, Multi-Krum, Bulyan, RLR."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from scipy import sparse
 
-from gradlens.detectors import Detector, Verdict
-from gradlens.log import InputError, Round, UpdateLog
+from gradlens.log import InputError, Round, UpdateLog, kernels
 
 __all__ = [
-    "AGGREGATORS",
+    "RULES",
     "Aggregator",
-    "filtered",
+    "bulyan",
     "geometric_median",
     "krum",
     "mean",
     "median",
     "multi_krum",
+    "rlr",
     "step",
     "trimmed_mean",
 ]
@@ -56,7 +50,7 @@ def trimmed_mean(num_malicious: int | None = None) -> Aggregator:
     Raises: InputError if it is no count.
     Source: Yin et al. 2018, arXiv 1803.01498, definition 2, with beta = num_malicious / number of clients.
     """
-    return TrimmedMean(_count("trimmed_mean", "num_malicious", num_malicious))
+    return TrimmedMean(count_of("trimmed_mean", "num_malicious", num_malicious))
 
 
 def geometric_median(smoothing: float = 1e-6, iterations: int = 100) -> Aggregator:
@@ -72,7 +66,7 @@ def geometric_median(smoothing: float = 1e-6, iterations: int = 100) -> Aggregat
     """
     if not smoothing > 0:
         raise InputError(f"geometric_median: smoothing is a length above 0, found {smoothing!r}")
-    return GeometricMedian(float(smoothing), _count("geometric_median", "iterations", iterations, 1) or 1)
+    return GeometricMedian(float(smoothing), count_of("geometric_median", "iterations", iterations, 1) or 1)
 
 
 def krum(num_malicious: int | None = None) -> Aggregator:
@@ -83,7 +77,7 @@ def krum(num_malicious: int | None = None) -> Aggregator:
     num_malicious: n > 2 num_malicious + 2. Raises: InputError if it is no count.
     Source: Blanchard et al. 2017, "Machine Learning with Adversaries", section 4.
     """
-    return Krum(_count("krum", "num_malicious", num_malicious))
+    return Krum(count_of("krum", "num_malicious", num_malicious))
 
 
 def multi_krum(num_malicious: int | None = None, num_selected: int | None = None) -> Aggregator:
@@ -93,27 +87,47 @@ def multi_krum(num_malicious: int | None = None, num_selected: int | None = None
     open. Raises: InputError if one of them is no count.
     Source: Blanchard et al. 2017, section 4.1, which computes the scores once.
     """
-    counted = _count("multi_krum", "num_malicious", num_malicious)
-    return MultiKrum(counted, _count("multi_krum", "num_selected", num_selected, 1))
+    counted = count_of("multi_krum", "num_malicious", num_malicious)
+    return MultiKrum(counted, count_of("multi_krum", "num_selected", num_selected, 1))
 
 
-AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = {
+def bulyan(num_malicious: int | None = None, selection: str = "repeated") -> Aggregator:
+    """Of each coordinate the mean of the values nearest to the median, among clients that Krum selects.
+
+    Of n clients n - 2 num_malicious are selected, and of these of each coordinate n - 4 num_malicious values averaged.
+    num_malicious: n >= 4 num_malicious + 3. selection: "repeated", as in the paper: Krum's choice is taken out and
+    Krum asked again among the rest, or "once": the smallest scores of one Krum, as ports that save the time have it.
+    Raises: InputError if it is no count, or for another selection.
+    Source: El Mhamdi, Guerraoui & Rouault 2018, "The Hidden Vulnerability of Distributed Learning in Byzantium",
+    arXiv 1802.07927, section 4.
+    """
+    if selection not in ("repeated", "once"):
+        raise InputError(f"bulyan: selection is 'repeated' or 'once', found {selection!r:.80}")
+    return Bulyan(count_of("bulyan", "num_malicious", num_malicious), selection)
+
+
+def rlr(threshold: int | None = None) -> Aggregator:
+    """The mean of the updates, turned round at each coordinate on whose sign too few clients agree.
+
+    Too few: |sum of the clients' signs| < threshold. None: (n - 1) // 2 + 1, what no minority reaches alone; the
+    paper's program has 4 of 10 clients and 8 of 33. More than there are clients is treated as None.
+    Raises: InputError if the threshold is no count above 0.
+    Source: Ozdayi, Kantarcioglu & Gel 2021, "Defending against Backdoors in Federated Learning with Robust Learning
+    Rate", AAAI, arXiv:2007.03767, equations 4 and 5, every client counting alike.
+    """
+    return RobustLearningRate(count_of("rlr", "threshold", threshold, 1))
+
+
+RULES: Mapping[str, Callable[..., Aggregator]] = {
     "mean": mean,
     "median": median,
     "trimmed_mean": trimmed_mean,
     "geometric_median": geometric_median,
     "krum": krum,
     "multi_krum": multi_krum,
+    "bulyan": bulyan,
+    "rlr": rlr,
 }
-
-
-def filtered(aggregate: Aggregator, detector: Detector) -> "FilteredAggregator":
-    """Aggregates the clients of the last round that the detector does not flag.
-
-    Where everybody is flagged the update is zero, so that the global model stays; a detector that abstains
-    flags nobody but those that no verdict trusts: refused, not finite, of an absurd size.
-    """
-    return FilteredAggregator(aggregate, detector)
 
 
 def step(
@@ -149,9 +163,9 @@ class Mean:
     cap: float
 
     def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        round_, rows = log[-1], _rows(log[-1])
+        round_, rows = log[-1], rows_of(log[-1])
         weights = _capped(round_.num_examples[rows], self.cap) if self.weighted else np.ones(len(rows))
-        return _averaged(log, rows, weights)
+        return averaged(log, rows, weights)
 
     def __repr__(self) -> str:
         return f"mean(weighted={self.weighted}, cap={self.cap:g})"
@@ -190,9 +204,9 @@ class GeometricMedian:
 
     def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
         gram = log[-1].total_gram  # before the question who is finite, which it answers on the way
-        rows = _rows(log[-1])
+        rows = rows_of(log[-1])
         gram = gram[np.ix_(rows, rows)]
-        return _averaged(log, rows, weiszfeld(gram, self.smoothing, self.iterations))
+        return averaged(log, rows, weiszfeld(gram, self.smoothing, self.iterations))
 
     def __repr__(self) -> str:
         return f"geometric_median(smoothing={self.smoothing:g}, iterations={self.iterations})"
@@ -206,7 +220,7 @@ class Krum:
 
     def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
         nearest = _by_krum(log[-1], self.num_malicious)[0][:1]
-        return _averaged(log, nearest, np.ones(len(nearest)))
+        return averaged(log, nearest, np.ones(len(nearest)))
 
     def __repr__(self) -> str:
         return f"krum(num_malicious={self.num_malicious})"
@@ -223,36 +237,74 @@ class MultiKrum:
         rows, stood = _by_krum(log[-1], self.num_malicious)
         rows = rows[: self.num_selected or len(rows) - stood]
         rows = rows[np.argsort(log[-1].clients[rows])]
-        return _averaged(log, rows, np.ones(len(rows)))
+        return averaged(log, rows, np.ones(len(rows)))
 
     def __repr__(self) -> str:
         return f"multi_krum(num_malicious={self.num_malicious}, num_selected={self.num_selected})"
 
 
 @dataclass(frozen=True)
-class FilteredAggregator:
-    """What `filtered` builds."""
+class Bulyan:
+    """What `bulyan` builds."""
 
-    aggregate: Aggregator
-    detector: Detector
+    num_malicious: int | None
+    selection: str
 
     def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        return self.aggregate(log.keep(self.kept(log)))
+        round_ = log[-1]
+        distances = round_.squared_distances  # before the question who is finite, which it answers on the way
+        rows = rows_of(round_)
+        stood = stood_of(self.num_malicious, (len(rows) - 3) // 4)
+        selected = self._selected(distances[np.ix_(rows, rows)], stood)
+        rows = rows[np.sort(selected)]
+        return {
+            layer.name: _near_median(round_, layer.name, rows, len(rows) - 2 * stood)
+            if layer.kind == "parameter"
+            else round_.weighted_mean(layer.name, rows, np.ones(len(rows)))
+            for layer in log.model.layers
+        }
 
-    def verdict(self, log: UpdateLog) -> Verdict:
-        """What the detector says of the last round."""
-        return log.verdict(self.detector)
-
-    def kept(self, log: UpdateLog) -> np.ndarray:
-        """Which recorded clients of the last round are aggregated, bool [client]."""
-        verdict = self.verdict(log)
-        return ~np.isin(log[-1].clients, verdict.clients[verdict.flags])
+    def _selected(self, distances: np.ndarray, stood: int) -> np.ndarray:
+        """The positions of all but twice `stood` clients that Krum selects, from squared distances."""
+        count = len(distances) - 2 * stood
+        if self.selection == "once":
+            return np.argsort(_krum_scores(distances, stood), kind="stable")[:count]
+        left, selected = np.arange(len(distances)), []
+        for _ in range(count):
+            best = int(np.argmin(_krum_scores(distances[np.ix_(left, left)], stood)))
+            selected.append(left[best])
+            left = np.delete(left, best)
+        return np.array(selected, np.int64)
 
     def __repr__(self) -> str:
-        return f"filtered({self.aggregate!r}, {self.detector!r})"
+        return f"bulyan(num_malicious={self.num_malicious}, selection={self.selection!r})"
 
 
-def _rows(round_: Round) -> np.ndarray:
+@dataclass(frozen=True)
+class RobustLearningRate:
+    """What `rlr` builds."""
+
+    threshold: int | None
+
+    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
+        round_, rows = log[-1], rows_of(log[-1])
+        update = averaged(log, rows, np.ones(len(rows)))
+        usual = (len(rows) - 1) // 2 + 1
+        least = usual if self.threshold is None or self.threshold > len(rows) else self.threshold
+        for name in log.model.parameters:
+            flat, start = update[name].reshape(-1), 0
+            for block in round_.blocks(name):
+                stop = start + block.shape[1]
+                votes = np.sign(block[rows]).sum(axis=0, dtype=np.float64)
+                flat[start:stop] *= np.where(np.abs(votes) >= least, 1, -1).astype(np.float32)
+                start = stop
+        return update
+
+    def __repr__(self) -> str:
+        return f"rlr(threshold={self.threshold})"
+
+
+def rows_of(round_: Round) -> np.ndarray:
     """Positions of the clients whose numbers are all finite, in the order of their names."""
     order = np.argsort(round_.clients)
     return order[round_.finite[order]]
@@ -265,15 +317,34 @@ def _capped(num_examples: np.ndarray, cap: float) -> np.ndarray:
     return weights if weights.any() else np.ones(len(claims))
 
 
-def _averaged(log: UpdateLog, rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+def lengths(round_: Round) -> np.ndarray:
+    """L2 norms of the whole updates, float64 [client]; each rests on its client alone."""
+    return np.sqrt(np.sum([np.square(round_.norms[name]) for name in round_.parameters], axis=0))
+
+
+def scaled(log: UpdateLog, rows: np.ndarray, factors: np.ndarray) -> UpdateLog:
+    """The log whose last round has these clients alone, each times its factor [client]; who is left at 0 goes, too."""
+    rows, factors = rows[factors > 0], factors[factors > 0]
+    part = log.keep(rows)
+    if (factors == 1).all():
+        return part
+    return part.combined(sparse.csr_array((factors, np.arange(len(rows)), np.arange(len(rows) + 1))))
+
+
+def clip_factors(norms: np.ndarray, bound: float) -> np.ndarray:
+    """What takes each norm to at most the bound, [client]: 1 where it is not above it."""
+    return bound / np.maximum(norms, bound) if bound > 0 else np.where(norms > 0, 0.0, 1.0)
+
+
+def averaged(log: UpdateLog, rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """The weighted mean of these clients of the last round."""
     return {name: log[-1].weighted_mean(name, rows, weights) for name in log.model}
 
 
 def _trimmed(log: UpdateLog, num_malicious: int | None) -> dict[str, np.ndarray]:
     """The mean of each coordinate's middle values; None: of the one or two in the very middle."""
-    round_, rows = log[-1], _rows(log[-1])
-    trimmed = _stood(num_malicious, (len(rows) - 1) // 2)
+    round_, rows = log[-1], rows_of(log[-1])
+    trimmed = stood_of(num_malicious, (len(rows) - 1) // 2)
     return {
         layer.name: round_.trimmed_mean(layer.name, trimmed, round_.finite)
         if layer.kind == "parameter"
@@ -285,16 +356,40 @@ def _trimmed(log: UpdateLog, num_malicious: int | None) -> dict[str, np.ndarray]
 def _by_krum(round_: Round, num_malicious: int | None) -> tuple[np.ndarray, int]:
     """Positions of the finite clients from the smallest Krum score to the largest, and how many are stood."""
     distances = round_.squared_distances  # before the question who is finite, which it answers on the way
-    rows = _rows(round_)
-    stood = _stood(num_malicious, (len(rows) - 3) // 2)
-    distances = distances[np.ix_(rows, rows)]
-    np.fill_diagonal(distances, np.inf)  # nobody is its own neighbour
-    neighbours = max(1, len(rows) - stood - 2) if len(rows) > 1 else 0
-    scores = np.sort(distances, axis=1)[:, :neighbours].sum(axis=1)
+    rows = rows_of(round_)
+    stood = stood_of(num_malicious, (len(rows) - 3) // 2)
+    scores = _krum_scores(distances[np.ix_(rows, rows)], stood)
     return rows[np.argsort(scores, kind="stable")], stood
 
 
-def _stood(num_malicious: int | None, most: int) -> int:
+def _krum_scores(distances: np.ndarray, stood: int) -> np.ndarray:
+    """Sums of the squared distances [client, client] to the nearest others, all but stood + 2 of them, [client]."""
+    others = distances.copy()
+    np.fill_diagonal(others, np.inf)  # nobody is its own neighbour
+    neighbours = max(1, len(others) - stood - 2) if len(others) > 1 else 0
+    return np.sort(others, axis=1)[:, :neighbours].sum(axis=1)
+
+
+def _near_median(round_: Round, layer: str, rows: np.ndarray, count: int) -> np.ndarray:
+    """Of each number the mean of the `count` values nearest to these clients' median, float32 [*shape]; 0 without any.
+
+    Of values in ascending order those nearest to the median lie side by side; among equally near ones the smaller.
+    """
+    shape = np.shape(round_.global_model[layer])
+    out, columns = np.zeros(int(np.prod(shape)), np.float32), round_.columns(layer)
+    for start in range(0, len(out) if len(rows) else 0, kernels.BLOCK):
+        stop = min(start + kernels.BLOCK, len(out))
+        values = kernels.sorted_columns(columns, rows, start, stop).astype(np.float64)
+        middle = (values[:, (len(rows) - 1) // 2] + values[:, len(rows) // 2]) / 2
+        first = np.zeros(stop - start, np.int64)
+        for place in range(len(rows) - count):  # a step up while what comes in above is nearer than what goes below
+            first += middle - values[:, place] > values[:, place + count] - middle
+        window = np.take_along_axis(values, first[:, None] + np.arange(count), axis=1)
+        out[start:stop] = window.sum(axis=1) / count
+    return out.reshape(shape)
+
+
+def stood_of(num_malicious: int | None, most: int) -> int:
     """How many malicious clients the rule is to stand, of the most that it can."""
     most = max(0, most)
     return most if num_malicious is None else min(num_malicious, most)
@@ -314,10 +409,10 @@ def weiszfeld(gram: np.ndarray, smoothing: float, iterations: int) -> np.ndarray
     return weights.astype(np.float32).astype(np.float64)
 
 
-def _count(rule: str, setting: str, value: int | None, least: int = 0) -> int | None:
+def count_of(rule: str, setting: str, value: Any, least: int = 0) -> int | None:
     """The setting; raises InputError where it is neither None nor a count."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least):
-        raise InputError(f"{rule}: {setting} is a whole number of at least {least}, or None, found {value!r}")
+        raise InputError(f"{rule}: {setting} is a whole number of at least {least}, or None, found {value!r:.80}")
     return None if value is None else int(value)
 
 

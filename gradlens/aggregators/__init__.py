@@ -1,0 +1,76 @@
+"""Aggregators: a log -> the aggregated update of its last round; `filtered` lets a detector decide who enters.
+
+Sums are formed in float64, in the order of the clients' names, so that the order in which they answered changes
+no bit. A client with a number that is not finite never enters; without any client the update is zero. Buffers are
+averaged over the clients that enter.
+
+num_malicious: how many malicious clients a rule is to stand, None = the most that it tolerates for the cohort. A
+cohort that has become too small for a number (a client is refused, or sends NaN) is treated as with None.
+"""
+
+from collections.abc import Callable, Mapping
+
+from gradlens.aggregators.compositions import (
+    bucketing,
+    centred_clipping,
+    clipped,
+    crfl,
+    flame,
+    nearest_neighbour_mixing,
+    noised,
+    norm_clipping,
+    weak_dp,
+)
+from gradlens.aggregators.filters import Decision, FilteredAggregator, FilterStopped, filtered
+from gradlens.aggregators.rules import (
+    RULES,
+    Aggregator,
+    bulyan,
+    geometric_median,
+    krum,
+    mean,
+    median,
+    multi_krum,
+    rlr,
+    step,
+    trimmed_mean,
+)
+
+__all__ = [
+    "AGGREGATORS",
+    "RULES",
+    "Aggregator",
+    "Decision",
+    "FilterStopped",
+    "FilteredAggregator",
+    "bucketing",
+    "bulyan",
+    "centred_clipping",
+    "clipped",
+    "crfl",
+    "filtered",
+    "flame",
+    "geometric_median",
+    "krum",
+    "mean",
+    "median",
+    "multi_krum",
+    "nearest_neighbour_mixing",
+    "noised",
+    "norm_clipping",
+    "rlr",
+    "step",
+    "trimmed_mean",
+    "weak_dp",
+]
+
+AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = {
+    **RULES,
+    "centred_clipping": centred_clipping,
+    "norm_clipping": norm_clipping,
+    "weak_dp": weak_dp,
+    "nearest_neighbour_mixing": nearest_neighbour_mixing,
+    "bucketing": bucketing,
+    "flame": flame,
+    "crfl": crfl,
+}
