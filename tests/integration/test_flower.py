@@ -15,9 +15,8 @@ from flwr.serverapp.strategy import FedAvg
 import gradlens
 import planted
 from gradlens import DETECTORS, Recorder
-from gradlens.aggregators import filtered, mean
+from gradlens.aggregators import Decision, FilterStopped, filtered, mean
 from gradlens.integrations.flower import GradlensStrategy
-from gradlens.server import Decision
 
 LOG = planted.PLANTED["shifted class"].log(rounds=3)
 START = {name: np.asarray(array) for name, array in planted.STATE.items()}
@@ -281,3 +280,34 @@ def test_a_client_of_half_the_weight_arrives_with_half_its_update():
         np.testing.assert_allclose(found[layer], expected, atol=1e-6)
     np.testing.assert_array_equal(found["norm.count"], START["norm.count"] + 2)  # a buffer is not scaled
     np.testing.assert_array_equal(replies[1].content["arrays"]["fc2.bias"].numpy(), local(1)["fc2.bias"])
+
+
+SETTINGS = [
+    {"action": "down_weight"},
+    {"action": "clip"},
+    {"action": "record"},
+    {"out_for": 2},
+    {"when_abstained": "keep_model"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", ["final_rows", "foolsgold", "fltrust"])  # one with weights, one that abstains
+def test_flowers_mean_of_what_a_filter_lets_through_is_the_filters_own(name, settings):
+    rule = filtered(mean(weighted=True), DETECTORS[name](), **settings)
+    recorder = Recorder(filter=rule)
+    result = played(GradlensStrategy(inner(), recorder))
+    after = [*[round_.global_model for round_ in recorder.log][1:], state_of(result.arrays)]
+    for prefix, found in zip(recorder.log.prefixes(), after, strict=True):
+        for layer in planted.LAYERS:
+            expected = prefix[-1].global_model[layer] + rule(prefix)[layer]
+            np.testing.assert_allclose(found[layer], expected, atol=1e-6)
+
+
+def test_a_filter_that_is_told_to_stop_stops_the_server_and_keeps_the_evidence(tmp_path):
+    rule = filtered(mean(), DETECTORS["krum"](), when_abstained="stop")
+    with pytest.raises(FilterStopped), Recorder(tmp_path / "run", filter=rule) as recorder:
+        aggregated(GradlensStrategy(inner(), recorder), benign(0, 1))
+    run = gradlens.open(tmp_path / "run")
+    assert not run.is_closed
+    assert sorted(run.log[0].clients) == ["0", "1"]

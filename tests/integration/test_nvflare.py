@@ -108,6 +108,18 @@ def test_a_round_of_nobody_keeps_the_model():
         np.testing.assert_array_equal(found[name], array)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("settings", [{"action": "down_weight"}, {"action": "clip"}, {"out_for": 2}], ids=str)
+def test_a_filters_settings_are_plain_values(settings, kind):
+    aggregator = GradlensAggregator(detector="final_rows", settings={"filter": settings})
+    rule, state = filtered(mean(), DETECTORS["final_rows"](), **settings), START
+    for index in range(2):
+        found, _ = played(aggregator, [sent(place, kind, index, state) for place in range(12)], state)
+        for layer, update in rule(aggregator.log).items():
+            np.testing.assert_allclose(found[layer], state[layer] + update, atol=1e-6)
+        state = found
+
+
 class Lazy:
     """What FLARE hands over where tensors wait on the disk."""
 
