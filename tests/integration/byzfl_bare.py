@@ -14,7 +14,7 @@ VERSION = "0.0.11"
 
 
 def byzfl() -> ModuleType:
-    """The package, installed into .bench/byzfl-VERSION where it is not yet there; without it a test is skipped, or fails in CI."""
+    """The package, installed below .bench where it is not there; without it a test is skipped, in CI it fails."""
     pytest.importorskip("torch")
     folder = ROOT / ".bench" / f"byzfl-{VERSION}"
     if not (folder / "byzfl").is_dir():
