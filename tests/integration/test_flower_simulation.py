@@ -10,8 +10,7 @@ import pytest
 from processes import ran
 
 import gradlens
-from conftest import ROOT
-from gradlens import DETECTORS
+from gradlens import DETECTORS, cli
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'gradlens-forensics[flower]'")
 pytest.importorskip("ray", reason="ray is not installed: pip install 'gradlens-forensics[flower]'")
@@ -74,8 +73,10 @@ def test_live_verdicts_are_those_of_the_recorded_run(message, folder):
         assert run.verdicts[column].tolist() == offline[column].tolist()
 
 
-def test_the_command_line_works_on_the_recorded_run(message, folder):
-    command = [sys.executable, "-m", "gradlens.cli", "detect", str(folder / "message"), "--detector", DETECTOR]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in MALICIOUS)
+def test_the_command_line_works_on_the_recorded_run(message, folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gradlens", "detect", str(folder / "message"), "--detector", DETECTOR])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {row[1] for row in rows if row[:1] == [DETECTOR] and row[2:] == ["4", "4"]} == MALICIOUS
