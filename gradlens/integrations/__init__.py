@@ -35,13 +35,14 @@ def kept(recorder: Recorder, global_model: State, answers: Sequence[Answer]) -> 
     """The messages of the clients that are kept, each with what to put in place of its arrays, {} = they stay.
 
     All answers are recorded and judged. A client of weight 0 is left out; one of another weight w but 1 is replaced
-    by the global model + w x its update (w x its update, where clients send updates), its buffers as they are. A
-    client that sent the same several times counts once.
+    by the global model + w x its update (w x its update, where clients send updates), its buffers as they are;
+    where a filter weighs down, the weights are scaled to mean 1 over who counts, as it does itself. A client that
+    sent the same several times counts once.
     """
     sent: list[tuple[str, Any]] = [(answer.client, answer.state) for answer in answers]
     decision = recorder.log_round(global_model, sent, {answer.client: answer.num_examples for answer in answers})
     counted = decision.weights
-    if getattr(recorder.filter, "action", "") == "down_weight" and counted.any():  # a mean becomes the weighted mean
+    if recorder.filter and recorder.filter.action == "down_weight" and counted.any():  # a mean becomes the weighted one
         counted = counted * (np.count_nonzero(counted) / counted.sum())
     weights = dict(zip(decision.clients.tolist(), counted.tolist(), strict=True))
     first: dict[str, Answer] = {}
