@@ -19,7 +19,7 @@ from conftest import ROOT, STATE, random_round
 from gradlens.log import InputError, LogWriter, ModelSpec, Round, verify
 from gradlens.log.files import read_updates
 from gradlens.log.writer import read_round
-from gradlens.run import Run, Sweep, open_run
+from gradlens.run import VERDICT_COLUMNS, Run, Sweep, open_run
 
 
 def same_rounds(a: Round, b: Round) -> None:
@@ -100,6 +100,17 @@ def test_verdicts_are_kept_with_their_round(tmp_path, model):
         writer.commit(random_round(0), STATE, verdict=table)
         writer.commit(random_round(1), STATE)
     pd.testing.assert_frame_equal(Run.open(tmp_path / "run").verdicts, table)
+
+
+def test_verdicts_of_before_there_were_weights_still_open(tmp_path, model):
+    old = {"round": 0, "abstained": "", "null": "", "client": list("abc"), "detector": "d", "score": [0.0, 9.0, 1.0]}
+    table = pd.DataFrame({**old, "flag": [False, True, True], "kept": [True, False, False]})
+    with LogWriter.create(tmp_path / "run", model, STATE) as writer:
+        writer.commit(random_round(0), STATE, verdict=table)
+    found = Run.open(tmp_path / "run").verdicts
+    assert set(found.columns) == set(VERDICT_COLUMNS)
+    assert found["weight"].tolist() == [1.0, 0.0, 0.0]
+    assert found["reason"].tolist() == ["", "flagged", "flagged"]
 
 
 def test_a_live_round_that_is_committed_keeps_what_was_computed(tmp_path, model):

@@ -18,19 +18,21 @@ from gradlens.aggregators import FilterStopped, mean
 from gradlens.log import files
 from gradlens.server import EvidenceLost
 
+COUNT = "norm.count"
+
 
 def local(seed: int = 0, size: float = 0.1) -> dict[str, np.ndarray]:
     """A local model beside the small global one."""
     rng = np.random.default_rng(seed)
     return {
-        name: array + (size * rng.normal(size=array.shape)).astype(array.dtype) if array.dtype == np.float32 else array
+        name: array + (size * rng.normal(size=array.shape)).astype(np.float32) if name != COUNT else array.copy()
         for name, array in STATE.items()
     }
 
 
 def moved(by: float) -> dict[str, np.ndarray]:
     """The global model, its parameters shifted."""
-    return {name: array + np.float32(by) if array.dtype == np.float32 else array for name, array in STATE.items()}
+    return {name: array + np.float32(by) if name != COUNT else array.copy() for name, array in STATE.items()}
 
 
 COHORT = {f"client-{i}": local(i) for i in range(8)}
