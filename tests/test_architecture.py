@@ -15,6 +15,7 @@ ARROWS = {
     "processes": {"log"},
     "ingest": {"log", "run"},
     "server": {"log", "detectors", "aggregators"},
+    "integrations": {"log", "detectors", "aggregators", "server"},
     "run": {"log"},
     "statistics": {"log"},
     "scorers": {"log"},
@@ -78,10 +79,9 @@ def test_every_module_has_its_arrows():
     assert modules - {"__init__", "cli"} == set(ARROWS)
 
 
-def test_importing_gradlens_imports_neither_torch_nor_simulations():
-    code = (
-        "import sys, gradlens; print(*(name for name in ('torch', 'simulations', 'datasets') if name in sys.modules))"
-    )
+def test_importing_gradlens_imports_neither_torch_nor_simulations_nor_a_framework():
+    heavy = ("torch", "simulations", "datasets", "flwr", "nvflare", "pfl", "byzfl")
+    code = f"import sys, gradlens; print(*(name for name in {heavy} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
@@ -107,3 +107,8 @@ def test_no_file_is_larger_than_it_should_be():
         str(p.relative_to(ROOT)): p.read_text().count("\n") for p in sources("gradlens") + sources("simulations")
     }
     assert {name: n for name, n in lengths.items() if n > 600} == {}
+
+
+def test_an_integration_is_one_short_file():
+    lengths = {path.name: path.read_text().count("\n") for path in sources("gradlens/integrations")}
+    assert {name: n for name, n in lengths.items() if n >= 150} == {}

@@ -1,0 +1,98 @@
+"""One file per framework of federated learning, around the same `Recorder`; gradlens itself needs none of them.
+
+What they share: an `Answer` is what one client sent, `kept` says which answers go on to the framework's aggregation.
+A client of weight 0 does not; one of another weight w goes on as the global model + w x its update.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gradlens.log.received import Unfit, printable, shown
+from gradlens.server import Recorder
+
+__all__ = ["Answer", "Clients", "kept", "numbers", "read_safely"]
+
+State = Mapping[str, np.ndarray]  # layer -> array
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What one client sent: the framework's own message, the client's name, what it holds, its number of examples.
+
+    state: layer -> array, or why there is none.
+    """
+
+    message: Any
+    client: str
+    state: State | Unfit
+    num_examples: Any = None
+
+
+def kept(recorder: Recorder, global_model: State, answers: Sequence[Answer]) -> list[tuple[Any, dict[str, np.ndarray]]]:
+    """The messages of the clients that are kept, each with what to put in place of its arrays, {} = they stay.
+
+    All answers are recorded and judged. A client of weight 0 is left out; one of another weight w but 1 is replaced
+    by the global model + w x its update (w x its update, where clients send updates), its buffers as they are;
+    where a filter weighs down, the weights are scaled to mean 1 over who counts, as it does itself. A client that
+    sent the same several times counts once.
+    """
+    sent: list[tuple[str, Any]] = [(answer.client, answer.state) for answer in answers]
+    decision = recorder.log_round(global_model, sent, {answer.client: answer.num_examples for answer in answers})
+    counted = decision.weights
+    if recorder.filter and recorder.filter.action == "down_weight" and counted.any():  # a mean becomes the weighted one
+        counted = counted * (np.count_nonzero(counted) / counted.sum())
+    weights = dict(zip(decision.clients.tolist(), counted.tolist(), strict=True))
+    first: dict[str, Answer] = {}
+    for answer in answers:
+        first.setdefault(printable(answer.client), answer)
+    centre = global_model if recorder.sent == "models" else {}
+
+    def scaled(state: State, weight: float) -> dict[str, np.ndarray]:
+        moved = {name: np.array(array) for name, array in state.items()}
+        for name in recorder.log.model.parameters:
+            start = centre.get(name, np.float32(0))
+            moved[name] = np.asarray(start + weight * (moved[name] - start), moved[name].dtype)
+        return moved
+
+    chosen = [(answer, weights[client]) for client, answer in first.items() if weights[client] > 0]
+    return [(each.message, {} if weight == 1 else scaled(each.state, weight)) for each, weight in chosen]  # type: ignore[arg-type]
+
+
+class Clients:
+    """Who is behind a node: the number that it first sent as the metric `key`, else "node-" and its id.
+
+    The number is a claim. A node that has made one cannot take another name; what two nodes claim in one round is
+    two answers of one client, of which the recorder believes neither. key: None, nobody's claim counts.
+    """
+
+    def __init__(self, key: str | None) -> None:
+        self.key, self._claims = key, dict[str, str]()
+
+    def name(self, node: str, said: Mapping[str, Any]) -> str:
+        """The client's name; said: the metrics that came with the answer."""
+        claim = said.get(self.key) if self.key else None
+        if isinstance(claim, int) and not isinstance(claim, bool):
+            self._claims.setdefault(node, str(claim))
+        return self._claims.get(node, f"node-{node}")
+
+    def without_claims(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of a round without the mean of its clients' numbers."""
+        return {name: value for name, value in metrics.items() if name != self.key}
+
+
+def read_safely(read: Callable[[], State]) -> State | Unfit:
+    """What a client sent, or why it cannot be read: whatever its bytes make the reader do."""
+    try:
+        return read()
+    except Unfit as reason:
+        return reason
+    except Exception as error:
+        return Unfit(f"what was sent cannot be read: {shown(error)}")
+
+
+def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    """Those of a framework's metrics that a run records."""
+    return {str(name): float(value) for name, value in (metrics or {}).items() if isinstance(value, int | float)}
