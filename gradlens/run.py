@@ -14,10 +14,9 @@ from gradlens.log.files import read_state, read_table
 from gradlens.log.history import UpdateLog
 from gradlens.log.manifest import MANIFEST, Manifest, Verification, describe_in_flight, read_manifest, stem, verify
 from gradlens.log.record import InputError
-from gradlens.log.writer import TRUTH_COLUMNS, read_header, sources
+from gradlens.log.writer import TRUTH_COLUMNS, VERDICT_COLUMNS, read_header, sources
 
 SWEEP, CONTROLS = "sweep.json", "controls.arrow"
-VERDICT_COLUMNS = ("round", "client", "detector", "score", "flag", "kept", "abstained", "null", "weight", "reason")
 CONTROL_COLUMNS = ("run", "control", "round", "asr")
 
 

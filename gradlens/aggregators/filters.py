@@ -9,12 +9,12 @@ import pandas as pd
 from gradlens.aggregators.rules import Aggregator, clip_factors, lengths, scaled
 from gradlens.detectors import Detector, Verdict
 from gradlens.log import InputError, Round, UpdateLog
+from gradlens.log.writer import VERDICT_COLUMNS
 
 __all__ = ["ACTIONS", "Decision", "FilterStopped", "FilteredAggregator", "filtered"]
 
 ACTIONS = ("drop", "down_weight", "clip", "record")
 FALLBACKS = ("keep_model", "use_all", "stop")
-COLUMNS = ("round", "client", "detector", "score", "flag", "kept", "abstained", "null", "weight", "reason")
 DISTRUSTED = 0.5  # what a flagged client counts at most, where a filter weighs down by its own rule
 
 
@@ -110,7 +110,7 @@ class Decision:
         table = self.verdict.table(round_, detector).assign(
             kept=self.weights > 0, null=self.verdict.null, weight=self.weights, reason=np.array(reasons, dtype=np.str_)
         )
-        return table[list(COLUMNS)]
+        return table[list(VERDICT_COLUMNS)]
 
 
 @dataclass(frozen=True)

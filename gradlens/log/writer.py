@@ -40,6 +40,7 @@ from gradlens.log.manifest import (
 from gradlens.log.record import InputError, ModelSpec, Round
 
 TRUTH_COLUMNS = ("round", "client", "compromised", "poisoned")
+VERDICT_COLUMNS = ("round", "client", "detector", "score", "flag", "kept", "abstained", "null", "weight", "reason")
 
 
 class LogWriter:

@@ -11,6 +11,7 @@ from gradlens.log import CannotSay, InputError, Round, UpdateLog
 
 Statistic = Callable[[UpdateLog], pd.DataFrame]  # index client, columns features; raises CannotSay
 
+ROUNDING = 1e-12  # of a squared norm, what is left of 0 after sums of products
 SMALLEST = 3  # comparable clients; among two, neither is the odd one out
 
 

@@ -5,7 +5,7 @@ has at least half the median number of rounds, so that they work where few clien
 their reference. A client that is not comparable in the last round, or never was finite, is no reference.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,8 @@ import pandas as pd
 from gradlens.log import Accumulated, CannotSay, Round, UpdateLog, kernels
 from gradlens.log.history import BUDGET, _clipped, _clipped_residuals, _residuals, _sketch
 from gradlens.log.record import BLOCK, PAIRWISE
-from gradlens.statistics.cohort import check_count, cohort, table
+from gradlens.statistics.cohort import ROUNDING, check_count, cohort, table
 
-ROUNDING = 1e-12  # of a squared norm, what is left of 0 after sums of products
 LABELS = 64  # of as many the drift is regressed on: of a vocabulary it would take more memory than the clients
 
 
@@ -138,11 +137,8 @@ def consistency(log: UpdateLog) -> pd.DataFrame:
     round_, rows, _ = _cohort_with_past(log)
     accumulated, values = log.accumulated, np.zeros((len(round_), len(log.model.parameters)))
     for column, name in enumerate(log.model.parameters):
-        residuals, _, factors = _residuals(round_, name)
-        sums, size, dots = accumulated.sums[name], log.model[name].size, 0.0
-        for start in [0] if accumulated.sketched else range(0, size, BLOCK):
-            now = _clipped(residuals, factors, start, size if accumulated.sketched else min(start + BLOCK, size))
-            now = _sketch(name, now) if accumulated.sketched else now
+        sums, dots = accumulated.sums[name], 0.0
+        for start, now in _residual_blocks(round_, name, log.model[name].size, sketched=accumulated.sketched):
             past = sums[rows[round_.comparable], start : start + now.shape[1]] - now
             pairs = ((now, past), (now, now), (past, past))
             dots = dots + np.stack([np.einsum("ki,ki->k", one, other, dtype=np.float64) for one, other in pairs])
@@ -169,6 +165,16 @@ def persistence(log: UpdateLog) -> pd.DataFrame:
             real = pairs > ROUNDING * squares
             values[:, column] = np.clip(np.divide(shared, pairs, out=np.zeros_like(pairs), where=real), -1, 1)
     return table(round_, log.model.parameters, values)
+
+
+def _residual_blocks(round_: Round, layer: str, size: int, *, sketched: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """What a round adds to `Accumulated` of a layer, block after block: where it starts, float32 [client, number]."""
+    residuals, _, factors = _residuals(round_, layer)
+    if sketched:
+        yield 0, _sketch(layer, _clipped(residuals, factors, 0, size))
+        return
+    for start in range(0, size, BLOCK):
+        yield start, _clipped(residuals, factors, start, min(start + BLOCK, size))
 
 
 Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (Gram [seen, seen], reference [seen]) -> [seen]
@@ -253,9 +259,15 @@ def _nearest_cosines(gram: np.ndarray, reference: np.ndarray, neighbours: int) -
     norms = np.sqrt(np.diagonal(gram))
     products = np.outer(norms, norms)
     cosines = np.divide(gram, products, out=np.zeros_like(gram), where=products > 0)
-    np.fill_diagonal(cosines, -np.inf)
+    return _mean_of_largest(cosines, reference, neighbours)
+
+
+def _mean_of_largest(pairs: np.ndarray, reference: np.ndarray, neighbours: int) -> np.ndarray:
+    """Mean of each row's largest entries with others of the reference, [seen]; as many as `neighbours`, or all."""
+    others = np.array(pairs)
+    np.fill_diagonal(others, -np.inf)
     count = min(neighbours, int(reference.sum()) - 1)
-    return np.sort(cosines[:, reference], axis=1)[:, -count:].mean(axis=1)
+    return np.sort(others[:, reference], axis=1)[:, -count:].mean(axis=1)
 
 
 def _unexplained(gram: np.ndarray, drift: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -309,11 +321,7 @@ class _LabelDrifts:
             return before
         drift = _clipped_residuals(round_, bias).astype(np.float64)
         for name, sums in before.crossed.items():
-            residuals, _, factors = _residuals(round_, name)
-            size = log.model[name].size
-            for start in [0] if before.sketched else range(0, size, BLOCK):
-                now = _clipped(residuals, factors, start, size if before.sketched else min(start + BLOCK, size))
-                now = _sketch(name, now) if before.sketched else now
+            for start, now in _residual_blocks(round_, name, log.model[name].size, sketched=before.sketched):
                 sums[:, start : start + now.shape[1]] += drift.T @ now  # in float64: the clients' order changes nothing
         return replace(before, moments=before.moments + drift.T @ drift)
 
@@ -338,10 +346,7 @@ def _gram_of_unexplained(name: str, accumulated: Accumulated, drifts: _Drifts, w
 
 def _common_pull(gram: np.ndarray, reference: np.ndarray, neighbours: int) -> np.ndarray:
     """Mean of each row's largest products with others of the reference, over the median of the reference's squares."""
-    products = np.array(gram)
-    np.fill_diagonal(products, -np.inf)
-    count = min(neighbours, int(reference.sum()) - 1)
-    largest = np.sort(products[:, reference], axis=1)[:, -count:].mean(axis=1)
+    largest = _mean_of_largest(gram, reference, neighbours)
     typical = np.median(np.diagonal(gram)[reference])
     return largest / typical if typical > 0 else np.zeros(len(gram))
 

@@ -9,9 +9,7 @@ import pandas as pd
 from gradlens.log import CannotSay, Round, UpdateLog
 from gradlens.log.history import BUDGET, _sketch
 from gradlens.log.record import BLOCK
-from gradlens.statistics.cohort import check_count, cohort, table
-
-ROUNDING = 1e-12  # of a squared norm, what is left of 0 after sums of products
+from gradlens.statistics.cohort import ROUNDING, check_count, cohort, table
 
 
 def prediction_residual(log: UpdateLog, window: int = 10) -> pd.DataFrame:
