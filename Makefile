@@ -24,10 +24,11 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(STAMP)  ## beside the peers, each in its own environment below .bench: reports/bench.csv; long logs: scale.csv
+bench: $(STAMP)  ## beside the peers, each in its own environment below .bench: reports/bench.csv; long logs: scale.csv; in Flower: flower_filter.csv
 	$(BIN)/python tests/benchmarks/bench.py
 	$(BIN)/python tests/benchmarks/rules.py
 	$(BIN)/python tests/benchmarks/scale.py
+	$(BIN)/python tests/benchmarks/flower_filter.py
 
 reports: export GRADLENS_DATA ?= ../shared/data
 reports: $(STAMP)  ## the committed reports, from real data; what has run already is not run again

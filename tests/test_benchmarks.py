@@ -18,7 +18,7 @@ def bench(monkeypatch):
     import bench
 
     yield bench
-    for name in ("bench", "workloads", "rules", "scale", "gradlens_rules"):
+    for name in ("bench", "workloads", "rules", "scale", "gradlens_rules", "flower_filter"):
         sys.modules.pop(name, None)
 
 
@@ -221,3 +221,17 @@ def test_own_memory_is_watched(bench):
             time.sleep(0.01)
         del held
     assert peak() >= before
+
+
+# a filter in a round of Flower
+
+
+def test_a_filter_is_timed_over_a_recorded_run(bench, recorded):
+    import flower_filter
+
+    whole = time.perf_counter()
+    seconds = flower_filter.filtering(recorded, "krum")
+    assert 0 < seconds < time.perf_counter() - whole
+    row = flower_filter.row("krum", bench.WORKLOADS["mlp"], whole=2.0, recording=0.5, seconds=0.1)
+    assert tuple(row) == flower_filter.COLUMNS
+    assert (row["share"], row["filter_s"], row["parameters"]) == ("0.0500", "0.100", "2410")
