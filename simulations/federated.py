@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from gradlens.aggregators import Aggregator, FilteredAggregator, FilterStopped, filtered, step
+from gradlens.aggregators import Aggregator, FilteredAggregator, FilterStopped, step
 from gradlens.log import InputError, LogWriter, ModelSpec, Round, UpdateLog
 from gradlens.log.writer import is_stillborn
 from gradlens.run import Run
@@ -22,7 +22,7 @@ from simulations.attacks.attack import unchanged
 from simulations.cohorts import Cohort, client_names, cohorts, malicious_clients
 from simulations.partition import Split
 from simulations.randomness import Stream, address
-from simulations.scenario import Scenario, build, component_label
+from simulations.scenario import Scenario, build, component_label, live_filter
 from simulations.tasks import Task, build_model, load_task
 from simulations.training import (
     Dataset,
@@ -164,7 +164,7 @@ def _filtered(scenario: Scenario, aggregate: Aggregator) -> Aggregator:
     """The rule behind the live filter, if there is one."""
     if not scenario.detector:
         return aggregate
-    return filtered(aggregate, build("detector", scenario.detector), **scenario.filter)
+    return live_filter(aggregate, scenario.detector, scenario.filter)
 
 
 def attack_goal(scenario: Scenario) -> Goal:

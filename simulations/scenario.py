@@ -18,8 +18,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from gradlens.aggregators import AGGREGATORS, filtered, mean
-from gradlens.detectors import DETECTORS
+from gradlens.aggregators import AGGREGATORS, FilteredAggregator, filtered, mean
+from gradlens.aggregators import Aggregator as Rule
+from gradlens.detectors import DETECTORS, calibrate
 from gradlens.log import InputError
 from simulations.attacks import ATTACKS, SCHEDULES, Turn, build_attack
 from simulations.partition import PARTITIONS
@@ -92,7 +93,7 @@ class Scenario(BaseModel):
     schedule: Schedule = "every_round"  # type: ignore[assignment]
     aggregator: Aggregator = "mean"  # type: ignore[assignment]
     detector: Detector = None  # type: ignore[assignment] # the live filter's; None: no filter
-    filter: Filter = {}  # settings of `gradlens.filtered` around the detector; {}: its defaults
+    filter: Filter = {}  # `filter_settings` around the detector; {}: its defaults
     seed: Annotated[int, Field(ge=0)] = 0
     engine: Literal["auto", "plain", "stacked"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -258,17 +259,19 @@ def normalised(kind: str, value: Any) -> Component:
     return {name: _written_out(kind, name, parts[name]) for name in builders if name in parts}
 
 
+CALIBRATION: dict[str, Any] = {"clean_rounds": 0, "fpr": 0.05}
 FILTER: dict[str, Any] = {  # the settings of a filter, and their defaults
     name: list(p.default) if name == "cleared" else p.default
     for name, p in inspect.signature(filtered).parameters.items()
     if p.kind is p.KEYWORD_ONLY
-}
+} | CALIBRATION
 
 
 def filter_settings(value: Any) -> dict[str, Any]:
     """The settings of a filter, all written out, {} where all are at their defaults; raises InputError for a wrong one.
 
-    out_for may be "until_cleared" in place of None.
+    out_for may be "until_cleared" in place of None. clean_rounds: how many first rounds are declared clean, on which
+    the detector is calibrated to flag a share `fpr` of benign updates (`gradlens.calibrate`); 0: uncalibrated.
     """
     if not isinstance(value, Mapping):
         raise InputError(f"filter: expected a table of its settings {', '.join(FILTER)}, found {value!r:.80}")
@@ -282,10 +285,23 @@ def filter_settings(value: Any) -> dict[str, Any]:
         raise InputError(f"filter: cleared is a list of clients' names, found {written['cleared']!r:.80}")
     written["cleared"] = sorted({str(name) for name in written["cleared"]})
     try:
-        filtered(mean(), build("detector", {"layer_norms": {}}), **written)
+        live_filter(mean(), {"layer_norms": {}}, written)
     except InputError as error:
         raise InputError(f"filter: {error}") from None
-    return {} if written == FILTER else written
+    if not written["clean_rounds"]:  # not written out, as in the names of the runs of before there was a choice
+        written = {name: each for name, each in written.items() if name not in CALIBRATION}
+    return {} if FILTER | written == FILTER else written
+
+
+def live_filter(aggregate: Rule, detector: Component, settings: dict[str, Any]) -> FilteredAggregator:
+    """The filter of a scenario around its rule; raises InputError for settings out of their range."""
+    given = FILTER | settings
+    judge, rounds, fpr = build("detector", detector), given.pop("clean_rounds"), given.pop("fpr")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
+        raise InputError(f"clean_rounds is a number of rounds, found {rounds!r:.80}")
+    if isinstance(fpr, bool) or not isinstance(fpr, int | float) or not 0 < fpr < 1:
+        raise InputError(f"fpr is a rate above 0 and below 1, found {fpr!r:.80}")
+    return filtered(aggregate, calibrate(judge, null=rounds, fpr=fpr) if rounds else judge, **given)
 
 
 def build(kind: str, component: Component) -> Any:

@@ -11,7 +11,7 @@ from scipy import stats
 
 import planted
 from gradlens.detectors import DETECTORS, Verdict, calibrate, detect, score_by
-from gradlens.log import CannotSay, InputError, Round
+from gradlens.log import CannotSay, InputError, Round, UpdateLog
 from gradlens.scorers import local_outlier_factor, robust_zscore, zscore
 from gradlens.statistics import final_bias, layer_norms
 
@@ -151,6 +151,45 @@ def test_a_stretch_declared_clean_is_a_null():
     scores = null_scores(DETECTORS["final_bias"](), [log[2:6]])
     assert detector.threshold == np.sort(scores)[-3 + 1]  # type: ignore[attr-defined]  # 49 x 0.05 = 2.45: two above
     assert detector(log).null == "declared clean: rounds 2 to 5, 48 scores, fpr 0.05"
+
+
+@pytest.mark.parametrize("name", ["layer_norms", "accumulated_norms", "panel"])
+def test_the_first_rounds_of_any_log_are_a_null(name):
+    late = planted.PLANTED["boosted"].log(rounds=7)[4:]
+    log, inner = UpdateLog(planted.MODEL, [*planted.clean_log(4), *late]), DETECTORS[name]()
+    detector = calibrate(inner, null=4, fpr=0.05)
+    for prefix in log[:4].prefixes():
+        found = detector(prefix)
+        np.testing.assert_array_equal(found.scores, inner(prefix).scores)
+        assert not found.flags.any()
+        assert found.abstained == inner(prefix).abstained
+        assert found.null == "none yet: the first 4 rounds are its null"
+    expected = calibrate(inner, null=log[:4], fpr=0.05)
+    for stop in (5, 6, 7):
+        found, wanted = detector(log[:stop]), expected(log[:stop])
+        np.testing.assert_array_equal(found.scores, wanted.scores)
+        np.testing.assert_array_equal(found.flags, wanted.flags)
+        assert found.null == wanted.null
+    assert planted.CULPRIT in found.clients[found.flags]
+
+
+def test_while_its_null_is_made_who_is_not_finite_is_flagged():
+    log = planted.with_client_at(planted.clean_log(3), np.nan)
+    verdict = calibrate(DETECTORS["layer_norms"](), null=5)(log)
+    assert verdict.clients[verdict.flags].tolist() == [planted.CULPRIT]
+
+
+def test_after_too_few_first_rounds_there_is_no_verdict():
+    detector = calibrate(DETECTORS["layer_norms"](), null=2, fpr=0.01)
+    verdict = detector(planted.PLANTED["boosted"].log(rounds=3))
+    assert "calibrate to fpr 0.01 needs 99 null scores, found 24" in verdict.abstained
+    assert not verdict.flags.any()
+
+
+@pytest.mark.parametrize("rounds", [0, -3, True])
+def test_a_number_of_first_rounds_is_at_least_one(rounds):
+    with pytest.raises(InputError, match="a null of first rounds is a number of them, at least 1, found"):
+        calibrate(DETECTORS["layer_norms"](), null=rounds)
 
 
 def test_without_a_null_each_cohort_sets_its_own_threshold():

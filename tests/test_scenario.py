@@ -7,8 +7,10 @@ import tomllib
 import numpy as np
 import pytest
 
+from gradlens.aggregators import AGGREGATORS, filtered
+from gradlens.detectors import DETECTORS, calibrate
 from gradlens.log import InputError
-from simulations.scenario import SCENARIOS, Scenario, load_sweep, sweep, varied
+from simulations.scenario import SCENARIOS, Scenario, live_filter, load_sweep, sweep, varied
 
 ATTACKED = {"attack": {"trigger": {"size": 3}}, "num_malicious": 4, "poison_rate": 0.3}
 
@@ -69,9 +71,22 @@ def test_the_filter_is_written_out_where_it_is_not_the_usual_one():
     assert varied(cells)[-1] == "filter"
 
 
+def test_a_filter_that_is_calibrated_on_first_rounds():
+    found = Scenario(detector="flame", filter={"clean_rounds": 10, "fpr": 0.01})
+    assert found.label("filter") == "clean_rounds=10, fpr=0.01"
+    assert Scenario(**found.settings) == found
+    assert Scenario(detector="flame", filter={"fpr": 0.01}) == Scenario(detector="flame")  # of no null
+    rule = live_filter(AGGREGATORS["median"](), {"krum": {}}, {"clean_rounds": 10, "fpr": 0.01, "action": "clip"})
+    expected = calibrate(DETECTORS["krum"](), null=10, fpr=0.01)
+    assert rule == filtered(AGGREGATORS["median"](), expected, action="clip")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"filter": {"clean_rounds": -1}, "detector": "flame"}, "filter: clean_rounds is a number of rounds, found -1"),
+        ({"filter": {"clean_rounds": True}, "detector": "flame"}, "filter: clean_rounds is a number of rounds"),
+        ({"filter": {"clean_rounds": 3, "fpr": 1}, "detector": "flame"}, "filter: fpr is a rate above 0 and below 1"),
         ({"filter": {"action": "clip"}}, "filter: its settings need a detector, found none"),
         ({"filter": {"action": "drop"}}, "filter: its settings need a detector, found none"),
         ({"filter": {"actoin": "clip"}, "detector": "flame"}, "'actoin' is no setting; its settings are action, out"),

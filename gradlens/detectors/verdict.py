@@ -89,14 +89,20 @@ def calibrate(detector: Detector, null: Any = None, fpr: float = 0.05) -> Detect
     """The same detector with its threshold set so that a share `fpr` of benign updates is flagged.
 
     null: in order of preference, attack-free logs or runs of other seeds (a sequence); a stretch of a log that is
-    declared clean (an `UpdateLog`); or None, each cohort itself, its majority taken as benign. With the first
-    two the threshold is a rank of the m scores found there, the k-th smallest with k = ceil((m + 1)(1 - fpr)):
+    declared clean (an `UpdateLog`), or the first rounds of whatever log is asked about (their number), in which nobody
+    is flagged for a score: a live filter's shadow mode; or None, each cohort itself, its majority taken as benign.
+    But for None the threshold is a rank of the m scores found there, the k-th smallest with k = ceil((m + 1)(1 - fpr)):
     an update exchangeable with them passes it with probability at most `fpr`. With None it is the median
     + the normal quantile x 1.4826 MAD of the cohort's scores: then the rate is nominal.
-    Raises: InputError where the null has too few scores for `fpr`, or its truth knows of a poisoned update.
+    Raises: InputError where the null has too few scores for `fpr` (after too few first rounds the detector abstains),
+    or its truth knows of a poisoned update.
     """
     if not 0 < fpr < 1:
         raise InputError(f"fpr is a rate above 0 and below 1, found {fpr}")
+    if isinstance(null, int):
+        if isinstance(null, bool) or null < 1:
+            raise InputError(f"a null of first rounds is a number of them, at least 1, found {null}")
+        return ShadowedDetector(detector, null, fpr)
     if null is None:
         basis = f"nominal {fpr:g}: each cohort itself, its majority taken as benign"
         return CalibratedDetector(detector, None, fpr, basis)
@@ -135,6 +141,40 @@ class CalibratedDetector:
     def __repr__(self) -> str:
         threshold = "" if self.threshold is None else f", threshold={self.threshold:g}"
         return f"calibrate({self.detector!r}, null={self.null!r}, fpr={self.fpr:g}{threshold})"
+
+
+@dataclass(frozen=True)
+class ShadowedDetector:
+    """What `calibrate` builds of a number of first rounds."""
+
+    detector: Detector
+    rounds: int
+    fpr: float
+
+    def __call__(self, log: UpdateLog) -> Verdict:
+        if len(log) <= self.rounds:
+            verdict, null = log.verdict(self.detector), f"none yet: the first {self.rounds} rounds are its null"
+            return replace(verdict, flags=np.isposinf(verdict.scores), null=null)
+        try:
+            calibrated = log[: self.rounds].remembered(_Calibration(self.detector, self.fpr))
+        except InputError as reason:  # a server goes on
+            round_ = log[-1]
+            return verdict_on(round_, np.zeros(len(round_)), np.inf, abstained=str(reason), null="none")
+        return log.verdict(calibrated)
+
+    def __repr__(self) -> str:
+        return f"calibrate({self.detector!r}, null={self.rounds}, fpr={self.fpr:g})"
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """A log -> the detector calibrated on it."""
+
+    detector: Detector
+    fpr: float
+
+    def __call__(self, log: UpdateLog) -> Detector:
+        return calibrate(self.detector, null=log, fpr=self.fpr)
 
 
 def detect(run: Any, detectors: Mapping[str, Detector]) -> pd.DataFrame:
