@@ -163,9 +163,12 @@ class Mean:
     cap: float
 
     def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        round_, rows = log[-1], rows_of(log[-1])
-        weights = _capped(round_.num_examples[rows], self.cap) if self.weighted else np.ones(len(rows))
-        return averaged(log, rows, weights)
+        rows = rows_of(log[-1])
+        return averaged(log, rows, self.shares(log[-1], rows))
+
+    def shares(self, round_: Round, rows: np.ndarray) -> np.ndarray:
+        """What each of these clients counts, float64 [client]."""
+        return _capped(round_.num_examples[rows], self.cap) if self.weighted else np.ones(len(rows))
 
     def __repr__(self) -> str:
         return f"mean(weighted={self.weighted}, cap={self.cap:g})"
