@@ -88,7 +88,9 @@ def test_files_of_every_kind_are_recorded(folder, tmp_path, ending):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_usual_names_are_found(folder, tmp_path, pattern):
-    check(ingest(folder(pattern), tmp_path / "run").run)
+    done = ingest(folder(pattern), tmp_path / "run")
+    check(done.run)
+    assert (done.notes, done.faults) == ((), ())  # no file is left out
 
 
 def test_names_can_be_given(folder, tmp_path):
@@ -170,7 +172,9 @@ def test_a_checkpoint_that_wraps_its_state_dict_is_opened(folder, tmp_path):
     source = folder(ending=".pt")
     state = {name: torch.as_tensor(array) for name, array in sent(0, 0).items()}
     torch.save({"epoch": 3, "state_dict": state}, source / "round_0" / "client_c0.pt")
-    check(ingest(source, tmp_path / "run").run)
+    done = ingest(source, tmp_path / "run")
+    check(done.run)
+    assert (done.notes, done.faults) == ((), ())
 
 
 class Bomb:
@@ -297,7 +301,9 @@ def test_what_an_honest_client_may_send_is_read(folder, tmp_path):
     (source / "round_1" / "client_c0.npz").unlink()
     state = {name: torch.as_tensor(array) for name, array in sent(1, 0).items()}
     torch.save({"state_dict": state, "optimizer": [state, state]}, source / "round_1" / "client_c0.pt")
-    check(ingest(source, tmp_path / "run").run, atol=1e-6)
+    done = ingest(source, tmp_path / "run")
+    check(done.run, atol=1e-6)
+    assert done.faults == ()
 
 
 def test_numbers_of_examples_come_from_a_csv(folder, tmp_path, command):  # noqa: F811
