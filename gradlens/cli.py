@@ -238,6 +238,12 @@ def ingest(
     buffers: Annotated[
         str | None, typer.Option(metavar="LAYERS", help="Layers that are not trained, with commas between.")
     ] = None,
+    num_examples: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV", help="What updates rest on: client, num_examples, and round where it varies. [default: 1]"
+        ),
+    ] = None,
     truth: Annotated[
         Path | None,
         typer.Option(
@@ -262,7 +268,8 @@ def ingest(
     try:
         done = ingest(
             source, out, pattern=pattern, global_models=global_models, after=after, updates=updates,
-            final_layer=final_layer, buffers=names, truth=truth, strict=strict, progress=True,
+            final_layer=final_layer, buffers=names, num_examples=num_examples, truth=truth, strict=strict,
+            progress=True,
         )  # fmt: skip
     except Stopped as stopped:
         stopped.left = "nothing is left of the run"

@@ -1,32 +1,39 @@
 """Writes what is left of a backdoor after training's end is mended: `python reports/pruning.py runs/pruning`.
 
 Takes runs, or folders of them, of simulations/scenarios/pruning.toml with their attack-free controls; writes
-reports/pruning.csv and .html. Each step of Wu et al. 2020, arXiv:2011.01767, on the last global model of every run:
-clients rank or vote on the channels of the last convolution, extreme weights are set to 0, rounds of fine-tuning
-follow. One half of the test set has the images that budgets are kept on, the other half is what is reported.
+reports/pruning.csv (its figures: reports/pruning_steps.py) and .html.
 """
 
-import copy
 import sys
-import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import nn
-from tqdm import tqdm
+from pruning_steps import (
+    ADJUSTMENT,
+    BETWEEN,
+    BOTH,
+    BUDGET,
+    HOW,
+    IMAGES,
+    LIES,
+    NOTHING,
+    PRUNING,
+    SHIELDED,
+    STEPS,
+    TUNED,
+    TUNED_ALONE,
+    TUNED_ALONE_WITH,
+    TUNED_WITH,
+    gathered,
+)
 
-from gradlens import mitigation
 from gradlens.evaluation import bootstrap
-from gradlens.log import InputError
-from gradlens.mitigation import Mitigation, PruningOrder
 from gradlens.plots import count
 from gradlens.plots.axes import BENIGN, MALICIOUS, titled
 from gradlens.report.page import (
@@ -45,26 +52,9 @@ from gradlens.report.page import (
 )
 from gradlens.report.provenance import software_table
 from gradlens.run import Run, Sweep, open_run
-from simulations import Scenario, malicious_clients
-from simulations.federated import Federation, assemble
-from simulations.randomness import Stream, address
-from simulations.training import Dataset, LocalSGD, load_state, one_thread, predict, state_of, train_clients
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV, HTML = ROOT / "reports/pruning.csv", ROOT / "reports/pruning.html"
-BUDGET = 0.02  # of validation accuracy, for each step
-SHARE = 0.5  # of the channels that a client votes against
-SHIELDED = 8  # channels that a liar shields: those that the trigger raises most
-IMAGES = 1_000  # that budgets are kept on
-ROUNDS = 2  # of fine-tuning
-LIARS = (1, 2, 3)  # of 10 clients; the attacker first
-DELTAS = (6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5, 2.0)
-NOTHING, PRUNING, ADJUSTMENT, BOTH = "no step", "pruning", "adjustment", "both"
-TUNED, TUNED_WITH = "both, tuned by benign clients", "both, tuned with the attacker"
-TUNED_ALONE = "no step, tuned by benign clients"
-STEPS = (NOTHING, PRUNING, ADJUSTMENT, BOTH, TUNED_ALONE, TUNED, TUNED_WITH)
-HOW = ("ranks", "votes")
-LIES = ("reverse", "shield")
 RUNS = ["attacked", "attack-free control"]
 KEYS = ("model", "partition")
 FALLS, GONE = 0.3, 0.2  # an ASR that falls by so much has been acted on; one below has been taken away
@@ -72,12 +62,17 @@ NOTABLE = 0.1  # of an ASR
 SUBJECT = {
     PRUNING: "Pruning alone", ADJUSTMENT: "Adjustment alone", BOTH: "Pruning with adjustment after it",
     TUNED_ALONE: "Fine-tuning by the benign clients, without any step before it,",
+    TUNED_ALONE_WITH: "Fine-tuning with the attacker, without any step before it,",
     TUNED: "Fine-tuning by the benign clients after both", TUNED_WITH: "Fine-tuning with the attacker after both",
+    BETWEEN: "Pruning, fine-tuning by the benign clients, and adjustment last",
 }  # fmt: skip
 ABOUT = {
     PRUNING: "Pruning", ADJUSTMENT: "Adjustment", BOTH: "Both", TUNED_ALONE: "Fine-tuning alone",
-    TUNED: "Fine-tuning after both", TUNED_WITH: "With the attacker",
+    TUNED_ALONE_WITH: "Alone, with the attacker", TUNED: "Fine-tuning after both", TUNED_WITH: "With the attacker",
+    BETWEEN: "Fine-tuning between",
 }  # fmt: skip
+# Wu et al. 2020, abstract: ASR before and after, points of test accuracy lost, on Fashion-MNIST
+PAPER = {BOTH: (0.997, 0.019, 5.5), BETWEEN: (0.997, 0.064, 1.7)}
 WIDTH = 10.5  # inches
 
 
@@ -91,161 +86,6 @@ def main(*folders: str) -> None:
 def _runs(folder: str) -> list[Run]:
     found = open_run(folder)
     return found.runs if isinstance(found, Sweep) else [found]
-
-
-def gathered(runs: Sequence[Run], *, progress: bool = True) -> pd.DataFrame:
-    """All figures: a row per run, part ("steps", "lies", "deltas", "channels") and what was done.
-
-    Columns: model, partition, seed, control, part, step, how (ranks, votes), lie, liars, value (a delta, or a number of
-    channels), setting, main_accuracy, asr, validation_accuracy, pruned, kept. Raises InputError without a pair of an
-    attacked run and its control.
-    """
-    known = {Scenario(**run.scenario): run for run in runs if run.is_closed}
-    pairs = [
-        (each, known[each], known[each.control]) for each in known if not each.is_control and each.control in known
-    ]
-    if not pairs:
-        raise InputError("runs: expected attacked runs and their attack-free controls, found no pair of them")
-    rows = []
-    with one_thread():
-        for scenario, attacked, control in tqdm(pairs, desc="runs", disable=None if progress else True):
-            federation = assemble(scenario)
-            for run in (attacked, control):
-                case = Case.of(federation, run, is_control=run is control)
-                settings = {"model": scenario.label("model"), "partition": _partition(scenario)}
-                settings |= {"seed": scenario.seed, "control": case.is_control}
-                lies = () if case.is_control else case.lies()
-                rows += [settings | row for row in (*case.steps(), *lies, *case.curves())]
-    return pd.DataFrame(rows)
-
-
-def _partition(scenario: Scenario) -> str:
-    """The partition with its skew: "dirichlet 0.5"."""
-    ((name, values),) = scenario.partition.items()
-    return f"{name} {values['alpha']:g}" if "alpha" in values else name
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One last global model, and all that its steps need; activations: float64 [client, channel], as seen by each."""
-
-    federation: Federation
-    is_control: bool
-    start: Mitigation
-    x: torch.Tensor
-    y: np.ndarray
-    activations: np.ndarray
-    shielded: np.ndarray
-
-    @classmethod
-    def of(cls, federation: Federation, run: Run, *, is_control: bool) -> "Case":
-        """The case of a run; the attack's success is measured on a control as well."""
-        task, model = federation.task, copy.deepcopy(federation.model)
-        *_, last = run.states()
-        load_state(model, last)
-        order = address(federation.scenario.seed, Stream.SAMPLES, 1).permutation(len(task.y_test))
-        budget, held_out = order[: len(order) // 2][:IMAGES], order[len(order) // 2 :]
-        half = replace(task, x_test=task.x_test[held_out], y_test=task.y_test[held_out])
-        stamped, wanted = federation.attack.goal(half)
-        questions = [("main_accuracy", half.x_test, half.y_test), ("asr", stamped, wanted)]
-        asked = [(name, torch.tensor(x), y) for name, x, y in questions]
-
-        def measure(model: nn.Module) -> dict[str, float]:
-            return {name: float((predict(model, x) == y).mean()) for name, x, y in asked}
-
-        activations = [mitigation.channel_activations(model, x) for x, _ in federation.honest]
-        attacker = int(malicious_clients(federation.scenario)[0])
-        own = federation.honest[attacker][0].numpy()
-        raised = mitigation.channel_activations(model, federation.attack.stamp(task, own, None))
-        shielded = mitigation.trigger_channels(activations[attacker], raised, SHIELDED)
-        start = mitigation.begin(model, measure)
-        x = torch.tensor(task.x_test[budget])
-        return cls(federation, is_control, start, x, task.y_test[budget], np.stack(activations), shielded)
-
-    def accuracy(self, model: nn.Module) -> float:
-        """On the images that budgets are kept on."""
-        return float((predict(model, self.x) == self.y).mean())
-
-    def order(self, how: str, liars: int = 0, lie: str = "") -> PruningOrder:
-        """What the server makes of the clients' ranks or votes, some of which are lies."""
-        scenario = self.federation.scenario
-        who = malicious_clients(scenario.replace(num_malicious=max(LIARS))).tolist()
-        own = malicious_clients(scenario).tolist()
-        who = [*own, *(client for client in who if client not in own)][:liars]
-        said = mitigation.lied(self.activations, who, self.shielded if lie == "shield" else None)
-        if how == "ranks":
-            return mitigation.aggregate_ranks(mitigation.ranks_of(said))
-        return mitigation.aggregate_votes(mitigation.votes_of(said, SHARE), share=SHARE)
-
-    def steps(self) -> Iterator[dict[str, Any]]:
-        """Each step alone, both, fine-tuning alone and after both; all clients tell the truth."""
-        yield self._row("steps", NOTHING, self.start)
-        yield self._row(
-            "steps", ADJUSTMENT, mitigation.adjust_extreme_weights(self.start, self.accuracy, budget=BUDGET)
-        )
-        tuning = self._tuning()
-        alone = mitigation.fine_tune(self.start, self._training(tuning[TUNED]), ROUNDS)
-        yield self._row("steps", TUNED_ALONE, alone)
-        for how in HOW:
-            pruned, both = self._pruned_and_both(self.order(how))
-            yield self._row("steps", PRUNING, pruned, how=how)
-            yield self._row("steps", BOTH, both, how=how)
-            if how == "ranks":
-                for step, data in tuning.items():
-                    done = mitigation.fine_tune(both, self._training(data), ROUNDS)
-                    yield self._row("steps", step, done, how=how)
-
-    def lies(self) -> Iterator[dict[str, Any]]:
-        """Pruning, and both, where some of the clients lie."""
-        for how in HOW:
-            for lie in LIES:
-                for liars in LIARS:
-                    pruned, both = self._pruned_and_both(self.order(how, liars, lie))
-                    yield self._row("lies", PRUNING, pruned, how=how, lie=lie, liars=liars)
-                    yield self._row("lies", BOTH, both, how=how, lie=lie, liars=liars)
-
-    def curves(self) -> Iterator[dict[str, Any]]:
-        """Without a budget: every delta, and every number of channels."""
-        model, measure = self.start.model, self.start.measure
-        for delta in DELTAS:
-            yield {"part": "deltas", "step": ADJUSTMENT, "value": delta} | dict(
-                measure(mitigation.without_extreme_weights(model, delta))
-            )
-        order = self.order("ranks").order
-        for pruned in sorted({*range(0, len(order), max(1, len(order) // 10)), len(order) - 1}):
-            changed = mitigation.without_channels(model, order[:pruned], self.x)
-            yield {"part": "channels", "step": PRUNING, "value": pruned / len(order)} | dict(measure(changed))
-
-    def _pruned_and_both(self, order: PruningOrder) -> tuple[Mitigation, Mitigation]:
-        pruned = mitigation.prune(self.start, order, self.accuracy, self.x, budget=BUDGET)
-        return pruned, mitigation.adjust_extreme_weights(pruned, self.accuracy, budget=BUDGET)
-
-    def _tuning(self) -> dict[str, list[Dataset]]:
-        """Who fine-tunes on what: the benign clients; or all, the attacker on its poisoned data, but not boosted."""
-        honest, poisoned = self.federation.honest, self.federation.poisoned
-        if self.is_control:
-            return {TUNED: honest}
-        benign = [data for client, data in enumerate(honest) if client not in poisoned]
-        return {TUNED: benign, TUNED_WITH: [poisoned.get(client, data) for client, data in enumerate(honest)]}
-
-    def _training(self, data: Sequence[Dataset]) -> mitigation.Train:
-        """Federated averaging over some clients as the run had it, in rounds after its last."""
-        scenario, done = self.federation.scenario, iter(range(ROUNDS))
-        settings = LocalSGD(scenario.local_epochs, scenario.batch_size, scenario.learning_rate)
-        weights = np.array([len(y) for _, y in data], dtype=np.float64)
-
-        def train(model: nn.Module) -> nn.Module:
-            index, before = scenario.rounds + next(done), state_of(model)
-            rngs = [address(scenario.seed, Stream.BATCHES, index, client) for client in range(len(data))]
-            updates = train_clients(model, before, data, rngs, settings)
-            means = {name: np.average(update, axis=0, weights=weights) for name, update in updates.items()}
-            load_state(model, {name: (each + means[name]).astype(each.dtype) for name, each in before.items()})
-            return model
-
-        return train
-
-    def _row(self, part: str, step: str, done: Mitigation, **what: Any) -> dict[str, Any]:
-        return {"part": part, "step": step, **what} | dict(done.table.iloc[-1].drop("step"))
 
 
 # What is drawn ------------------------------------------------------------------------------------------------
@@ -262,6 +102,7 @@ def page(found: pd.DataFrame, runs: Sequence[Run]) -> str:
         "other half."
     )
     sections = [
+        section("paper", "Beside the paper", beside_the_paper(found)),
         section("steps", "Step by step", step_by_step(found)),
         section("lies", "Clients that lie", clients_that_lie(found)),
         section("curves", "Without a budget", without_a_budget(found)),
@@ -285,44 +126,76 @@ def _groups(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(_place(key), part) for key, part in rows.groupby(list(KEYS), sort=False)]
 
 
+def _by_model(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    """A part per model: each has its own picture."""
+    return [part for _, part in rows.groupby("model", sort=False)]
+
+
+def beside_the_paper(found: pd.DataFrame) -> list[Block]:
+    """The paper's figures on Fashion-MNIST, and those of the same steps here."""
+    rows = found[found["part"].eq("steps") & found["how"].fillna("ranks").eq("ranks") & ~found["control"].astype(bool)]
+    said = []
+    for step, (before, after, lost) in PAPER.items():
+        said.append({"Where": "the paper", "Step": step, "ASR before": _percent(before), "ASR after": _percent(after)})
+        said[-1]["Accuracy lost"] = f"{lost:g} points"
+        for place, part in _groups(rows):
+            lose = 100 * (_mean(part, NOTHING, "main_accuracy") - _mean(part, step, "main_accuracy"))
+            asr = [_percent(_mean(part, which, "asr")) for which in (NOTHING, step)]
+            said.append({"Where": place, "Step": step, "ASR before": asr[0], "ASR after": asr[1]})
+            said[-1]["Accuracy lost"] = f"{number(lose, 1)} points"
+    about = (
+        "Wu et al. 2020 give, on Fashion-MNIST, an ASR of 99.7 % that falls to 1.9 % at 5.5 points of accuracy, and to "
+        "6.4 % at 1.7 points with fine-tuning after pruning, which is taken here as fine-tuning between the two steps. "
+        "Their model, trigger, split and number of rounds were not found: wu_cnn stands in for the model, the other "
+        "settings are those of simulations/scenarios/pruning.toml."
+    )
+    caption = "Means over seeds; channels by the mean of truthful clients' ranks. A negative loss is a gain."
+    return [text(about), table(said, caption, folded=False)]
+
+
+def _percent(share: float) -> str:
+    return f"{number(100 * share, 1)} %"
+
+
 def step_by_step(found: pd.DataFrame) -> list[Block]:
-    """A picture per condition: ASR above main accuracy, attacked beside control; and the table."""
+    """A picture per model: ASR above main accuracy, attacked beside control; and the table."""
     rows = found[found["part"].eq("steps") & found["how"].fillna("ranks").eq("ranks")]
-    groups = _groups(rows)
-
-    def draw(canvas: Figure) -> None:
-        axes = canvas.subplots(2, len(groups), sharex=True, sharey="row", squeeze=False)
-        for (place, part), column in zip(groups, axes.T, strict=True):
-            for ax, value, title in zip(column, ("asr", "main_accuracy"), (_asr_title, _accuracy_title), strict=True):
-                _dots(ax, part, value)
-                titled(ax, f"{place}: {title(part)}")
-        for ax in axes.flat:
-            ax.label_outer()
-        canvas.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-
     caption = (
         "Every step within its budget, channels by the mean of truthful clients' ranks. Marks: means over seeds, "
         "bars: 95 % intervals over seeds; open grey marks: the attack-free control, the same trigger stamped."
     )
-    return [figure(draw, (WIDTH, 6.4), caption), steps_table(found)]
+    return [*(figure(_steps_drawn(_groups(own)), (WIDTH, 6.8), caption) for own in _by_model(rows)), steps_table(found)]
+
+
+def _steps_drawn(groups: list[tuple[str, pd.DataFrame]]) -> Callable[[Figure], None]:
+    def draw(canvas: Figure) -> None:
+        axes = canvas.subplots(2, len(groups), sharex=True, sharey=True, squeeze=False)
+        for (place, part), column in zip(groups, axes.T, strict=True):
+            for ax, value, title in zip(column, ("asr", "main_accuracy"), (_asr_title, _accuracy_title), strict=True):
+                _dots(ax, part, value)
+                titled(ax, f"{place}: {title(part)}")
+        canvas.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+
+    return draw
 
 
 def _dots(ax: Axes, part: pd.DataFrame, value: str) -> None:
-    """Means with intervals over seeds, step by step, of attacked runs and controls."""
-    for is_control, colour, marker, shift in ((False, MALICIOUS, "o", -0.12), (True, BENIGN, "s", 0.12)):
+    """Means with intervals over seeds, step by step downwards, of attacked runs and controls."""
+    for is_control, colour, marker, shift in ((False, MALICIOUS, "o", -0.14), (True, BENIGN, "s", 0.14)):
         own = part[part["control"].eq(is_control)]
         for position, step in enumerate(STEPS):
             values = own.loc[own["step"].eq(step), value].to_numpy(np.float64)
             if not len(values):
                 continue
             mean, (low, high) = values.mean(), bootstrap(values)
-            ax.plot([position + shift] * 2, [low, high], color=colour, linewidth=1.4)
+            ax.plot([low, high], [position + shift] * 2, color=colour, linewidth=1.4)
             face = "white" if is_control else colour
-            label = ("attack-free control" if is_control else "attacked") if position == 0 else None
-            ax.plot(position + shift, mean, marker, color=colour, markerfacecolor=face, linestyle="", label=label)
-    ax.set_xticks(range(len(STEPS)), [textwrap.fill(step, 10) for step in STEPS], fontsize="small")
+            label = RUNS[is_control] if position == 0 else None
+            ax.plot(mean, position + shift, marker, color=colour, markerfacecolor=face, linestyle="", label=label)
+    ax.set_yticks(range(len(STEPS)), STEPS)
     name = "ASR" if value == "asr" else "main accuracy"
-    ax.set(ylim=(-0.03, 1.03), ylabel=f"{name} [share of images]", xlim=(-0.5, len(STEPS) - 0.4))
+    ax.set(xlim=(-0.03, 1.03), xlabel=f"{name} [share of images]", ylim=(len(STEPS) - 0.5, -0.5))
+    ax.tick_params(labelbottom=True)
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -376,9 +249,15 @@ def clients_that_lie(found: pd.DataFrame) -> list[Block]:
         "Liars send well-formed ranks or votes: in reverse order; or with the "
         f"{SHIELDED} channels that the trigger raises most shown as the most active ones. The attacker lies first."
     )
-    groups = _groups(among_liars(found))
+    caption = "Attacked runs by number of liars: means over seeds, bars: 95 % intervals over seeds; kinds side by side."
+    models = _by_model(among_liars(found))
+    return [text(about), *(figure(_lies_drawn(_groups(own)), (WIDTH, 6.4), caption) for own in models)]
+
+
+def _lies_drawn(groups: list[tuple[str, pd.DataFrame]]) -> Callable[[Figure], None]:
     kinds = [(how, lie) for how in HOW for lie in LIES]
-    channels = found.loc[found["part"].eq("steps") & found["step"].eq(PRUNING), ["pruned", "kept"]].sum(axis=1).max()
+    whole = pd.concat([part for _, part in groups])
+    channels = whole.loc[whole["step"].eq(PRUNING), ["pruned", "kept"]].sum(axis=1).max()
 
     def draw(canvas: Figure) -> None:
         axes = canvas.subplots(2, len(groups), sharex=True, sharey="row", squeeze=False)
@@ -390,14 +269,13 @@ def clients_that_lie(found: pd.DataFrame) -> list[Block]:
                     _kind(ax, own[own["how"].eq(kind[0]) & own["lie"].eq(kind[1])], value, place_of, ", ".join(kind))
                 titled(ax, f"{place}: {_lies_finding(own, value, label)}")
                 unit = "[share of images]" if value == "asr" else "[count]"
-                ax.set(xlabel="liars [clients of 10]", ylabel=f"{label} {unit}", xticks=(0, *LIARS))
+                ax.set(xlabel="liars [clients of 10]", ylabel=f"{label} {unit}", xticks=sorted(own["liars"].unique()))
                 ax.set_ylim(*((-0.03, 1.03) if value == "asr" else (0, channels)))
                 ax.spines[["top", "right"]].set_visible(False)
                 ax.label_outer()
         canvas.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
-    caption = "Attacked runs by number of liars: means over seeds, bars: 95 % intervals over seeds; kinds side by side."
-    return [text(about), figure(draw, (WIDTH, 6.4), caption)]
+    return draw
 
 
 def _kind(ax: Axes, rows: pd.DataFrame, value: str, place: int, label: str) -> None:
@@ -415,13 +293,14 @@ def _kind(ax: Axes, rows: pd.DataFrame, value: str, place: int, label: str) -> N
 def _lies_finding(rows: pd.DataFrame, value: str, label: str) -> str:
     """The kind of lie that moves a mean furthest with the most liars."""
     means = rows.pivot_table(value, ["how", "lie"], "liars")
-    moved = means[max(LIARS)] - means[0]
+    most_liars = int(means.columns.max())
+    moved = means[most_liars] - means[0]
     digits = 2 if value == "asr" else 1
     worst = moved.abs().idxmax()
-    none, most = (number(float(means.loc[worst, liars]), digits) for liars in (0, max(LIARS)))
+    none, most = (number(float(means.loc[worst, liars]), digits) for liars in (0, most_liars))
     if none == most:
-        return f"{label}: no kind of lie by {max(LIARS)} liars moves the mean"
-    return f"{label}: {max(LIARS)} liars move it at most from {none} to {most} ({', '.join(worst)})"
+        return f"{label}: no kind of lie by {most_liars} liars moves the mean"
+    return f"{label}: {most_liars} liars move it at most from {none} to {most} ({', '.join(worst)})"
 
 
 def among_liars(found: pd.DataFrame) -> pd.DataFrame:
@@ -444,30 +323,34 @@ def without_a_budget(found: pd.DataFrame) -> list[Block]:
         rows = rows.melt([*KEYS, "seed", "control", "value"], ["asr", "main_accuracy"], "what", "share")
         rows["what"] = rows["what"].map({"asr": "ASR", "main_accuracy": "main accuracy"})
         rows["run"] = np.where(rows["control"].astype(bool), RUNS[1], RUNS[0])
-        groups = _groups(rows)
-
-        def draw(canvas: Figure, groups: Any = groups, label: str = label, part_name: str = part_name) -> None:
-            axes = canvas.subplots(2, len(groups), sharex=True, sharey=True, squeeze=False)
-            for (place, part), column in zip(groups, axes.T, strict=True):
-                said = _curve_findings(part, "delta" if part_name == "deltas" else "share")
-                for ax, what in zip(column, ("ASR", "main accuracy"), strict=True):
-                    sns.lineplot(
-                        part[part["what"].eq(what)], x="value", y="share", hue="run", hue_order=RUNS, style="run",
-                        style_order=RUNS, markers=["o", "s"], dashes=["", (4, 2)], errorbar=("ci", 95),
-                        err_style="bars", palette=[MALICIOUS, BENIGN], seed=0, ax=ax,
-                    )  # fmt: skip
-                    titled(ax, f"{place}: {said[what]}")
-                    ax.set(xlabel=label, ylabel=f"{what} [share of images]", ylim=(-0.03, 1.03))
-                    ax.legend().remove()
-                    ax.spines[["top", "right"]].set_visible(False)
-                    ax.label_outer()
-            if part_name == "deltas":
-                axes[0, 0].invert_xaxis()  # all share it
-            canvas.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-
         caption = f"Without a budget: ASR and main accuracy over the {name}; means over seeds with 95 % intervals."
-        blocks.append(figure(draw, (WIDTH, 6.4), caption))
+        for own in _by_model(rows):
+            drawn = _curves_drawn(_groups(own), label, "delta" if part_name == "deltas" else "share")
+            blocks.append(figure(drawn, (WIDTH, 6.4), caption))
     return blocks
+
+
+def _curves_drawn(groups: list[tuple[str, pd.DataFrame]], label: str, name: str) -> Callable[[Figure], None]:
+    def draw(canvas: Figure) -> None:
+        axes = canvas.subplots(2, len(groups), sharex=True, sharey=True, squeeze=False)
+        for (place, part), column in zip(groups, axes.T, strict=True):
+            said = _curve_findings(part, name)
+            for ax, what in zip(column, ("ASR", "main accuracy"), strict=True):
+                sns.lineplot(
+                    part[part["what"].eq(what)], x="value", y="share", hue="run", hue_order=RUNS, style="run",
+                    style_order=RUNS, markers=["o", "s"], dashes=["", (4, 2)], errorbar=("ci", 95),
+                    err_style="bars", palette=[MALICIOUS, BENIGN], seed=0, ax=ax,
+                )  # fmt: skip
+                titled(ax, f"{place}: {said[what]}")
+                ax.set(xlabel=label, ylabel=f"{what} [share of images]", ylim=(-0.03, 1.03))
+                ax.legend().remove()
+                ax.spines[["top", "right"]].set_visible(False)
+                ax.label_outer()
+        if name == "delta":
+            axes[0, 0].invert_xaxis()  # all share it
+        canvas.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+
+    return draw
 
 
 def _curve_findings(part: pd.DataFrame, name: str) -> dict[str, str]:
@@ -560,18 +443,19 @@ def ranks_or_votes(steps: pd.DataFrame) -> Block:
 def liars(found: pd.DataFrame) -> Block:
     """What lies change against the same steps among truthful clients."""
     means = among_liars(found).groupby(["how", "lie", "step", "liars"])[["asr", "pruned"]].mean()
+    most_liars = int(means.index.get_level_values("liars").max())
     lines, rises = [], []
     for how in HOW:
         for lie in LIES:
-            none, most = (float(means.loc[(how, lie, BOTH, n), "asr"]) for n in (0, max(LIARS)))
-            pruned = [number(float(means.loc[(how, lie, PRUNING, n), "pruned"]), 1) for n in (0, max(LIARS))]
+            none, most = (float(means.loc[(how, lie, BOTH, n), "asr"]) for n in (0, most_liars))
+            pruned = [number(float(means.loc[(how, lie, PRUNING, n), "pruned"]), 1) for n in (0, most_liars)]
             rises.append(most - none)
             lines.append(
-                f"{how}, {lie}: ASR after both {number(none)} with no liar, {number(most)} with {max(LIARS)}; "
+                f"{how}, {lie}: ASR after both {number(none)} with no liar, {number(most)} with {most_liars}; "
                 f"channels pruned {pruned[0]} and {pruned[1]}"
             )
     raised = f"{sum(each >= NOTABLE for each in rises)} of {count(len(rises), 'kind')}"
-    said = f"Lies of {max(LIARS)} of 10 clients raise the mean ASR after both steps by {NOTABLE:g} or more in {raised}."
+    said = f"Lies of {most_liars} of 10 clients raise the mean ASR after both steps by {NOTABLE:g} or more in {raised}."
     return finding("Liars", said, lines)
 
 

@@ -247,9 +247,9 @@ def test_rules_see_the_whole_update():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: krum(-1), "krum: num_malicious is a whole number of at least 0"),
+        (lambda: krum(-1), "krum: num_malicious must be a whole number of at least 0"),
         (lambda: trimmed_mean(1.5), "trimmed_mean: num_malicious"),
-        (lambda: multi_krum(1, 0), "multi_krum: num_selected is a whole number of at least 1"),
+        (lambda: multi_krum(1, 0), "multi_krum: num_selected must be a whole number of at least 1"),
         (lambda: geometric_median(iterations=True), "geometric_median: iterations"),
         (lambda: geometric_median(smoothing=0), "geometric_median: smoothing is a length above 0"),
     ],

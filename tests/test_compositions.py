@@ -330,7 +330,7 @@ def test_compositions_compose():
         (lambda: bucketing(size=0), "bucketing: size"),
         (lambda: nearest_neighbour_mixing("mean", -1), "nearest_neighbour_mixing: num_malicious"),
         (lambda: bulyan(selection="twice"), "bulyan: selection is 'repeated' or 'once'"),
-        (lambda: rlr(0), "rlr: threshold is a whole number of at least 1"),
+        (lambda: rlr(0), "rlr: threshold must be a whole number of at least 1"),
         (lambda: crfl(None), "crfl: bound"),
         (lambda: flame(on="models?"), "on must be one of updates, models"),
     ],

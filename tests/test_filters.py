@@ -4,16 +4,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 import planted
 from gradlens.aggregators import (
     AGGREGATORS,
     FilterStopped,
+    clipped,
     filtered,
     krum,
     mean,
     median,
     multi_krum,
+    noised,
     trimmed_mean,
 )
 from gradlens.detectors import DETECTORS, Verdict, score_by
@@ -104,6 +108,28 @@ def test_weighing_down_by_the_documented_rule():
     np.testing.assert_allclose(rule(log_of(W))["w"], expected, rtol=1e-6)
     even = filtered(mean(), Said(("d",), scores=(1, 1, 1, 2)), action="down_weight")
     assert weights_of(even, log_of(W))["d"] == 0.5  # no spread
+
+
+@given(data=st.data(), weighted=st.booleans(), around=st.sampled_from(["mean", "noised", "clipped"]))
+def test_weighing_down_gives_the_weighted_mean_of_what_each_counts(data, weighted, around):
+    """Sum of examples x weight x update over the sum of examples x weight, claims capped over who counts at all."""
+    count = data.draw(st.integers(2, 8))
+    number = st.floats(-4, 4, width=32)
+    w = np.array(data.draw(st.lists(st.tuples(number, number), min_size=count, max_size=count)), np.float32)
+    weights = data.draw(st.lists(st.sampled_from([0, 0.01, 0.25, 0.5, 1]), min_size=count, max_size=count))
+    examples = np.array(data.draw(st.lists(st.integers(0, 1_000_000), min_size=count, max_size=count)))
+    assume(any(weights))
+    rule = mean(weighted, cap=10)
+    rule = {"mean": rule, "noised": noised(rule, 0), "clipped": clipped(rule, 1e9)}[around]
+    log = log_of(w)
+    log = UpdateLog(log.model, [replace(log[0], num_examples=examples)])
+    found = filtered(rule, Said((), weights=tuple(weights)), action="down_weight")(log)["w"]
+    counts = np.array(weights) > 0
+    claims = np.minimum(examples, 10 * np.median(examples[counts])) if weighted else np.ones(count)
+    claims = claims if claims[counts].any() else np.ones(count)
+    counted = claims * weights
+    oracle = (counted[:, None] * w.astype(np.float64)).sum(axis=0) / counted.sum()
+    np.testing.assert_allclose(found, oracle, rtol=1e-6, atol=1e-6)
 
 
 def test_record_changes_nothing_but_is_told():

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -86,7 +88,9 @@ def test_files_of_every_kind_are_recorded(folder, tmp_path, ending):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_usual_names_are_found(folder, tmp_path, pattern):
-    check(ingest(folder(pattern), tmp_path / "run").run)
+    done = ingest(folder(pattern), tmp_path / "run")
+    check(done.run)
+    assert (done.notes, done.faults) == ((), ())  # no file is left out
 
 
 def test_names_can_be_given(folder, tmp_path):
@@ -168,7 +172,9 @@ def test_a_checkpoint_that_wraps_its_state_dict_is_opened(folder, tmp_path):
     source = folder(ending=".pt")
     state = {name: torch.as_tensor(array) for name, array in sent(0, 0).items()}
     torch.save({"epoch": 3, "state_dict": state}, source / "round_0" / "client_c0.pt")
-    check(ingest(source, tmp_path / "run").run)
+    done = ingest(source, tmp_path / "run")
+    check(done.run)
+    assert (done.notes, done.faults) == ((), ())
 
 
 class Bomb:
@@ -205,6 +211,142 @@ def test_nothing_is_unpickled(folder, tmp_path, command, place):  # noqa: F811
     assert not (tmp_path / "strict").exists()
     pickle.loads(pickle.dumps(bomb))  # noqa: S301 - it would have
     assert (tmp_path / "boom").is_dir()
+
+
+def deflated(state) -> bytes:
+    made = io.BytesIO()
+    np.savez_compressed(made, **state)
+    return made.getvalue()
+
+
+def torch_zip(state, members) -> bytes:
+    """What torch.save writes, with other members in place of its own or beside them, deflated."""
+    made, whole = io.BytesIO(), io.BytesIO()
+    torch.save(state, made)
+    with zipfile.ZipFile(made) as old, zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as new:
+        for each in old.namelist():
+            new.writestr(each, members.get(each.split("/")[-1], old.read(each)))
+    return whole.getvalue()
+
+
+LARGE = 1 << 26  # bytes that a bomb unpacks to
+
+
+def npy_of_another_size() -> bytes:
+    """A file that says of its 12 numbers that they are ten million million."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as file, file.open("fc1.weight.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": (10**13,)})
+        member.write(bytes(48))
+    return made.getvalue()
+
+
+def tower() -> list:
+    """Lists that hold each other: 10^30 numbers in a few bytes."""
+    made = [0.0] * 10
+    for _ in range(30):
+        made = [made] * 10
+    return made
+
+
+BOMBS = {
+    "deflated.npz": (lambda: deflated({"fc1.weight": np.zeros(LARGE // 4, np.float32)}), "would take 67,108,"),
+    "header.npz": (npy_of_another_size, "cannot be read"),
+    "pickle.pt": (lambda: torch_zip({}, {"data.pkl": bytes(LARGE)}), "would take 67,108,"),
+    "stride.pt": (
+        lambda: torch_zip({"w": torch.zeros(1, dtype=torch.bfloat16).expand(LARGE)}, {}),
+        "would take 134,217,728 bytes",
+    ),
+    "lists.pt": (lambda: torch_zip({"w": tower()}, {}), "layer 'w' must be a tensor, found list"),
+    "long.safetensors": (lambda: bytes(LARGE), "would take 67,108,864 bytes"),
+}
+
+
+@pytest.mark.parametrize("globals_as", ["global_{round}", None])
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_what_would_take_far_more_than_a_model_is_refused_unread(folder, tmp_path, bomb, globals_as):
+    make, reason = BOMBS[bomb]
+    ending = os.path.splitext(bomb)[1]
+    source = folder(ending=ending, globals_as=globals_as)
+    for round_ in (0, 1):  # the first round, in which the model may not be known, and a later one
+        (source / f"round_{round_}" / f"client_c0{ending}").write_bytes(make())
+    tracemalloc.start()
+    done = ingest(source, tmp_path / "run")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < LARGE / 4 or bomb == "header.npz"  # numpy asks for memory that it then does not touch
+    assert [len(round_) for round_ in done.run.log] == [4, 4, 5]
+    assert len(done.faults) == 2
+    assert all("client c0: refused: " in line and reason in line for line in done.faults)
+
+
+@pytest.mark.parametrize("clients", [2, 3])
+def test_a_bomb_is_no_measure_of_the_others(tmp_path, clients):
+    """Nobody knows the model of the first round, and of two files the smaller one is it."""
+    for number in range(clients):
+        state = sent(0, number) if number else {"fc1.weight": np.zeros(LARGE // 4, np.float32)}
+        path = tmp_path / "in" / "round_0" / f"client_c{number}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(deflated(state))
+    log = ingest(tmp_path / "in", tmp_path / "run").run.log
+    assert log[0].clients.tolist() == [f"c{number}" for number in range(1, clients)]
+    assert "would take 67,108," in log[0].refused["c0"]
+
+
+def test_what_an_honest_client_may_send_is_read(folder, tmp_path):
+    """Numbers twice as wide, in a checkpoint with the moments of an optimizer, deflated: none of it is a bomb."""
+    source = folder(globals_as="global_{round}")
+    wide = {name: array.astype(np.float64) for name, array in sent(0, 0).items()}
+    (source / "round_0" / "client_c0.npz").write_bytes(deflated(wide))
+    (source / "round_1" / "client_c0.npz").unlink()
+    state = {name: torch.as_tensor(array) for name, array in sent(1, 0).items()}
+    torch.save({"state_dict": state, "optimizer": [state, state]}, source / "round_1" / "client_c0.pt")
+    done = ingest(source, tmp_path / "run")
+    check(done.run, atol=1e-6)
+    assert done.faults == ()
+
+
+def test_numbers_of_examples_come_from_a_csv(folder, tmp_path, command):  # noqa: F811
+    source = folder()
+    for number in (2, 1, 0):  # rounds of the recording, not of the run
+        (source / f"round_{number}").rename(source / f"round_{number + 1}")
+    rows = [f"{number},{client},{100 * number + int(client[1:])}" for number in (1, 2, 3) for client in CLIENTS]
+    (tmp_path / "counts.csv").write_text("\n".join(["round,client,num_examples", *rows]))
+    status, _, err = command("ingest", source, "-o", tmp_path / "run", "--num-examples", tmp_path / "counts.csv")
+    assert (status, err) == (0, "")
+    found = {
+        (round_.index, client): count
+        for round_ in gradlens.open(tmp_path / "run").log
+        for client, count in zip(round_.clients.tolist(), round_.num_examples.tolist(), strict=True)
+    }
+    assert found == {(r, client): 100 * (r + 1) + int(client[1:]) for r in range(3) for client in CLIENTS}
+    (tmp_path / "counts.csv").write_text("client,num_examples\n" + "".join(f"{c},{c[1:]}0\n" for c in CLIENTS))
+    log = ingest(source, tmp_path / "alike", num_examples=tmp_path / "counts.csv").run.log
+    assert [sorted(round_.num_examples.tolist()) for round_ in log] == [[0, 10, 20, 30, 40]] * 3
+    assert ingest(source, tmp_path / "plain").run.log[0].num_examples.tolist() == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("csv", "message"),
+    [
+        ("num_examples\n3\n", "expected the columns client, num_examples, and round where it varies"),
+        ("client\nc0\n", "the column num_examples is missing"),
+        ("client,num_examples\nc0,3\nc0,4\n", "client 'c0' stands there twice"),
+        ("client,num_examples\nc0,3\nc9,4\n", "the recording has no client 'c9'"),
+        ("round,client,num_examples\n0,c0,3\n7,c0,4\n", "the recording has no round '7', client 'c0'"),
+        ("client,num_examples\nc0,-3\n", "num_examples is a count, found '-3'"),
+        ("client,num_examples\nc0,2.5\n", "num_examples is a count, found '2.5'"),
+        ("client,num_examples\nc0,\n", "num_examples is a count, found ''"),
+        ("client,num_examples\nc0,3\n", "it has no round '0', client 'c1'"),
+        ("", "not readable as CSV"),
+    ],
+)
+def test_numbers_of_examples_that_cannot_be(folder, tmp_path, csv, message):
+    (tmp_path / "counts.csv").write_text(csv)
+    with pytest.raises(InputError, match=f"counts.csv: {message}") as raised:
+        ingest(folder(), tmp_path / "run", num_examples=tmp_path / "counts.csv")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
 
 
 def dropped(state, name):
@@ -352,10 +494,13 @@ def test_tables_are_recorded(tmp_path, kind, ending):
         with pa.ipc.new_file(path, table.schema) as writer:
             writer.write_table(table, max_chunksize=4)
     save(tmp_path / "first.npz", moved(0))
-    done = ingest(path, tmp_path / "run", global_models=str(tmp_path / "first.npz") if kind == "flat" else None)
+    first = str(tmp_path / "first.npz") if kind == "flat" else None
+    done = ingest(path, tmp_path / "run", global_models=first)
     check(done.run, atol=1e-6)
     assert done.run.log[0].num_examples.tolist() == [7] * 5
     assert done.faults == ()
+    with pytest.raises(InputError, match=r"it has a column num_examples of its own, found counts\.csv besides"):
+        ingest(path, tmp_path / "other", global_models=first, num_examples="counts.csv")
 
 
 def test_a_row_that_lacks_a_layer_is_refused(tmp_path):

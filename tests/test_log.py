@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import STATE, random_round
-from gradlens.log import CannotSay, InputError, Layer, ModelSpec, Round, UpdateLog, history, record
+from gradlens.log import CannotSay, InputError, Layer, ModelSpec, Round, UpdateLog, history, record, whole_number
 
 
 @pytest.fixture
@@ -348,3 +348,16 @@ def test_who_is_comparable_stays_so_in_a_part(model):
     assert round_.comparable.all()
     part = UpdateLog(model, [round_]).keep(np.array([0, 1, 2]))[-1]
     assert part.comparable.all()
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)])
+def test_a_whole_number_is_an_int(value):
+    found = whole_number("rule: count", value, least=3)
+    assert (found, type(found)) == (3, int)
+
+
+@pytest.mark.parametrize("value", [2, -1, 3.0, np.float64(3), True, "3", None, "x" * 1_000])
+def test_what_is_no_whole_number_is_refused_in_one_short_line(value):
+    with pytest.raises(InputError, match="rule: count must be a whole number of at least 3, found") as refused:
+        whole_number("rule: count", value, least=3)
+    assert len(str(refused.value)) < 150

@@ -64,7 +64,11 @@ def test_the_task_stays_as_it_is(name, rng):
     task = task_of(rng.integers(10, size=300), rng.integers(9, size=300))
     for array in (task.x_train, task.y_train, task.x_test, task.y_test, task.owners_train):
         array.flags.writeable = False
+    before = {name: array.copy() for name, array in vars(task).items() if isinstance(array, np.ndarray)}
     PARTITIONS[name]()(task, 5, rng)
+    assert set(before) >= {"x_train", "y_train", "x_test", "y_test", "owners_train"}
+    for name, array in before.items():
+        np.testing.assert_array_equal(getattr(task, name), array)
 
 
 @pytest.mark.parametrize("name", DRAWN)

@@ -17,9 +17,10 @@ def report():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "reports"))
         import pruning
+        import pruning_steps
 
-        patch.setattr(pruning, "IMAGES", 90)
-        patch.setattr(pruning, "LIARS", (1, 3))
+        patch.setattr(pruning_steps, "IMAGES", 90)
+        patch.setattr(pruning_steps, "LIARS", (1, 3))
         yield pruning
 
 
@@ -42,7 +43,7 @@ def figures(report, small):
 
 def test_the_report_has_every_step_of_every_run_and_its_control(report, small, figures):
     steps = figures[figures["part"].eq("steps")]
-    assert steps.groupby(["seed", "control"])["step"].nunique().tolist() == [7, 6] * 2
+    assert steps.groupby(["seed", "control"])["step"].nunique().tolist() == [9, 7] * 2
     assert figures.loc[figures["part"].eq("lies"), "liars"].value_counts().to_dict() == {1: 16, 3: 16}
     assert figures["main_accuracy"].between(0, 1).all()
     assert figures["asr"].between(0, 1).all()
@@ -74,11 +75,34 @@ def test_other_figures_give_other_sentences(report, small, figures):
 
 def test_the_committed_page_says_what_the_committed_figures_hold(report):
     found = pd.read_csv(report.CSV)
-    seeds = found[found["part"].eq("steps")].groupby(["partition", "control", "step"])["seed"].nunique()
-    assert set(seeds.index.get_level_values("partition")) == {"iid", "dirichlet 0.5"}
-    assert len(seeds) == 2 * (7 + 6)
-    assert seeds.eq(5).all()
+    steps = found[found["part"].eq("steps")]
+    seeds = steps.groupby(["model", "partition", "control", "step"], sort=False)["seed"].nunique()
+    each = seeds.groupby(level=["model", "partition"], sort=False)
+    assert each.unique().map(list).to_dict() == {
+        ("cnn", "iid"): [5],
+        ("cnn", "dirichlet 0.5"): [5],
+        ("wu_cnn", "iid"): [3],
+    }
+    assert each.size().eq(9 + 7).all()
     page = html.unescape(report.HTML.read_text())
     for block in report.findings(found):
         for sentence in (block["text"], *block["points"]):
             assert sentence in page
+    said, beside = report.beside_the_paper(found)
+    assert said["text"] in page
+    for row in beside["rows"]:
+        assert all(cell in page for cell in row)
+
+
+def test_what_the_paper_says_stands_beside_the_same_steps(report, figures):
+    _, beside = report.beside_the_paper(figures)
+    paper, own, paper_tuned, tuned = beside["rows"]
+    assert paper == ["the paper", "both", "99.7 %", "1.9 %", "5.5 points"]
+    assert paper_tuned[2:] == ["99.7 %", "6.4 %", "1.7 points"]
+    steps = figures[figures["part"].eq("steps") & ~figures["control"] & figures["how"].fillna("ranks").eq("ranks")]
+    means = steps.groupby("step")[["asr", "main_accuracy"]].mean()
+    for row, step in ((own, report.BOTH), (tuned, report.BETWEEN)):
+        assert row[:2] == ["mlp iid", step]
+        assert row[3] == f"{100 * means.loc[step, 'asr']:.1f} %"
+        lost = 100 * (means.loc[report.NOTHING, "main_accuracy"] - means.loc[step, "main_accuracy"])
+        assert row[4].replace("\N{MINUS SIGN}", "-") == f"{lost:.1f} points"

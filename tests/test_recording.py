@@ -66,6 +66,9 @@ def test_non_finite_numbers_refused_clients_and_empty_cohorts_survive(tmp_path, 
     log = Run.open(tmp_path / "run").log
     same_rounds(log[0], odd)
     same_rounds(log[1], empty)
+    assert log[0].finite.tolist() == [row != 1 for row in range(len(odd))]
+    np.testing.assert_array_equal(log[0].updates["fc2.bias"][1], [np.nan, np.inf, -np.inf])
+    assert (len(log[1]), dict(log[1].refused)) == (0, {"ü": "sent nothing"})
 
 
 def test_a_round_larger_than_one_batch_is_read_in_pieces(tmp_path, monkeypatch, record):

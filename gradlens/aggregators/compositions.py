@@ -26,7 +26,7 @@ from gradlens.aggregators.rules import (
 )
 from gradlens.detectors import flame as flame_detector
 from gradlens.detectors.distances import inner_products
-from gradlens.log import InputError, UpdateLog
+from gradlens.log import InputError, UpdateLog, whole_number
 
 __all__ = [
     "bucketing",
@@ -62,7 +62,7 @@ def noised(aggregate: Aggregator, std: float, seed: int = 0) -> Aggregator:
     there is no noise. Around a filter the noise also moves a model that the filter keeps: put the filter outside.
     Raises: InputError unless std is a finite number of at least 0 and seed a count.
     """
-    return Noised(aggregate, _std("noised", std), _seed("noised", seed))
+    return Noised(aggregate, _std("noised", std), whole_number("noised: seed", seed))
 
 
 def norm_clipping(bound: float | None = None) -> Aggregator:
@@ -84,7 +84,7 @@ def weak_dp(bound: float | None = None, std: float = 0.025, seed: int = 0) -> Ag
     Raises: InputError for a setting out of its range.
     Source: Sun et al. 2019, arXiv:1911.07963, "(weak) differential privacy".
     """
-    return WeakDP(_bound("weak_dp", bound), _std("weak_dp", std), _seed("weak_dp", seed))
+    return WeakDP(_bound("weak_dp", bound), _std("weak_dp", std), whole_number("weak_dp: seed", seed))
 
 
 def centred_clipping(radius: float | None = None, iterations: int = 1, start: str = "last") -> Aggregator:
@@ -99,7 +99,7 @@ def centred_clipping(radius: float | None = None, iterations: int = 1, start: st
     """
     if start not in ("last", "zero"):
         raise InputError(f"centred_clipping: start is 'last' or 'zero', found {start!r:.80}")
-    count = count_of("centred_clipping", "iterations", iterations, 1) or 1
+    count = whole_number("centred_clipping: iterations", iterations, least=1)
     return CentredClipping(_bound("centred_clipping", radius, "radius"), count, start)
 
 
@@ -112,7 +112,7 @@ def nearest_neighbour_mixing(rule: str | Aggregator = "mean", num_malicious: int
     Byzantine ML under Heterogeneity", AISTATS, arXiv:2302.01772, algorithm 2.
     """
     name = "nearest_neighbour_mixing"
-    return NearestNeighbourMixing(_rule(name, rule), count_of(name, "num_malicious", num_malicious))
+    return NearestNeighbourMixing(_rule(name, rule), count_of(f"{name}: num_malicious", num_malicious))
 
 
 def bucketing(rule: str | Aggregator = "mean", size: int = 2, seed: int = 0) -> Aggregator:
@@ -124,8 +124,8 @@ def bucketing(rule: str | Aggregator = "mean", size: int = 2, seed: int = 0) -> 
     Source: Karimireddy, He & Jaggi 2022, "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", ICLR,
     arXiv:2006.09365, algorithm 1.
     """
-    count = count_of("bucketing", "size", size, 1) or 1
-    return Bucketing(_rule("bucketing", rule), count, _seed("bucketing", seed))
+    count = whole_number("bucketing: size", size, least=1)
+    return Bucketing(_rule("bucketing", rule), count, whole_number("bucketing: seed", seed))
 
 
 def flame(noise: float = 0.001, seed: int = 0, on: str = "updates") -> Aggregator:
@@ -138,7 +138,7 @@ def flame(noise: float = 0.001, seed: int = 0, on: str = "updates") -> Aggregato
     algorithm 1.
     """
     flame_detector(on)  # refuses another `on`
-    return Flame(_std("flame", noise, "noise"), _seed("flame", seed), on)
+    return Flame(_std("flame", noise, "noise"), whole_number("flame: seed", seed), on)
 
 
 def crfl(bound: float = 15.0, std: float = 0.01, seed: int = 0) -> Aggregator:
@@ -154,7 +154,7 @@ def crfl(bound: float = 15.0, std: float = 0.01, seed: int = 0) -> Aggregator:
     """
     if bound is None:
         raise InputError("crfl: bound is a length above 0, found None")
-    return Crfl(_bound("crfl", bound) or 0.0, _std("crfl", std), _seed("crfl", seed))
+    return Crfl(_bound("crfl", bound) or 0.0, _std("crfl", std), whole_number("crfl: seed", seed))
 
 
 @dataclass(frozen=True)
@@ -369,12 +369,6 @@ def _std(where: str, value: float, setting: str = "std") -> float:
     if not _is_number(value) or not 0 <= value < np.inf:
         raise InputError(f"{where}: {setting} is a number of at least 0, found {value!r:.80}")
     return float(value)
-
-
-def _seed(where: str, value: int) -> int:
-    if value is None:
-        raise InputError(f"{where}: seed is a whole number of at least 0, found None")
-    return count_of(where, "seed", value) or 0
 
 
 def _is_number(value: object) -> bool:

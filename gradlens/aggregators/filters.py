@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from gradlens.aggregators.rules import Aggregator, clip_factors, lengths, scaled
+from gradlens.aggregators.rules import Aggregator, Mean, clip_factors, lengths, scaled
 from gradlens.detectors import Detector, Verdict
 from gradlens.log import InputError, Round, UpdateLog
 from gradlens.log.writer import VERDICT_COLUMNS
@@ -39,8 +39,9 @@ def filtered(
     - "down_weight": each client counts by the verdict's weights where the detector gives them, a flagged one 1/2 at
       most where it is flagged for an earlier round. Without weights an unflagged client counts 1 and a flagged one
       1 / max(2, z), z = (score - median) / (1.4826 MAD) over the cohort's finite scores; 1/2 where the MAD is 0. The
-      weights are scaled to mean 1 over who counts at all, so that a mean becomes the weighted mean; other rules see
-      updates of another length.
+      weights are scaled to mean 1 over who counts at all (for a mean by examples: that mean of them), so that a mean
+      becomes the weighted mean of what clients count in it times their weights; other rules see updates of another
+      length.
     - "clip": its norm is clipped to the median norm of the unflagged.
     - "record": nothing; the verdict is given, and everybody aggregated as without a filter.
     out_for: for how many rounds after its flag a client counts as flagged; 0: in that round only; None: until it is
@@ -134,7 +135,7 @@ class FilteredAggregator:
             return self.aggregate(log)
         weights = decision.weights[: len(log[-1])]
         if self.action == "down_weight" and weights.any():
-            weights = weights * (np.count_nonzero(weights) / weights.sum())
+            weights = weights / _mean_weight(self.aggregate, log[-1], weights)
         return self.aggregate(scaled(log, np.arange(len(weights)), weights))
 
     def verdict(self, log: UpdateLog) -> Verdict:
@@ -227,6 +228,15 @@ class FilteredAggregator:
             if value != usual
         ]
         return f"filtered({self.aggregate!r}, {self.detector!r}{''.join(changed)})"
+
+
+def _mean_weight(aggregate: Aggregator, round_: Round, weights: np.ndarray) -> float:
+    """The mean of the weights [client] over who counts at all; by examples where the rule ends in a mean by them."""
+    rows = np.flatnonzero(weights)
+    while (inner := getattr(aggregate, "aggregate", None)) is not None:  # of what is clipped or noised
+        aggregate = inner
+    shares = aggregate.shares(round_, rows) if isinstance(aggregate, Mean) else np.ones(len(rows))
+    return float(np.average(weights[rows], weights=shares))
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import sparse
 
-from gradlens.log import InputError, Round, UpdateLog, kernels
+from gradlens.log import InputError, Round, UpdateLog, kernels, whole_number
 
 __all__ = [
     "RULES",
@@ -50,7 +49,7 @@ def trimmed_mean(num_malicious: int | None = None) -> Aggregator:
     Raises: InputError if it is no count.
     Source: Yin et al. 2018, arXiv 1803.01498, definition 2, with beta = num_malicious / number of clients.
     """
-    return TrimmedMean(count_of("trimmed_mean", "num_malicious", num_malicious))
+    return TrimmedMean(count_of("trimmed_mean: num_malicious", num_malicious))
 
 
 def geometric_median(smoothing: float = 1e-6, iterations: int = 100) -> Aggregator:
@@ -66,7 +65,7 @@ def geometric_median(smoothing: float = 1e-6, iterations: int = 100) -> Aggregat
     """
     if not smoothing > 0:
         raise InputError(f"geometric_median: smoothing is a length above 0, found {smoothing!r}")
-    return GeometricMedian(float(smoothing), count_of("geometric_median", "iterations", iterations, 1) or 1)
+    return GeometricMedian(float(smoothing), whole_number("geometric_median: iterations", iterations, least=1))
 
 
 def krum(num_malicious: int | None = None) -> Aggregator:
@@ -77,7 +76,7 @@ def krum(num_malicious: int | None = None) -> Aggregator:
     num_malicious: n > 2 num_malicious + 2. Raises: InputError if it is no count.
     Source: Blanchard et al. 2017, "Machine Learning with Adversaries", section 4.
     """
-    return Krum(count_of("krum", "num_malicious", num_malicious))
+    return Krum(count_of("krum: num_malicious", num_malicious))
 
 
 def multi_krum(num_malicious: int | None = None, num_selected: int | None = None) -> Aggregator:
@@ -87,8 +86,8 @@ def multi_krum(num_malicious: int | None = None, num_selected: int | None = None
     open. Raises: InputError if one of them is no count.
     Source: Blanchard et al. 2017, section 4.1, which computes the scores once.
     """
-    counted = count_of("multi_krum", "num_malicious", num_malicious)
-    return MultiKrum(counted, count_of("multi_krum", "num_selected", num_selected, 1))
+    counted = count_of("multi_krum: num_malicious", num_malicious)
+    return MultiKrum(counted, count_of("multi_krum: num_selected", num_selected, 1))
 
 
 def bulyan(num_malicious: int | None = None, selection: str = "repeated") -> Aggregator:
@@ -103,7 +102,7 @@ def bulyan(num_malicious: int | None = None, selection: str = "repeated") -> Agg
     """
     if selection not in ("repeated", "once"):
         raise InputError(f"bulyan: selection is 'repeated' or 'once', found {selection!r:.80}")
-    return Bulyan(count_of("bulyan", "num_malicious", num_malicious), selection)
+    return Bulyan(count_of("bulyan: num_malicious", num_malicious), selection)
 
 
 def rlr(threshold: int | None = None) -> Aggregator:
@@ -115,7 +114,7 @@ def rlr(threshold: int | None = None) -> Aggregator:
     Source: Ozdayi, Kantarcioglu & Gel 2021, "Defending against Backdoors in Federated Learning with Robust Learning
     Rate", AAAI, arXiv:2007.03767, equations 4 and 5, every client counting alike.
     """
-    return RobustLearningRate(count_of("rlr", "threshold", threshold, 1))
+    return RobustLearningRate(count_of("rlr: threshold", threshold, 1))
 
 
 RULES: Mapping[str, Callable[..., Aggregator]] = {
@@ -163,9 +162,12 @@ class Mean:
     cap: float
 
     def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        round_, rows = log[-1], rows_of(log[-1])
-        weights = _capped(round_.num_examples[rows], self.cap) if self.weighted else np.ones(len(rows))
-        return averaged(log, rows, weights)
+        rows = rows_of(log[-1])
+        return averaged(log, rows, self.shares(log[-1], rows))
+
+    def shares(self, round_: Round, rows: np.ndarray) -> np.ndarray:
+        """What each of these clients counts, float64 [client]."""
+        return _capped(round_.num_examples[rows], self.cap) if self.weighted else np.ones(len(rows))
 
     def __repr__(self) -> str:
         return f"mean(weighted={self.weighted}, cap={self.cap:g})"
@@ -409,11 +411,9 @@ def weiszfeld(gram: np.ndarray, smoothing: float, iterations: int) -> np.ndarray
     return weights.astype(np.float32).astype(np.float64)
 
 
-def count_of(rule: str, setting: str, value: Any, least: int = 0) -> int | None:
-    """The setting; raises InputError where it is neither None nor a count."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least):
-        raise InputError(f"{rule}: {setting} is a whole number of at least {least}, or None, found {value!r:.80}")
-    return None if value is None else int(value)
+def count_of(setting: str, value: int | None, least: int = 0) -> int | None:
+    """The setting, None left as it is; raises InputError where it is no count."""
+    return None if value is None else whole_number(setting, value, least)
 
 
 def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

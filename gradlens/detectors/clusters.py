@@ -13,11 +13,10 @@ from gradlens.detectors.distances import (
     relative,
     share,
     squared_distances,
-    whole_number,
 )
 from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import Detector
-from gradlens.log import CannotSay, InputError, Round, UpdateLog
+from gradlens.log import CannotSay, InputError, Round, UpdateLog, whole_number
 from gradlens.scorers import density_clusters, lloyd
 from gradlens.statistics.final_layer import Predict, ddif, neup, threshold_exceedings
 

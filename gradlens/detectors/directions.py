@@ -14,11 +14,10 @@ from gradlens.detectors.distances import (
     numbers_at,
     positive,
     share,
-    whole_number,
 )
 from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import Detector
-from gradlens.log import CannotSay, InputError, Round, UpdateLog
+from gradlens.log import CannotSay, InputError, Round, UpdateLog, whole_number
 
 __all__ = ["alignins", "fltrust", "rlr", "signguard"]
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import Detector
-from gradlens.log import CannotSay, InputError, Round, UpdateLog
+from gradlens.log import CannotSay, InputError, Round, UpdateLog, whole_number
 from gradlens.log.record import PAIRWISE
 
 __all__ = ["dnc", "krum", "multi_krum", "multi_metrics"]
@@ -335,13 +335,6 @@ def _malicious(round_: Round, num_malicious: int | None) -> int:
         needed = 2 * malicious + 3
         raise CannotSay(f"num_malicious {malicious} needs {needed} comparable clients, found {clients}")
     return malicious
-
-
-def whole_number(setting: str, value: Any, least: int = 0) -> int:
-    """The value as an int; raises InputError where it is none, or less than `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise InputError(f"{setting} must be a whole number of at least {least}, found {value!r:.80}")
-    return int(value)
 
 
 def positive(setting: str, value: Any) -> float:

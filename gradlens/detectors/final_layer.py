@@ -5,10 +5,10 @@ import math
 import numpy as np
 
 from gradlens.detectors.clusters import APART, ROUNDING, cosine_distances, evidence_of, final_weight, principal_plane
-from gradlens.detectors.distances import one_of, positive, whole_number
+from gradlens.detectors.distances import one_of, positive
 from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import TEXTBOOK, Detector
-from gradlens.log import InputError, Round, UpdateLog
+from gradlens.log import InputError, Round, UpdateLog, whole_number
 from gradlens.scorers import robustly_scaled, two_means
 from gradlens.statistics.final_layer import final_bias_deviation
 

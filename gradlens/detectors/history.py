@@ -10,7 +10,7 @@ import pandas as pd
 
 from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import Detector
-from gradlens.log import CannotSay, InputError, Round, UpdateLog
+from gradlens.log import CannotSay, InputError, Round, UpdateLog, whole_number
 from gradlens.log.history import BUDGET, _sketch
 from gradlens.log.record import BLOCK, PAIRWISE
 from gradlens.statistics import prediction_residual
@@ -59,9 +59,9 @@ def fldetector(window: int = 10, start: int | None = None, seed: int = 0) -> Det
     Source: Zhang, Cao, Jia & Gong 2022, KDD, arXiv:2207.09209, algorithms 1-3; gap statistic: Tibshirani, Walther &
     Hastie 2001; github.com/zaixizhang/FLDetector, train_mnist.py.
     """
-    window = _whole("fldetector", "window", window, 1)
-    start = None if start is None else _whole("fldetector", "start", start, 1)
-    return published(_fldetector, window=window, start=start, seed=_whole("fldetector", "seed", seed, 0))
+    window = whole_number("fldetector: window", window, least=1)
+    start = None if start is None else whole_number("fldetector: start", start, least=1)
+    return published(_fldetector, window=window, start=start, seed=whole_number("fldetector: seed", seed))
 
 
 def flanders(
@@ -96,20 +96,14 @@ def flanders(
     """
     return published(
         _flanders,
-        num_malicious=None if num_malicious is None else _whole("flanders", "num_malicious", num_malicious, 0),
-        window=_whole("flanders", "window", window, 3),
-        sampled=_whole("flanders", "sampled", sampled, 1),
+        num_malicious=None if num_malicious is None else whole_number("flanders: num_malicious", num_malicious),
+        window=whole_number("flanders: window", window, least=3),
+        sampled=whole_number("flanders: sampled", sampled, least=1),
         alpha=_positive("flanders", "alpha", alpha),
         beta=_positive("flanders", "beta", beta),
-        iterations=_whole("flanders", "iterations", iterations, 1),
-        seed=_whole("flanders", "seed", seed, 0),
+        iterations=whole_number("flanders: iterations", iterations, least=1),
+        seed=whole_number("flanders: seed", seed),
     )
-
-
-def _whole(detector: str, setting: str, value: Any, least: int) -> int:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise InputError(f"{detector}: {setting} must be a whole number of at least {least}, found {value!r}")
-    return int(value)
 
 
 def _positive(detector: str, setting: str, value: Any) -> float:

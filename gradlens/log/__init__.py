@@ -2,7 +2,7 @@
 
 from gradlens.log.history import Accumulated, UpdateLog
 from gradlens.log.manifest import Verification, verify
-from gradlens.log.record import CannotSay, InputError, Layer, ModelSpec, Round
+from gradlens.log.record import CannotSay, InputError, Layer, ModelSpec, Round, whole_number
 from gradlens.log.writer import LogWriter
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "UpdateLog",
     "Verification",
     "verify",
+    "whole_number",
 ]

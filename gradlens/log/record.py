@@ -24,6 +24,13 @@ class InputError(ValueError):
     """What a caller got wrong, in one line: what was expected, what was found, where, what to do."""
 
 
+def whole_number(setting: str, value: Any, least: int = 0) -> int:
+    """The value of a setting as an int; raises InputError where it is no whole number, or less than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise InputError(f"{setting} must be a whole number of at least {least}, found {value!r:.80}")
+    return int(value)
+
+
 class CannotSay(Exception):  # noqa: N818 - an answer, not a fault
     """Why there is no answer: the cohort is too small, the model has no such layer, the history too short."""
 

@@ -6,7 +6,7 @@ carry numbers or signs. Names that came from clients are drawn as plain text, ne
 """
 
 from gradlens.plots.axes import CLEAR, PARTLY
-from gradlens.plots.clients import MOST_CLIENTS, clients_by_bias, label_counts, plot_final_bias
+from gradlens.plots.clients import MOST_CLIENTS, clients_by_bias, label_counts, plot_final_bias, plot_weights
 from gradlens.plots.localization import plot_localization, plot_localization_along
 from gradlens.plots.scores import plot_roc, plot_scores, plot_training
 from gradlens.plots.words import conditions, count, percent, phrase, plain, with_interval
@@ -28,5 +28,6 @@ __all__ = [
     "plot_roc",
     "plot_scores",
     "plot_training",
+    "plot_weights",
     "with_interval",
 ]

@@ -127,6 +127,42 @@ def _poisoned(truth: pd.DataFrame | None, index: int) -> set[str]:
     return set(now["client"].astype(str))
 
 
+def plot_weights(verdicts: pd.DataFrame, truth: pd.DataFrame | None = None, *, ax: Axes | None = None) -> Axes:
+    """Heat map client x round of what each update counted where a filter ran, the darker the less.
+
+    verdicts: columns round, client, weight (1: as it came, 0: left out), as of a Run; truth: columns round, client,
+    poisoned. Clients that always counted in full are not drawn; the one that counted least is on top.
+    """
+    ax = plt.gca() if ax is None else ax
+    whole = verdicts.pivot_table(index="client", columns="round", values="weight", aggfunc="min")
+    part = whole[whole.lt(1).any(axis=1)]
+    out, less = int(whole.eq(0).sum().sum()), int((whole.gt(0) & whole.lt(1)).sum().sum())
+    finding = f"{out} of {count(int(whole.notna().sum().sum()), 'update')} left out, {less} counted less"
+    if part.empty:
+        return say_instead(ax, finding, "every update counted in full")
+    shown = part.loc[part.mean(axis=1).sort_values(kind="stable").index[:MOST_CLIENTS]]
+    values = shown.to_numpy(np.float64)
+    partly = np.char.lstrip(np.char.mod("%.1g", np.nan_to_num(values)), "0")
+    said = np.where(values == 0, "\N{MULTIPLICATION SIGN}", np.where((values > 0) & (values < 1), partly, ""))
+    sns.heatmap(
+        values, mask=np.isnan(values), annot=said, fmt="", cmap="Greys_r", vmin=-0.6, vmax=1, linewidths=0.4,
+        linecolor="0.8", ax=ax, xticklabels=False, yticklabels=False, annot_kws={"fontsize": "x-small"}, cbar=False,
+    )  # fmt: skip
+    inside(ax)
+    ax.patch.set(facecolor="0.92", hatch="///", edgecolor="0.6")
+    poisoners = set() if truth is None else set(truth.loc[truth["poisoned"].astype(bool), "client"].astype(str))
+    names = [
+        f"malicious \N{BLACK RIGHT-POINTING POINTER} {plain(c)}" if str(c) in poisoners else plain(c)
+        for c in shown.index
+    ]
+    ax.set_yticks(np.arange(len(names)) + 0.5, names, rotation=0, fontsize="small", parse_math=False)
+    step = max(1, len(shown.columns) // 20)
+    ax.set_xticks(np.arange(len(shown.columns))[::step] + 0.5, [str(each) for each in shown.columns[::step]])
+    several = f" ({len(shown)} of {len(part)} shown)" if len(shown) < len(part) else ""
+    ax.set(xlabel="round", ylabel=f"client{several}")
+    return titled(ax, finding)
+
+
 def label_counts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Heat map client x label of how many samples of each label each client holds, the darker the more.
 

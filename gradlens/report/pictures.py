@@ -22,6 +22,7 @@ from gradlens.plots import (
     plot_roc,
     plot_scores,
     plot_training,
+    plot_weights,
 )
 from gradlens.report.page import Block, figure
 from gradlens.run import Run
@@ -111,6 +112,23 @@ def localization_picture(places: pd.DataFrame, name: str, caption: str) -> Block
             plot_localization(table, statistic=name, ax=ax)
 
     return figure(draw, (min(14.0, width), height), caption)
+
+
+def weights_picture(own: pd.DataFrame, free: pd.DataFrame | None, truth: pd.DataFrame | None, alone: str) -> Block:
+    """What each update counted where a filter ran, of a run and of its control: tables of `Run.verdicts`."""
+    tables = [own] if free is None else [own, free]
+    clients = max(table.loc[table["weight"].lt(1), "client"].nunique() for table in tables)
+
+    def draw(canvas: Figure) -> None:
+        for (ax, control), table in zip(_panels(canvas, free is not None), tables, strict=True):
+            plot_weights(table, None if control else truth, ax=ax)
+            call(ax, NAMES[control] if free is not None else "This run")
+
+    caption = (
+        "What each update counted, of the clients that did not always count in full: \N{MULTIPLICATION SIGN} left out, "
+        "a number counted less, white in full, hatched took no part."
+    )
+    return _pair(draw, 1.8 + 0.2 * min(MOST_CLIENTS, clients), caption, free is not None, alone)
 
 
 def call(ax: Axes, name: str) -> None:

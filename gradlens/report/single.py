@@ -13,6 +13,7 @@ from gradlens.localize import localize
 from gradlens.log import InputError
 from gradlens.plots import CLEAR, PARTLY, count, percent
 from gradlens.report.analysis import final, outcome, thresholds_of
+from gradlens.report.live import live, live_section
 from gradlens.report.page import Block, Section, finding, listed, number, rows_of, section, table, text
 from gradlens.report.pictures import (
     ALONE,
@@ -129,7 +130,7 @@ def _labelled(raw: pd.DataFrame, free: pd.DataFrame | None, truth: pd.DataFrame)
 
 def run_findings(e: Examination) -> list[Block]:
     """All findings on a run."""
-    found = [flagged(e), unusable(e), how_sure(e), attack(e), separated(e), located(e), live(e), state(e)]
+    found = [flagged(e), unusable(e), how_sure(e), attack(e), separated(e), located(e), live(e.run), state(e)]
     return [each for each in found if each]
 
 
@@ -263,19 +264,6 @@ def located(e: Examination) -> Block | None:
     return finding("Where", f"{verdict} {best.layer} by {best.statistic}: AUC {shown(best)}{beside}, {surely(best.p)}.")
 
 
-def live(e: Examination) -> Block | None:
-    """What the filter of the run itself decided."""
-    verdicts = e.run.verdicts
-    if verdicts.empty:
-        return None
-    out = verdicts[~verdicts["kept"].astype(bool)]
-    sentence = f"A live filter kept out {len(out)} of {count(len(verdicts), 'update')}"
-    if e.truth is not None:
-        joined = out.merge(e.truth, on=["round", "client"])
-        sentence += f", {int(joined['poisoned'].astype(bool).sum())} of them poisoned"
-    return finding("Filter", f"{sentence}; {count(out['client'].nunique(), 'client')} affected.")
-
-
 def state(e: Examination) -> Block | None:
     """Whether the recording is complete."""
     if e.run.is_closed:
@@ -294,8 +282,9 @@ def run_sections(e: Examination) -> list[Section]:
         section("bias", "3 Final bias per client and class", bias_section(e)),
         section("where", "4 Where is the anomaly?", where_section(e)),
         section("refused", "5 What could not be scored", refused_section(e)),
-        section("training", "6 Training", training_section(e)),
-        section("provenance", "7 Provenance", provenance_section(e)),
+        section("live", "6 What a live filter did", live_section(e.run, e.control, alone(e))),
+        section("training", "7 Training", training_section(e)),
+        section("provenance", "8 Provenance", provenance_section(e)),
     ]
 
 
@@ -441,7 +430,7 @@ def incomparable(run: Run) -> list[dict[str, str]]:
 
 
 def training_section(e: Examination) -> list[Block]:
-    """Section 6."""
+    """Section 7."""
     metrics = e.run.metrics.reindex(columns=["round", "main_accuracy", "asr"]).astype(float)
     if metrics[["main_accuracy", "asr"]].isna().all(axis=None):
         return [text("Neither main accuracy nor ASR was recorded with this run.")]
@@ -454,7 +443,7 @@ def training_section(e: Examination) -> list[Block]:
 
 
 def provenance_section(e: Examination) -> list[Block]:
-    """Section 7."""
+    """Section 8."""
     runs = [e.run, *([e.control] if e.control is not None else [])]
     conditions = {e.run.name: "this run"}
     blocks = [commands(e.run.path, [e.run]), settings_table(runs), software_table(runs)]

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from gradlens.log import CannotSay, InputError, Round, UpdateLog
+from gradlens.log import CannotSay, Round, UpdateLog
 
 Statistic = Callable[[UpdateLog], pd.DataFrame]  # index client, columns features; raises CannotSay
 
@@ -46,9 +46,3 @@ def deviations(round_: Round, layer: str) -> np.ndarray:
     """Updates minus the cohort's coordinate-wise median, float64 [client, number]."""
     with np.errstate(all="ignore"):  # in the rows that become NaN
         return round_.flat(layer).astype(np.float64) - round_.median[layer].reshape(-1)
-
-
-def check_count(name: str, setting: str, value: Any) -> None:
-    """Raises InputError unless a statistic's setting is a whole number of at least 1."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name}: {setting} must be a whole number of at least 1, found {value!r}")

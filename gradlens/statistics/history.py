@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradlens.log import Accumulated, CannotSay, Round, UpdateLog, kernels
+from gradlens.log import Accumulated, CannotSay, Round, UpdateLog, kernels, whole_number
 from gradlens.log.history import BUDGET, _clipped, _clipped_residuals, _residuals, _sketch
 from gradlens.log.record import BLOCK, PAIRWISE
-from gradlens.statistics.cohort import ROUNDING, check_count, cohort, table
+from gradlens.statistics.cohort import ROUNDING, cohort, table
 
 LABELS = 64  # of as many the drift is regressed on: of a vocabulary it would take more memory than the clients
 
@@ -58,7 +58,7 @@ def accumulated_neighbours(log: UpdateLog, neighbours: int = 3) -> pd.DataFrame:
     Returns: float64 [client, layer], from -1 to 1; 0 where an update is.
     Raises: CannotSay as `accumulated_spectral`; InputError unless `neighbours` is at least 1.
     """
-    check_count("accumulated_neighbours", "neighbours", neighbours)
+    whole_number("accumulated_neighbours: neighbours", neighbours, least=1)
 
     def measure(gram: np.ndarray, reference: np.ndarray) -> np.ndarray:
         return _nearest_cosines(gram, reference, neighbours)
@@ -106,7 +106,7 @@ def accomplices(log: UpdateLog, neighbours: int = 3) -> pd.DataFrame:
     Raises: CannotSay as `accumulated_spectral`, if the model has no final bias, or one of more than 64 labels;
     InputError unless `neighbours` is at least 1.
     """
-    check_count("accomplices", "neighbours", neighbours)
+    whole_number("accomplices: neighbours", neighbours, least=1)
     bias = log.model.final_bias
     if bias is None:
         raise CannotSay("the model has no final bias, which tells the label drift")

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import pandas as pd
 
-from gradlens.log import CannotSay, InputError, Round, UpdateLog
-from gradlens.statistics.cohort import check_count, cohort, table
+from gradlens.log import CannotSay, InputError, Round, UpdateLog, whole_number
+from gradlens.statistics.cohort import cohort, table
 
 ROUNDING = 1e-12  # of squared norms; below it, a difference of equal numbers
 EQUAL = 1e-6  # relative gap below which two eigenvalues count as equal: between them no direction is certain
@@ -131,7 +131,7 @@ def neighbour_distances(log: UpdateLog, neighbours: int | None = None) -> pd.Dat
     Raises: CannotSay below 3 comparable clients, or above 5,000; InputError unless `neighbours` is at least 1.
     """
     if neighbours is not None:
-        check_count("neighbour_distances", "neighbours", neighbours)
+        whole_number("neighbour_distances: neighbours", neighbours, least=1)
     return _by_gram(log, lambda gram: _nearest_distances(gram, neighbours))
 
 
@@ -146,7 +146,7 @@ def neighbour_cosines(log: UpdateLog, neighbours: int = 3) -> pd.DataFrame:
     Raises: CannotSay below 3 comparable clients, or above 5,000; InputError unless `neighbours` is at least 1.
     Source: of the kind of FoolsGold (Fung, Yoon & Beschastnikh 2020, RAID), which takes the one nearest, uncentred.
     """
-    check_count("neighbour_cosines", "neighbours", neighbours)
+    whole_number("neighbour_cosines: neighbours", neighbours, least=1)
     dots = log.remembered(_median_dots)
 
     def of_layer(round_: Round, name: str) -> np.ndarray:

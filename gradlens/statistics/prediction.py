@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from gradlens.log import CannotSay, Round, UpdateLog
+from gradlens.log import CannotSay, Round, UpdateLog, whole_number
 from gradlens.log.history import BUDGET, _sketch
 from gradlens.log.record import BLOCK
-from gradlens.statistics.cohort import ROUNDING, check_count, cohort, table
+from gradlens.statistics.cohort import ROUNDING, cohort, table
 
 
 def prediction_residual(log: UpdateLog, window: int = 10) -> pd.DataFrame:
@@ -31,7 +31,7 @@ def prediction_residual(log: UpdateLog, window: int = 10) -> pd.DataFrame:
     is at least 1.
     Source: Zhang, Cao, Jia & Gong 2022, KDD, arXiv:2207.09209; the median is the official code's default aggregation.
     """
-    check_count("prediction_residual", "window", window)
+    whole_number("prediction_residual: window", window, least=1)
     round_ = cohort(log)
     shares = log.folded(_Predicting(int(window))).shares
     found = [[of[client] for of in shares if client in of] for client in round_.clients.tolist()]
