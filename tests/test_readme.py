@@ -11,7 +11,7 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 
 
-PANEL, SERVER = 2, 3  # which of its examples those are
+PANEL, SERVER, AFTER = 2, 3, 4  # which of its examples those are
 
 
 def blocks(language: str) -> list[str]:
@@ -109,6 +109,35 @@ def test_the_server_of_the_readme_records_what_clients_send(tmp_path, monkeypatc
     assert found.verify().intact
     assert len(found.verdicts) == 5 * 8
     assert not torch.equal(names["model"].state_dict()["weight"], before["weight"])
+
+
+def test_the_filter_of_the_readme_is_calibrated_on_its_first_rounds():
+    from simulations import Scenario
+
+    found = Scenario(rounds=20, **tomllib.loads(blocks("toml")[1]))
+    assert found.label("filter") == "out_for=5, clean_rounds=10, fpr=0.02"
+
+
+def test_after_training_channels_are_pruned_and_weights_adjusted():
+    import torch
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 6, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(96, 3))
+    images = torch.randn(40, 1, 6, 6)
+    with torch.no_grad():
+        labels = model(images).argmax(axis=1)
+
+    def accuracy(found):
+        with torch.no_grad():
+            return float((found(images).argmax(axis=1) == labels).float().mean())
+
+    names = {"model": model, "accuracy": accuracy, "images_of_the_server": images}
+    names["clients"] = {f"client-{i}": images[i::4] for i in range(4)}
+    exec(compile(blocks("python")[AFTER], "README.md", "exec"), names)
+    table = names["done"].table
+    assert table["step"].tolist() == ["none", "pruning", "adjustment"]
+    assert (table["validation_accuracy"].iloc[1:] >= 1 - 2 * 0.02).all()
+    assert table["main_accuracy"].iloc[0] == 1
 
 
 def test_the_rules_that_it_lists_are_those_that_there_are():
