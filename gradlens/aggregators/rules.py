@@ -167,7 +167,7 @@ class Mean:
 
     def shares(self, round_: Round, rows: np.ndarray) -> np.ndarray:
         """What each of these clients counts, float64 [client]."""
-        return _capped(round_.num_examples[rows], self.cap) if self.weighted else np.ones(len(rows))
+        return capped(round_.num_examples[rows], self.cap) if self.weighted else np.ones(len(rows))
 
     def __repr__(self) -> str:
         return f"mean(weighted={self.weighted}, cap={self.cap:g})"
@@ -312,7 +312,7 @@ def rows_of(round_: Round) -> np.ndarray:
     return order[round_.finite[order]]
 
 
-def _capped(num_examples: np.ndarray, cap: float) -> np.ndarray:
+def capped(num_examples: np.ndarray, cap: float) -> np.ndarray:
     """Weights [client] of the claimed numbers of examples; all alike where nobody claims any."""
     claims = np.maximum(num_examples, 0).astype(np.float64)
     weights = np.minimum(claims, cap * np.median(claims)) if len(claims) else claims

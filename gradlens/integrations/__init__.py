@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from gradlens.aggregators.rules import capped
 from gradlens.log.received import Unfit, printable, shown
 from gradlens.server import Recorder
 
-__all__ = ["Answer", "Clients", "kept", "numbers", "read_safely"]
+__all__ = ["Answer", "Clients", "Kept", "kept", "numbers", "read_safely"]
+
+CAP = 10.0  # times the median claim of examples that one client counts at most
 
 State = Mapping[str, np.ndarray]  # layer -> array
 
@@ -31,20 +34,41 @@ class Answer:
     num_examples: Any = None
 
 
-def kept(recorder: Recorder, global_model: State, answers: Sequence[Answer]) -> list[tuple[Any, dict[str, np.ndarray]]]:
-    """The messages of the clients that are kept, each with what to put in place of its arrays, {} = they stay.
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """An answer that goes on: the framework's message, and what to put in place of what it holds.
+
+    state: layer -> array, {} = its arrays stay; num_examples: None = its claim stays.
+    """
+
+    message: Any
+    state: dict[str, np.ndarray]
+    num_examples: int | None = None
+
+
+def kept(recorder: Recorder, global_model: State, answers: Sequence[Answer]) -> list[Kept]:
+    """The answers of the clients that are kept, and what a filter makes of them.
 
     All answers are recorded and judged. A client of weight 0 is left out; one of another weight w but 1 is replaced
-    by the global model + w x its update (w x its update, where clients send updates), its buffers as they are;
-    where a filter weighs down, the weights are scaled to mean 1 over who counts, as it does itself. A client that
-    sent the same several times counts once.
+    by the global model + w x its update (w x its update, where clients send updates), its buffers as they are. A filter
+    that acts cuts claims of examples to ten times their median, as `mean(weighted=True)` does: else one client's word
+    is the whole mean. Where it weighs down, the weights are scaled to mean 1 by those claims. A client that sent the
+    same several times counts once.
     """
     sent: list[tuple[str, Any]] = [(answer.client, answer.state) for answer in answers]
     decision = recorder.log_round(global_model, sent, {answer.client: answer.num_examples for answer in answers})
-    counted = decision.weights
-    if recorder.filter and recorder.filter.action == "down_weight" and counted.any():  # a mean becomes the weighted one
-        counted = counted * (np.count_nonzero(counted) / counted.sum())
-    weights = dict(zip(decision.clients.tolist(), counted.tolist(), strict=True))
+    weights = {c: w for c, w in zip(decision.clients.tolist(), decision.weights.tolist(), strict=True) if w > 0}
+    cut: dict[str, int] = {}
+    if recorder.filter and recorder.filter.action != "record":
+        said = zip(recorder.log[-1].clients.tolist(), recorder.log[-1].num_examples.tolist(), strict=True)
+        claims = {client: claim for client, claim in said if client in weights}
+        most = capped(np.array(list(claims.values())), CAP)  # 1 each where the median is 0
+        cut = {
+            client: int(limit) for (client, claim), limit in zip(claims.items(), most, strict=True) if limit != claim
+        }
+        if recorder.filter.action == "down_weight" and claims:  # a mean becomes the weighted one
+            share = float(most @ [weights[client] for client in claims] / most.sum())
+            weights = {client: weight / share for client, weight in weights.items()}
     first: dict[str, Answer] = {}
     for answer in answers:
         first.setdefault(printable(answer.client), answer)
@@ -57,8 +81,11 @@ def kept(recorder: Recorder, global_model: State, answers: Sequence[Answer]) -> 
             moved[name] = np.asarray(start + weight * (moved[name] - start), moved[name].dtype)
         return moved
 
-    chosen = [(answer, weights[client]) for client, answer in first.items() if weights[client] > 0]
-    return [(each.message, {} if weight == 1 else scaled(each.state, weight)) for each, weight in chosen]  # type: ignore[arg-type]
+    chosen = [(client, answer, weights[client]) for client, answer in first.items() if client in weights]
+    return [
+        Kept(each.message, {} if weight == 1 else scaled(each.state, weight), cut.get(client))  # type: ignore[arg-type]
+        for client, each, weight in chosen
+    ]
 
 
 class Clients:

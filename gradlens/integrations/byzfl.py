@@ -40,7 +40,8 @@ class PreAggregator:
         state = self.global_model() if callable(self.global_model) else self.global_model
         start = {name: as_array(value)[0] for name, value in state.items()}
         answers = [Answer(vector, str(place), _read(vector, start), 1) for place, vector in enumerate(vectors)]
-        rows = [_flat(state, vector) if state else vector for vector, state in kept(self.recorder, start, answers)]
+        found = kept(self.recorder, start, answers)
+        rows = [_flat(each.state, each.message) if each.state else each.message for each in found]
         if not rows:
             still = start if self.recorder.sent == "models" else {name: 0 * array for name, array in start.items()}
             rows = [_flat(still, vectors[0])]

@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from gradlens.integrations import Answer, Clients, State, kept, numbers, read_safely
+from gradlens.integrations import Answer, Clients, Kept, State, kept, numbers, read_safely
 from gradlens.log.received import Unfit, shown
 from gradlens.server import Recorder
 
@@ -53,7 +53,7 @@ class GradlensStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Records and judges the round; the inner strategy aggregates who is kept."""
         answers = _of_one_form([self._answer(reply) for reply in replies])
-        found = [_with_arrays(*each) for each in kept(self.recorder, _arrays(self._sent), answers)]
+        found = [self._changed(each) for each in kept(self.recorder, _arrays(self._sent), answers)]
         failed = [answer.message for answer in answers if answer.message.has_error()]  # for the inner strategy's log
         arrays, metrics = self.inner.aggregate_train(server_round, found + failed) if found else (None, None)
         arrays = arrays or self._sent  # a training without any arrays would end with an empty record
@@ -86,6 +86,21 @@ class GradlensStrategy(Strategy):
         said = metrics[0] if metrics else {}
         return Answer(reply, self._clients.name(node, said), state, said.get(self.weighted_by_key))
 
+    def _changed(self, answer: Kept) -> Message:
+        """The reply with what is put in place of its arrays and of its claim of examples."""
+        if not answer.state and answer.num_examples is None:
+            return answer.message
+        changed = copy(answer.message)
+        content = RecordDict(dict(changed.content))
+        if answer.state:
+            record = ArrayRecord({layer: Array(array) for layer, array in answer.state.items()})
+            content[next(iter(content.array_records))] = record
+        if answer.num_examples is not None:
+            name, said = next(iter(content.metric_records.items()))
+            content[name] = MetricRecord({**said, self.weighted_by_key: answer.num_examples})
+        changed.content = content
+        return changed
+
 
 def _of_one_form(answers: list[Answer]) -> list[Answer]:
     """Who names records and metrics otherwise than most is refused: Flower's strategies raise on a mixture."""
@@ -106,13 +121,3 @@ def _form(reply: Message) -> tuple:
 
 def _arrays(record: ArrayRecord) -> State:
     return {name: array.numpy() for name, array in record.items()}
-
-
-def _with_arrays(reply: Message, state: State) -> Message:
-    """The reply with these arrays in place of its own; without any it stays as it is."""
-    if not state:
-        return reply
-    changed, name = copy(reply), next(iter(reply.content.array_records))
-    record = ArrayRecord({layer: Array(array) for layer, array in state.items()})
-    changed.content = RecordDict({**reply.content, name: record})
-    return changed

@@ -14,7 +14,7 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy
 
-from gradlens.integrations import Answer, Clients, State, kept, numbers, read_safely
+from gradlens.integrations import Answer, Clients, Kept, State, kept, numbers, read_safely
 from gradlens.log import InputError
 from gradlens.log.received import Unfit, shown
 from gradlens.server import Recorder
@@ -53,10 +53,7 @@ class ClassicStrategy(Strategy):
         """Records and judges the round; the inner strategy aggregates who is kept. An exception names no client."""
         failed = [self._answer(*each, failed=True) for each in failures if isinstance(each, tuple)]
         answers = [self._answer(*each) for each in results] + failed
-        found = [
-            (client, replace(result, parameters=ndarrays_to_parameters(list(state.values()))) if state else result)
-            for (client, result), state in kept(self.recorder, self._layers(self._sent), answers)
-        ]
+        found = [_changed(each) for each in kept(self.recorder, self._layers(self._sent), answers)]
         parameters, metrics = self.inner.aggregate_fit(server_round, found, failures) if found else (None, {})
         self.recorder.commit(self._layers(parameters or self._sent), self._clients.without_claims(numbers(metrics)))
         return parameters, metrics
@@ -83,3 +80,11 @@ class ClassicStrategy(Strategy):
             Unfit(f"failed: {shown(result.status)}") if failed else read_safely(lambda: self._layers(result.parameters))
         )
         return Answer((client, result), self._clients.name(client.cid, result.metrics), state, result.num_examples)
+
+
+def _changed(answer: Kept) -> tuple[ClientProxy, FitRes]:
+    """The result with what is put in place of its arrays and of its claim of examples."""
+    client, result = answer.message
+    if answer.state:
+        result = replace(result, parameters=ndarrays_to_parameters(list(answer.state.values())))
+    return client, result if answer.num_examples is None else replace(result, num_examples=answer.num_examples)

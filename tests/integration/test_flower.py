@@ -304,6 +304,40 @@ def test_flowers_mean_of_what_a_filter_lets_through_is_the_filters_own(name, set
             np.testing.assert_allclose(found[layer], expected, atol=1e-6)
 
 
+CLAIMS = 100, 30, 250, 40, 60, 10**9
+
+
+def claiming(*claims):
+    said = [{"partition_id": place, "num_examples": claim} for place, claim in enumerate(claims)]
+    return [reply(100 + place, content(local(place), **each)) for place, each in enumerate(said)]
+
+
+@pytest.mark.parametrize("action", ["drop", "down_weight", "clip"])
+def test_a_claim_of_many_examples_is_not_the_whole_mean(action):
+    """Flower weighs by claims; a filter cuts them to ten times their median, and weighs down by them."""
+    rule = filtered(mean(weighted=True), DETECTORS["layer_norms"](threshold=1.0), action=action)
+    recorder = Recorder(filter=rule)
+    found = aggregated(GradlensStrategy(inner(), recorder), claiming(*CLAIMS))
+    assert recorder.log[0].num_examples.tolist() == list(CLAIMS)  # as they were claimed
+    weights = rule.decision(recorder.log).weights
+    assert (0 if action == "drop" else 0.01) <= weights.min() < 1
+    for layer in planted.LAYERS:
+        np.testing.assert_allclose(found[layer], START[layer] + rule(recorder.log)[layer], atol=1e-6)
+
+
+def test_where_most_claim_no_examples_all_count_alike():
+    found = aggregated(GradlensStrategy(inner(), Recorder(detector="fltrust")), claiming(0, 0, 0, 0, 10**9))
+    for layer in planted.LAYERS:
+        np.testing.assert_allclose(found[layer], START[layer] + LOG[0].updates[layer][:5].mean(axis=0), atol=1e-6)
+
+
+def test_who_only_records_changes_no_claim():
+    found = aggregated(GradlensStrategy(inner(), Recorder()), claiming(*CLAIMS))
+    for layer in planted.LAYERS:
+        expected = START[layer] + np.average(LOG[0].updates[layer][: len(CLAIMS)], weights=CLAIMS, axis=0)
+        np.testing.assert_allclose(found[layer], expected, atol=1e-6)
+
+
 def test_a_filter_that_is_told_to_stop_stops_the_server_and_keeps_the_evidence(tmp_path):
     rule = filtered(mean(), DETECTORS["krum"](), when_abstained="stop")
     with pytest.raises(FilterStopped), Recorder(tmp_path / "run", filter=rule) as recorder:

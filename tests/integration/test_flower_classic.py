@@ -68,6 +68,16 @@ def test_every_detector_filters_by_its_name(name):
         np.testing.assert_allclose(found[layer], START[layer] + expected[layer], atol=1e-6)
 
 
+def test_a_claim_of_many_examples_is_not_the_whole_mean():
+    claims = 100, 30, 250, 40, 60, 10**9
+    recorder = Recorder(filter=filtered(mean(weighted=True), DETECTORS["layer_norms"](), action="down_weight"))
+    results = [result(place, examples=claim) for place, claim in enumerate(claims)]
+    found, _ = aggregated(ClassicStrategy(inner(), recorder, NAMES), results)
+    expected = recorder.filter(recorder.log)
+    for layer in planted.LAYERS:
+        np.testing.assert_allclose(found[layer], START[layer] + expected[layer], atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["FedAvg", "FedMedian", "FedTrimmedAvg", "FedAdam", "Krum", "FedAvgM"])
 def test_around_any_strategy_that_leaves_nobody_out_nothing_changes(name):
     settings = {} if name == "FedAvg" else {"Krum": {"num_malicious_clients": 2}}.get(name, {})
