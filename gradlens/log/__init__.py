@@ -1,5 +1,6 @@
 """The record: what the server saw, how it is written to a disk and read back."""
 
+from gradlens.log.evidence import Evidence
 from gradlens.log.history import Accumulated, UpdateLog
 from gradlens.log.manifest import Verification, verify
 from gradlens.log.record import CannotSay, InputError, Layer, ModelSpec, Round
@@ -8,6 +9,7 @@ from gradlens.log.writer import LogWriter
 __all__ = [
     "Accumulated",
     "CannotSay",
+    "Evidence",
     "InputError",
     "Layer",
     "LogWriter",
