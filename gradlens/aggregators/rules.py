@@ -317,11 +317,6 @@ def _capped(num_examples: np.ndarray, cap: float) -> np.ndarray:
     return weights if weights.any() else np.ones(len(claims))
 
 
-def lengths(round_: Round) -> np.ndarray:
-    """L2 norms of the whole updates, float64 [client]; each rests on its client alone."""
-    return np.sqrt(np.sum([np.square(round_.norms[name]) for name in round_.parameters], axis=0))
-
-
 def scaled(log: UpdateLog, rows: np.ndarray, factors: np.ndarray) -> UpdateLog:
     """The log whose last round has these clients alone, each times its factor [client]; who is left at 0 goes, too."""
     rows, factors = rows[factors > 0], factors[factors > 0]

@@ -1,10 +1,10 @@
-"""What the server saw in one round: `Layer`, `ModelSpec`, `Round`."""
+"""What the server saw in one round: `Round`."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from scipy import sparse
@@ -12,153 +12,12 @@ from scipy import sparse
 from gradlens.log import kernels
 from gradlens.log.kernels import BLOCK, Columns
 from gradlens.log.layers import Combination, LazyLayers, shares_of
+from gradlens.log.model import CannotSay, InputError, Layer, ModelSpec, first_duplicate
 
 GROSS = 1_000.0  # a client whose update is this many times the cohort's median norm is no reference for anybody
 PAIRWISE = 5_000  # clients up to which inner products of all pairs are formed
 ORDERED = 256_000_000  # bytes of a round's numbers that are held in ascending order; above it each use sorts anew
 TWINS = 1e-9  # share of their squares by which the inner products of equal updates may differ
-DTYPES = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8")
-
-
-class InputError(ValueError):
-    """What a caller got wrong, in one line: what was expected, what was found, where, what to do."""
-
-
-class CannotSay(Exception):  # noqa: N818 - an answer, not a fault
-    """Why there is no answer: the cohort is too small, the model has no such layer, the history too short."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One named tensor of the model; a buffer (batch-norm statistics, counters) is recorded and never scored.
-
-    shape: of what is recorded; sketch_of: the shape that was sent, where only a sketch of it was recorded.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-    kind: Literal["parameter", "buffer"] = "parameter"
-    sketch_of: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("parameter", "buffer"):
-            raise InputError(f"layer {self.name!r}: kind is 'parameter' or 'buffer', found {self.kind!r}")
-        if any(not isinstance(n, int) or n < 1 for n in self.shape):
-            raise InputError(f"layer {self.name!r}: every dimension must be at least 1, found {self.shape}")
-        if self.kind == "parameter" and self.dtype != "float32":
-            raise InputError(f"layer {self.name!r}: parameters are recorded as float32, found {self.dtype}")
-        if self.dtype not in DTYPES:
-            raise InputError(f"layer {self.name!r}: dtype must be one of {', '.join(DTYPES)}, found {self.dtype}")
-
-    @cached_property
-    def size(self) -> int:
-        """How many numbers of the layer are recorded."""
-        return math.prod(self.shape)
-
-    @cached_property
-    def sent_size(self) -> int:
-        """How many numbers of the layer were sent."""
-        return math.prod(self.shape if self.sketch_of is None else self.sketch_of)
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Names, shapes and kinds of a model's layers, in the model's order, and which of them are the final ones."""
-
-    layers: tuple[Layer, ...]
-    final_weight: str | None = None
-    final_bias: str | None = None
-
-    def __post_init__(self) -> None:
-        names = [layer.name for layer in self.layers]
-        if len(set(names)) < len(names):
-            raise InputError(f"a model names each layer once, found {_first_duplicate(names)!r} twice")
-        if not self.parameters:
-            raise InputError("a model needs at least one parameter layer, found none")
-        for name in (self.final_weight, self.final_bias):
-            if name is not None and name not in self.parameters:
-                raise InputError(f"the final layer {name!r} is not a parameter layer of the model {names}")
-
-    @classmethod
-    def of(
-        cls,
-        state: Mapping[str, np.ndarray],
-        *,
-        buffers: Collection[str] = (),
-        final_weight: str | None = None,
-        final_bias: str | None = None,
-    ) -> Self:
-        """The specification of a model's state; finds the final layer by itself unless it is named.
-
-        The final weight is the last parameter of two or more dimensions, the final bias the parameter
-        right after it with one number per row of that weight; a model without one has `final_bias` None.
-        """
-        arrays = {name: np.asarray(array) for name, array in state.items()}
-        layers = tuple(
-            Layer(name, a.shape, str(a.dtype) if name in buffers else "float32", _kind(name, buffers))
-            for name, a in arrays.items()
-        )
-        parameters = [layer for layer in layers if layer.kind == "parameter"]
-        if final_weight is None:
-            final_weight = next((p.name for p in reversed(parameters) if len(p.shape) >= 2), None)
-        if final_bias is None and final_weight is not None:
-            final_bias = _bias_of(final_weight, parameters)
-        return cls(layers, final_weight, final_bias)
-
-    @cached_property
-    def _by_name(self) -> dict[str, Layer]:
-        return {layer.name: layer for layer in self.layers}
-
-    def __getitem__(self, name: str) -> Layer:
-        return self._by_name[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._by_name)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    @cached_property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the layers that are scored."""
-        return tuple(layer.name for layer in self.layers if layer.kind == "parameter")
-
-    @cached_property
-    def buffers(self) -> tuple[str, ...]:
-        """Names of the layers that are recorded and aggregated, never scored."""
-        return tuple(layer.name for layer in self.layers if layer.kind == "buffer")
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers are trained."""
-        return sum(self[name].size for name in self.parameters)
-
-    def only(self, names: Collection[str]) -> Self:
-        """The specification of these layers alone; raises InputError where there is no such layer."""
-        if unknown := [name for name in names if name not in self._by_name]:
-            raise InputError(f"the model has no layer {unknown[0]!r}, only {list(self)}")
-        final = (name if name in names else None for name in (self.final_weight, self.final_bias))
-        return type(self)(tuple(layer for layer in self.layers if layer.name in names), *final)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as `run.json` holds them; of the layers as they were sent."""
-        layers = [
-            {"name": each.name, "shape": list(each.sketch_of or each.shape), "dtype": each.dtype, "kind": each.kind}
-            for each in self.layers
-        ]
-        return {"layers": layers, "final_weight": self.final_weight, "final_bias": self.final_bias}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`; raises InputError where the values are not of that form."""
-        try:
-            layers = tuple(Layer(str(v["name"]), tuple(v["shape"]), v["dtype"], v["kind"]) for v in values["layers"])
-            return cls(layers, values["final_weight"], values["final_bias"])
-        except InputError:
-            raise
-        except (KeyError, TypeError) as error:
-            raise InputError(f"the model in run.json is not readable: {error!r}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +51,7 @@ class Round:
         if len(num_examples) != len(clients):
             raise InputError(f"{where}: {len(clients)} clients but {len(num_examples)} num_examples")
         if len(np.unique(clients)) < len(clients):
-            raise InputError(f"{where}: client {_first_duplicate(clients.tolist())!r} appears twice")
+            raise InputError(f"{where}: client {first_duplicate(clients.tolist())!r} appears twice")
         if both := sorted(set(clients.tolist()) & set(self.refused)):
             raise InputError(f"{where}: client {both[0]!r} is both recorded and refused")
         if difference := sorted(set(self.updates) ^ set(self.global_model)):
@@ -267,6 +126,10 @@ class Round:
         self._own_numbers(layer)
         return _as_matrix(self.updates[layer])
 
+    def linear_flat(self, layer: str) -> np.ndarray:
+        """As `flat`, for what is linear in the updates or rests on inner products: of a sketch its numbers."""
+        return _as_matrix(self.updates[layer])
+
     def columns(self, layer: str) -> Columns:
         """The function (start, stop) -> these numbers of the layer, [client, number], without copying the layer.
 
@@ -283,7 +146,7 @@ class Round:
             )
 
     def linear(self, layer: str) -> Columns:
-        """As `columns`, for what is linear in the updates or rests on inner products: of a sketch its numbers."""
+        """As `columns`, for what is linear in the updates or rests on inner products (`linear_flat`)."""
         updates = self.updates
         if isinstance(updates, LazyLayers) and updates.combination is not None:
             return updates.combination.columns(layer, layer in self.buffers)
@@ -298,7 +161,7 @@ class Round:
         return self._slices(self.columns(layer), self._size(layer), size)
 
     def linear_blocks(self, layer: str, size: int = BLOCK) -> Iterator[np.ndarray]:
-        """As `blocks`, for what is linear in the updates or rests on inner products (`linear`)."""
+        """As `blocks`, for what is linear in the updates or rests on inner products (`linear_flat`)."""
         return self._slices(self.linear(layer), self._size(layer), size)
 
     @staticmethod
@@ -550,32 +413,16 @@ def _as_matrix(array: np.ndarray) -> np.ndarray:
     return array.reshape(len(array), math.prod(array.shape[1:]))
 
 
-def _kind(name: str, buffers: Collection[str]) -> Literal["parameter", "buffer"]:
-    return "buffer" if name in buffers else "parameter"
-
-
-def _bias_of(weight: str, parameters: Sequence[Layer]) -> str | None:
-    position = [p.name for p in parameters].index(weight)
-    after = parameters[position + 1 : position + 2]
-    return next((p.name for p in after if p.shape == parameters[position].shape[:1]), None)
-
-
-def _first_duplicate(names: Sequence[str]) -> str:
-    return next(name for i, name in enumerate(names) if name in names[:i])
-
-
 def _refusal(model: ModelSpec, client: str, sent: Mapping[str, np.ndarray] | None, num_examples: Any) -> str:
     """Why what a client sent cannot be a row of the round, '' if it can."""
     if "\0" in client or not client.isprintable():
         return "the client's name holds characters that cannot be printed"
     if not isinstance(sent, Mapping) or not sent:
         return "sent nothing"
-    if missing := [name for name in model if name not in sent]:
-        return f"layer {missing[0]!r} is missing"
-    if unknown := [name for name in sent if name not in set(model)]:
-        return f"layer {unknown[0]!r:.80} is not in the model"
+    if reason := names_refusal(model, sent):
+        return reason
     for layer in model.layers:
-        if reason := _layer_refusal(layer, sent[layer.name]):
+        if reason := layer_refusal(layer, sent[layer.name]):
             return reason
     try:
         count = int(num_examples)
@@ -584,7 +431,19 @@ def _refusal(model: ModelSpec, client: str, sent: Mapping[str, np.ndarray] | Non
     return "" if 0 <= count < 2**63 else f"num_examples must be a count, found {count!r:.80}"
 
 
-def _layer_refusal(layer: Layer, sent: Any) -> str:
+def names_refusal(model: ModelSpec, sent: Collection[str]) -> str:
+    """Why layers of these names are not those of the model, '' if they are."""
+    if not sent:
+        return "sent nothing"
+    if missing := [name for name in model if name not in sent]:
+        return f"layer {missing[0]!r} is missing"
+    if unknown := [name for name in sent if name not in set(model)]:
+        return f"layer {unknown[0]!r:.80} is not in the model"
+    return ""
+
+
+def layer_refusal(layer: Layer, sent: Any) -> str:
+    """Why what was sent cannot be this layer, '' if it can."""
     try:
         array = np.asarray(sent)
     except Exception as error:  # whatever an object does when it is asked for its numbers
