@@ -2,12 +2,11 @@
 
 Reads runs of the gauntlet that were kept (`python reports/gauntlet.py --keep`), one of each cell in which the attack
 works, asks every detector that compares whole updates after every round of the whole log and of its sketches of six
-sizes, and writes evidence.csv (a row per run, detector and size) and evidence.html. Without a folder: the page alone,
-from the rows that are there.
+sizes, and writes evidence.csv (a row per run, detector and size) and evidence.html. A run whose rows are there
+is not asked again; without a folder the page alone is written.
 """
 
 import argparse
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from simulations import Scenario
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "reports" / "evidence"
-SETTINGS = ("digits", "fashion_mnist")
+SETTINGS = ("fashion_mnist", "digits")
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
 USUAL = 512
 NEAR = 0.02  # of an AUC
@@ -52,13 +51,12 @@ def main(words: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(words)
     path = asked.out.with_suffix(".csv")
     if asked.runs is not None:
-        with open(path, "w", newline="") as file:
-            rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            rows.writeheader()
-            chosen = [(setting, run) for setting in SETTINGS for run in sample(asked.runs / setting, asked.most)]
-            for number, (setting, run) in enumerate(tqdm(chosen, desc="evidence", disable=None)):
-                rows.writerows(compared(setting, run, number))
-                file.flush()
+        chosen = [(setting, run) for setting in SETTINGS for run in sample(asked.runs / setting, asked.most)]
+        known = set(pd.read_csv(path)["run"]) if path.exists() else set()
+        for setting, run in tqdm(chosen, desc="evidence", disable=None):
+            if run.name not in known:
+                rows = pd.DataFrame(compared(setting, run), columns=list(COLUMNS))
+                rows.to_csv(path, mode="a", header=not path.exists(), index=False, lineterminator="\n")
     write_page(pd.read_csv(path), asked.out.with_suffix(".html"))
 
 
@@ -84,14 +82,14 @@ def detectors() -> dict[str, Detector]:
     return {name: build() for name, build in DETECTORS.items() if name not in FINAL | NUMBERS | NEEDS}
 
 
-def compared(setting: str, run: Run, number: int) -> Iterator[dict[str, object]]:
-    """The rows of one run; number: the seed of its signs."""
+def compared(setting: str, run: Run) -> Iterator[dict[str, object]]:
+    """The rows of one run; its name is the seed of its signs."""
     scenario = Scenario(**run.scenario)
     of_run = {"run": run.name, "seed": scenario.seed} | gauntlet_tables.Scores(scenario, setting, {}).cell
     asked = detectors()
     whole = judged(run, run.log, asked)
     for width in WIDTHS:
-        sketched = judged(run, Evidence("sketch", width=width, seed=number).of_log(run.log), asked)
+        sketched = judged(run, Evidence("sketch", width=width, seed=int(run.name, 16)).of_log(run.log), asked)
         for name in asked:
             (before, flags), (after, others) = whole[name], sketched[name]
             figures = {
@@ -156,7 +154,8 @@ def findings(summary: pd.DataFrame) -> list[Block]:
         f"{row.detector}: {measured(row.difference, row.low, row.high)} beside {row.auc_full:.2f}"
         for row in rows_of(usual[~near])
     ]
-    said = f"At {USUAL} numbers a layer {near.sum()} of {count(len(usual), 'detector')} keep their mean AUC within {NEAR:g}"
+    said = f"At {USUAL} numbers a layer {near.sum()} of {count(len(usual), 'detector')} keep their mean AUC"
+    said += f" within {NEAR:g}"
     said += f"; beyond it: {listed(usual.loc[~near, 'detector'].tolist())}." if beyond else "."
     sure = usual[(usual["low"] >= -NEAR) & (usual["high"] <= NEAR)]["detector"].tolist()
     certain = f"For {len(sure)} of them the 95 % interval of the difference lies within it: {listed(sure, 30)}."
@@ -220,7 +219,7 @@ def _areas(summary: pd.DataFrame) -> Block:
 
 
 def _flags(summary: pd.DataFrame) -> Block:
-    wide = summary.pivot(index="detector", columns="width", values="equal_flags")
+    wide = summary.pivot_table(index="detector", columns="width", values="equal_flags")
     listing = [
         {"detector": str(name)} | {str(width): f"{100 * value:.1f}" for width, value in row.items()}
         for name, row in wide.iterrows()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gradlens.log.sketches import SIGNS, STAGE, CountSketch, moments_of
 
-SMALL = dict(name="fc1.weight", size=1_000, width=64)
+SMALL = {"name": "fc1.weight", "size": 1_000, "width": 64}
 
 
 def matrix_of(sketch: CountSketch) -> np.ndarray:

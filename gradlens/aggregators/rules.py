@@ -370,6 +370,7 @@ def _near_median(round_: Round, layer: str, rows: np.ndarray, count: int) -> np.
 
     Of values in ascending order those nearest to the median lie side by side; among equally near ones the smaller.
     """
+    round_.require_whole()
     shape = np.shape(round_.global_model[layer])
     out, columns = np.zeros(int(np.prod(shape)), np.float32), round_.columns(layer)
     for start in range(0, len(out) if len(rows) else 0, kernels.BLOCK):
