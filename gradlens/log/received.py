@@ -306,7 +306,7 @@ def _fingerprint(answer: _Answer | _Reduced) -> str:
     """What tells one answer from another in a reason; of a reduced one what is recorded of it."""
     moments = answer.moments if isinstance(answer, _Reduced) else {}
     digest, square = hashlib.sha256(), sum(float(powers[1]) for powers in moments.values())
-    for name, array in sorted([*answer.arrays.items(), *moments.items()]):
+    for name, array in sorted([*answer.arrays.items(), *moments.items()], key=lambda item: (item[0], item[1].shape)):
         digest.update(f"{name!r}{array.dtype}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
         if name not in moments:
