@@ -247,6 +247,10 @@ def ingest(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first file that is not as it should be.")
     ] = False,
+    evidence: Annotated[
+        str,
+        typer.Option(metavar="LEVEL", help="What of each update is recorded: full, or sketch, 512 numbers a layer."),
+    ] = "full",
     as_json: AsJson = False,
 ) -> None:
     """Records updates from elsewhere as a run; what cannot be recorded is refused with a reason. Unpickles nothing."""
@@ -262,7 +266,8 @@ def ingest(
     try:
         done = ingest(
             source, out, pattern=pattern, global_models=global_models, after=after, updates=updates,
-            final_layer=final_layer, buffers=names, truth=truth, strict=strict, progress=True,
+            final_layer=final_layer, buffers=names, truth=truth, strict=strict, evidence=evidence,
+            progress=True,
         )  # fmt: skip
     except Stopped as stopped:
         stopped.left = "nothing is left of the run"

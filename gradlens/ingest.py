@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 from tqdm import tqdm
 
-from gradlens.log import InputError, LogWriter, ModelSpec, Round
+from gradlens.log import Evidence, InputError, LogWriter, ModelSpec, Round
 from gradlens.log.files import read_batches
 from gradlens.log.received import Received, State, Unfit, as_array, received, shown, spec_of, state_of
 from gradlens.log.writer import TRUTH_COLUMNS, check_free, record_truth
@@ -103,6 +103,7 @@ def ingest(
     buffers: Collection[str] = (),
     truth: Path | str | None = None,
     strict: bool = False,
+    evidence: Evidence | str = "full",
     progress: bool = False,
 ) -> Ingested:
     """Records what lies in `source` as the closed run `out`: a folder of models, or a table.
@@ -119,7 +120,8 @@ def ingest(
     Where a global model is not known it is estimated: the one before + the mean of the updates that are finite; the
     first from local models as the median of each number, from updates as 0. Rounds are numbered 0, 1, ... in
     their order. final_layer: the final weight, else found; buffers: besides integers and batch-norm's. truth: a CSV,
-    see `with_csv_truth`. strict: the first client that is not as it should be is an InputError.
+    see `with_csv_truth`. strict: the first client that is not as it should be is an InputError. evidence: what of each
+    update is recorded, an `Evidence` or the name of its level.
     Raises: InputError, after which nothing of the run is left.
     """
     path, folder = Path(source), Path(out)
@@ -129,8 +131,9 @@ def ingest(
         raise InputError(f"{path}: it holds no client's model")
     existed = folder.exists()
     record = partial(_written, found, folder, path, updates=updates, final_layer=final_layer, buffers=buffers)
+    level = Evidence.of(evidence)
     try:
-        notes, faults = record(strict=strict, progress=progress)
+        notes, faults = record(evidence=level, strict=strict, progress=progress)
         if truth is not None:
             with_csv_truth(folder, truth)
     except BaseException:
@@ -183,6 +186,7 @@ def _written(
     updates: bool,
     final_layer: str | None,
     buffers: Collection[str],
+    evidence: Evidence,
     strict: bool,
     progress: bool,
 ) -> tuple[list[str], list[str]]:
@@ -204,7 +208,7 @@ def _written(
                     notes.append(_by_name(model))
                 state = _first(model, sent, updates=updates) if start is None else state_of(start, model)
                 origin = {"from": str(path), "rounds": numbers, "sent": "updates" if updates else "models"}
-                writer = LogWriter.create(folder, model, state, source={"ingested": origin})
+                writer = LogWriter.create(folder, model, state, source={"ingested": origin}, evidence=evidence)
             model = writer.model
             answers = received(index, model, state, sent, found.examples.get(number), as_models=not updates)
             converted.update(answers.notes.values())
