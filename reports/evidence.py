@@ -9,6 +9,7 @@ is not asked again; without a folder the page alone is written.
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import gauntlet_tables
 import numpy as np
@@ -23,7 +24,7 @@ from gradlens.detectors import Detector, detect
 from gradlens.evaluation import auc, bootstrap, per_client, with_truth
 from gradlens.log import UpdateLog
 from gradlens.plots import count
-from gradlens.report.page import Block, figure, finding, listed, measured, render, rows_of, section, table, text, write
+from gradlens.report.page import Block, figure, finding, listed, number, render, rows_of, section, table, text, write
 from gradlens.run import Run
 from simulations import Scenario
 
@@ -150,10 +151,7 @@ def findings(summary: pd.DataFrame) -> list[Block]:
     """What the figures say."""
     usual = summary[summary["width"].eq(USUAL)]
     near = usual["difference"].abs() <= NEAR
-    beyond = [
-        f"{row.detector}: {measured(row.difference, row.low, row.high)} beside {row.auc_full:.2f}"
-        for row in rows_of(usual[~near])
-    ]
+    beyond = [f"{row.detector}: {interval(row)} from {row.auc_full:.3f}" for row in rows_of(usual[~near])]
     said = f"At {USUAL} numbers a layer {near.sum()} of {count(len(usual), 'detector')} keep their mean AUC"
     said += f" within {NEAR:g}"
     said += f"; beyond it: {listed(usual.loc[~near, 'detector'].tolist())}." if beyond else "."
@@ -170,6 +168,11 @@ def findings(summary: pd.DataFrame) -> list[Block]:
         finding("Size", f"Detectors within {NEAR:g} of their AUC on whole updates, by the size of the sketch.", sizes),
         finding("Single runs", single),
     ]
+
+
+def interval(row: Any) -> str:
+    """A difference of AUCs with its interval."""
+    return f"{number(row.difference, 3)} [{number(row.low, 3)}, {number(row.high, 3)}]"
 
 
 def _how(rows: pd.DataFrame) -> list[Block]:
@@ -211,7 +214,7 @@ def _curves(summary: pd.DataFrame) -> Block:
 def _areas(summary: pd.DataFrame) -> Block:
     listing = []
     for name, part in summary.groupby("detector"):
-        differences = {str(r.width): measured(r.difference, r.low, r.high) for r in rows_of(part.round(3))}
+        differences = {str(row.width): interval(row) for row in rows_of(part)}
         listing.append({"detector": str(name), "AUC, whole": f"{part['auc_full'].iloc[0]:.3f}"} | differences)
     return table(
         listing, "AUC of sketches minus AUC of whole updates, by numbers a layer. Means over runs.", folded=False

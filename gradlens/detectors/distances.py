@@ -90,7 +90,8 @@ def dnc(
     (of the mean where that is 0); 0 where all are equal. Where several directions vary equally, all of them count.
     num_malicious: f, None: the largest minority, n > 2f. iterations: 5 as in fedlib, the paper's table has 1.
     dimensions: 10,000, the paper's b and fedlib's; the whole model where it is smaller. filtering: the paper's c = 1; a
-    fraction of a client is rounded down (fedlib). seed: of the coordinates, drawn afresh in every round.
+    fraction of a client is rounded down (fedlib). seed: of the coordinates, drawn afresh in every round. Of a layer
+    that is recorded as a sketch the coordinates are those of the sketch.
     Equal scores are kept or flagged together. Raises: InputError for a setting out of its range.
     Abstains where n <= 2f or filtering x f >= n.
     Source: Shejwalkar & Houmansadr 2021, "Manipulating the Byzantine", NDSS, algorithm 2.

@@ -73,6 +73,7 @@ def panel() -> Detector:
     deviations of a normal variable, as the share of benign clients that read as high (out of sample in five folds; in
     the highest twentieth that share falls exponentially). The score is the largest reading. The verdict's
     evidence holds the readings, then every feature by itself.
+    Of sketches the part "signs" cannot say and is 0: a null must be recorded at the level of what it calibrates.
     `calibrate(panel(), null)` learns all of that from the null. Uncalibrated the scales come from the cohort itself and
     nothing is known of the covariance, which tells much less; then a client is flagged whose score lies 3.5 robust
     sigmas above the cohort's median.

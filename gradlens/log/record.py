@@ -190,8 +190,9 @@ class Round:
         moments = {name: array[positions] for name, array in self.moments.items()}
         names, examples = self.clients[positions], self.num_examples[positions]
         part = replace(self, clients=names, num_examples=examples, updates=updates, moments=moments)
-        pairs = np.ix_(positions, positions)
-        part.__dict__["gram"] = LazyLayers(self.parameters, lambda name: self.gram[name][pairs])
+        if len(self) <= PAIRWISE:  # of more clients there is no Gram to take a part of, but of few of them there can be
+            pairs = np.ix_(positions, positions)
+            part.__dict__["gram"] = LazyLayers(self.parameters, lambda name: self.gram[name][pairs])
         part.__dict__["linear_norms"] = LazyLayers(self.parameters, lambda name: self.linear_norms[name][positions])
         part.__dict__["finite"] = self.finite[positions]
         part.__dict__["comparable"] = self.comparable[positions]  # beside all of them, as they were judged

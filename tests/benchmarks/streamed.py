@@ -33,7 +33,7 @@ READ = 200  # clients whose numbers are read, over and over, until a time is kno
 QUESTIONS = ("nothing", "read memory", "read files", "record full", "record sketch")
 FULL = 400  # clients that are recorded in full: what they send fills the memory
 Spent = np.ndarray  # seconds of the processor, seconds of the clock
-ASKED = ("layer_norms", "layer_cosines", "spectral", "krum", "local_outlier_factor", "foolsgold")
+ASKED = ("layer_norms", "layer_cosines", "spectral", "krum", "foolsgold")
 
 
 def main(words: Sequence[str] | None = None) -> None:
