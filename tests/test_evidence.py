@@ -13,6 +13,7 @@ from gradlens import AGGREGATORS, DETECTORS, STATISTICS, CannotSay, Evidence, In
 from gradlens.aggregators import filtered, mean
 from gradlens.evaluation import auc
 from gradlens.ingest import with_csv_truth
+from gradlens.integrations import Answer, kept
 from gradlens.log import Round, UpdateLog, evidence
 from gradlens.log.writer import read_header
 from planted import CLIENTS, CULPRIT, MODEL, PLANTED, STATE, clean_log
@@ -371,6 +372,20 @@ def test_a_reduced_run_is_not_taken_for_a_whole_one(tmp_path):
     (tmp_path / "run/run.json").write_text(json.dumps({k: v for k, v in header.items() if k != "evidence"}))
     with pytest.raises(InputError, match="a run of format 2 says what of each update is recorded"):
         read_header(tmp_path / "run")
+
+
+def test_a_framework_weighs_every_layer_down_whatever_of_it_is_recorded():
+    softly = filtered(mean(), DETECTORS["layer_norms"](), action="down_weight")
+    big = {name: BIG[name] + 30 * (array - BIG[name]) for name, array in local(7).items()}
+    answers = [Answer(None, name, state, 10) for name, state in {**COHORT, "big": big}.items()]
+    changed = [
+        kept(Recorder(filter=softly, evidence=level), BIG, answers)[-1][1]
+        for level in (Evidence("layers", ("fc3.weight",)), Evidence("sketch", seed=1), "full")
+    ]
+    assert all(set(each) == set(BIG) for each in changed)
+    assert np.abs(changed[1]["fc1.bias"]).max() < np.abs(big["fc1.bias"]).max() / 1.5
+    for name in BIG:
+        np.testing.assert_allclose(changed[1][name], changed[2][name], rtol=1e-3)
 
 
 @pytest.mark.parametrize("level", ["sketch", "full"])

@@ -31,7 +31,8 @@ class Evidence:
     not recorded whole the sums of its numbers, squares, cubes and fourth powers are (`Round.moments`).
     layers: names, of level "layers". width: 512 keeps an inner product to 1 / sqrt(512) = 4.4 % of the two norms.
     seed: of the random signs, drawn anew by the system unless given. It is a secret of the server, who finds it in
-    run.json: whoever knows the signs can send an update that its sketch does not show.
+    run.json: whoever knows the signs can send an update that its sketch does not show, so run.json goes to nobody who
+    may yet take part.
     Raises: InputError for another level, layers where there are none to name, a width or a seed that is no count.
     """
 
