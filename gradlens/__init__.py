@@ -6,7 +6,7 @@ from gradlens.detectors import DETECTORS, Verdict, calibrate, detect, score_by
 from gradlens.evaluation import evaluate, per_client, rounds_to_detection, with_truth
 from gradlens.ingest import ingest
 from gradlens.localize import localize
-from gradlens.log import CannotSay, InputError, LogWriter, ModelSpec, Round, UpdateLog
+from gradlens.log import CannotSay, Evidence, InputError, LogWriter, ModelSpec, Round, UpdateLog
 from gradlens.report import report
 from gradlens.run import Run, Sweep
 from gradlens.run import open_run as open
@@ -20,6 +20,7 @@ __all__ = [
     "SCORERS",
     "STATISTICS",
     "CannotSay",
+    "Evidence",
     "InputError",
     "LogWriter",
     "ModelSpec",

@@ -118,7 +118,8 @@ def influence(
     learning_rate: one for all or round -> rate. per_round: divided by the number of rounds taken part in, for
     client sampling. Clients do not count in rounds in which they sent something that is not finite.
     Returns: index client (all of the log, sorted), influence, clean_influence (if asked for), rounds.
-    Raises: InputError where a gradient names an unknown layer, has another shape or is not finite.
+    Raises: InputError where a gradient names an unknown layer, has another shape or is not finite; CannotSay where a
+    round was not recorded whole.
     Source: Jia et al. 2024, arXiv:2407.07221; what the abstract page leaves open follows the authors' code,
     github.com/jyqhahah/FLForensics, which takes the gradient after the round instead of before it.
     """
@@ -130,11 +131,13 @@ def influence(
     for round_ in log:
         if chosen is not None and round_.index not in chosen:
             continue
+        if not round_.is_whole:
+            raise CannotSay(f"round {round_.index} was recorded without all of its numbers: a gradient meets none")
         weight = learning_rate[round_.index] if isinstance(learning_rate, Mapping) else learning_rate
         finite = np.flatnonzero(round_.finite)
         moved = np.stack([_descent(round_, finite, log.model.parameters, ask) for ask in wanted.values()], axis=1)
         if normalised:
-            norms = np.sqrt(np.sum([round_.norms[name][finite] ** 2 for name in log.model.parameters], axis=0))
+            norms = round_.total_norms[finite]
             moved /= np.where(norms > 0, norms, 1)[:, None]
         moved *= weight / max(len(round_), 1)
         for client, row in zip(round_.clients[finite].tolist(), moved, strict=True):
@@ -230,7 +233,7 @@ def _beside(rows: np.ndarray, comparable: np.ndarray) -> np.ndarray:
 def _to_median_norm(log: UpdateLog) -> np.ndarray:
     """Of the last round: what brings each comparable client's update to their median norm, float64 [comparable]."""
     round_ = log[-1]
-    norms = np.sqrt(np.sum([round_.norms[name][round_.comparable] ** 2 for name in log.model.parameters], axis=0))
+    norms = round_.total_norms[round_.comparable]
     return np.median(norms) / np.where(norms > 0, norms, 1) if len(norms) else norms
 
 

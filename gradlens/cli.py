@@ -253,6 +253,10 @@ def ingest(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first file that is not as it should be.")
     ] = False,
+    evidence: Annotated[
+        str,
+        typer.Option(metavar="LEVEL", help="What of each update is recorded: full, or sketch, 512 numbers a layer."),
+    ] = "full",
     as_json: AsJson = False,
 ) -> None:
     """Records updates from elsewhere as a run; what cannot be recorded is refused with a reason. Unpickles nothing."""
@@ -269,6 +273,7 @@ def ingest(
         done = ingest(
             source, out, pattern=pattern, global_models=global_models, after=after, updates=updates,
             final_layer=final_layer, buffers=names, num_examples=num_examples, truth=truth, strict=strict,
+            evidence=evidence,
             progress=True,
         )  # fmt: skip
     except Stopped as stopped:
@@ -496,9 +501,10 @@ def _run_facts(run: gradlens.Run) -> dict[str, Any]:
         "in flight": run.in_flight,
         "clients": len({client for round_ in run.log for client in round_.clients}),
         "refused": refused,
-        "parameters": run.log.model.num_parameters,
-        "layers": {layer.name: f"{list(layer.shape)} {layer.kind}" for layer in run.log.model.layers},
-        "final bias": run.log.model.final_bias,
+        "evidence": run.evidence.settings,
+        "parameters": run.model.num_parameters,
+        "layers": {layer.name: f"{list(layer.shape)} {layer.kind}" for layer in run.model.layers},
+        "final bias": run.model.final_bias,
         "last round": {name: round(value, 4) for name, value in last.items()},
         "truth": run.has_truth,
         "scenario": run.scenario,

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from gradlens.log.evidence import Evidence
 from gradlens.log.files import read_state, read_table
 from gradlens.log.history import UpdateLog
 from gradlens.log.manifest import MANIFEST, Manifest, Verification, describe_in_flight, read_manifest, stem, verify
-from gradlens.log.record import InputError
+from gradlens.log.record import InputError, ModelSpec
 from gradlens.log.writer import TRUTH_COLUMNS, VERDICT_COLUMNS, read_header, sources
 
 SWEEP, CONTROLS = "sweep.json", "controls.arrow"
@@ -25,12 +26,15 @@ class Run:
     """One recorded run; what is read from its folder is read when it is asked for.
 
     A run whose writer was stopped is open: it holds every committed round, and `in_flight` names the lost one.
+    model: of what clients sent; evidence: what of it the log holds.
     """
 
     path: Path
     log: UpdateLog
     header: Mapping[str, Any]
     manifest: Manifest
+    model: ModelSpec
+    evidence: Evidence
 
     @classmethod
     def open(cls, path: Path | str) -> "Run":
@@ -41,8 +45,9 @@ class Run:
             raise InputError(f"{folder}: {manifest.faults[0]}; `gradlens verify {folder}` tells more")
         if not manifest.lines:
             raise InputError(f"{folder}: nothing was committed")
-        model, header = read_header(folder)
-        return cls(folder, UpdateLog.lazy(model, sources(folder, model, len(manifest.rounds))), header, manifest)
+        reduction, header = read_header(folder)
+        log = UpdateLog.lazy(reduction.model, sources(folder, reduction, len(manifest.rounds)))
+        return cls(folder, log, header, manifest, reduction.sent, reduction.evidence)
 
     @property
     def name(self) -> str:
@@ -110,8 +115,8 @@ class Run:
         return table
 
     def states(self) -> Iterator[Mapping[str, np.ndarray]]:
-        """The global model after each round, layer -> array."""
-        return (read_state(self.path / "globals" / stem(n + 1), self.log.model) for n in range(len(self.log)))
+        """The global model after each round, layer -> array; whole at every evidence level."""
+        return (read_state(self.path / "globals" / stem(n + 1), self.model) for n in range(len(self.log)))
 
     def verify(self, head: str | None = None) -> Verification:
         """Checks every committed byte against the chain, and the chain against a head noted elsewhere."""

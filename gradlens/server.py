@@ -21,7 +21,8 @@ import pyarrow as pa
 from gradlens.aggregators import Decision, FilteredAggregator, FilterStopped, filtered, mean
 from gradlens.detectors import DETECTORS, Detector
 from gradlens.detectors.verdict import verdict_on
-from gradlens.log import InputError, LogWriter, Round, UpdateLog
+from gradlens.log import Evidence, InputError, LogWriter, ModelSpec, Round, UpdateLog
+from gradlens.log.evidence import Reduction
 from gradlens.log.manifest import MANIFEST, read_manifest
 from gradlens.log.received import Received, Sent, State, received, spec_of, state_of
 from gradlens.log.writer import check_free
@@ -37,9 +38,13 @@ class EvidenceLost(RuntimeWarning):
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """A round of which it is not known yet what came of it; gap: an empty round for what was not recorded before it."""
+    """A round of which it is not known yet what came of it; gap: an empty round for what was not recorded before it.
+
+    state: the whole global model that the clients started from.
+    """
 
     round_: Round
+    state: Mapping[str, np.ndarray]
     gap: Round | None
     before: UpdateLog | None
     metrics: Mapping[str, float]
@@ -53,13 +58,18 @@ class Recorder:
     detector: a detector or its name, short for `filter=filtered(mean(), detector)`; without either, nobody is
     judged, and only who was refused or is not finite has weight 0. sent: clients send local models or updates.
     buffers: layers that are never scored, besides those of integers and those that batch normalisation keeps.
+    evidence: what of each update is recorded, an `Evidence` or the name of its level. Below "full" each answer is
+    reduced as it arrives and then let go of, so that a generator of many answers takes the memory of one. The run is
+    to be filtered by a filter's `decision`, and aggregated where the updates are: the log does not hold them.
     source: what `run.json` says of where this comes from, plain values. strict: what cannot be recorded raises
     EvidenceLost instead of warning.
     lost: one line for each round that was not recorded. Where a round does not start from the global model that the
     last recorded round ended with (rounds were lost, the server was started from elsewhere), an empty round stands
     between them. The metric `lost` of a round is the number of rounds known to be lost before it. Without a folder
     the last 16 rounds are held, which is as far as any detector looks back at updates.
-    Raises: InputError where the folder holds something else or a closed run, and for an unknown detector.
+    model: of what clients send; InputError before the first round.
+    Raises: InputError where the folder holds something else, a closed run or one of another evidence level, and for an
+    unknown detector.
     """
 
     def __init__(
@@ -70,6 +80,7 @@ class Recorder:
         filter: FilteredAggregator | None = None,
         sent: Literal["models", "updates"] = "models",
         buffers: Collection[str] = (),
+        evidence: Evidence | str = "full",
         source: Mapping[str, Any] | None = None,
         strict: bool = False,
     ) -> None:
@@ -79,9 +90,11 @@ class Recorder:
         self.filter = _filter(filter, detector)
         self.sent, self.buffers, self.strict = sent, tuple(buffers), strict
         self.source = _plain_source({**(source or {}), "recorder": {"sent": sent, "filter": repr(self.filter)}})
+        self.evidence = Evidence.of(evidence)
         self.lost: list[str] = []
         self._detector = detector if isinstance(detector, str) else repr(self.filter and self.filter.detector)
         self._log: UpdateLog | None = None
+        self._reduction: Reduction | None = None
         self._waiting: _Waiting | None = None
         self._held: dict[int, Round] = {}  # without a folder
         self._missed = 0  # rounds lost since the last one on the disk
@@ -91,8 +104,24 @@ class Recorder:
         if self.path is not None:
             self._writer = _begun(self.path)
         if self._writer is not None:
+            self._go_on_with(self._writer)
             self._log = self._writer.log
             self._ended = {name: np.array(array) for name, array in self._writer.global_model.items()}
+
+    def _go_on_with(self, writer: LogWriter) -> None:
+        """The run's own evidence, with its seed; raises InputError where another one was asked for."""
+        if (found := writer.evidence.settings) != self.evidence.settings:
+            writer.leave_open()
+            raise InputError(f"{self.path}: the run records {found!r}, {self.evidence.settings!r} was asked for")
+        self.evidence = writer.evidence
+        self._reduction = self.evidence.on(writer.model)
+
+    @property
+    def model(self) -> ModelSpec:
+        """Of what clients send; raises InputError before the first round."""
+        if self._reduction is None:
+            raise InputError("there is no model before the first round")
+        return self._reduction.sent
 
     @property
     def log(self) -> UpdateLog:
@@ -116,20 +145,25 @@ class Recorder:
         """
         if self._closed:
             raise InputError("this recorder is closed")
-        model = spec_of(global_model, self.buffers) if self._log is None else self._log.model
-        state = state_of(global_model, model)
+        reduction = self._reduction or self.evidence.on(spec_of(global_model, self.buffers))
+        state = state_of(global_model, reduction.sent)
+        self._reduction = reduction
         if self._waiting is not None:
             self._record(state)
         before = self._log
-        log, gap = UpdateLog(model) if before is None else before, None
+        log, gap = UpdateLog(reduction.model) if before is None else before, None
         if self._ended is not None and (self._missed or not _equal(state, self._ended)):
-            nothing = {layer.name: np.zeros((0, *layer.shape), layer.dtype) for layer in model.layers}
-            gap = Round(len(log), np.zeros(0, np.str_), np.zeros(0), nothing, self._ended, buffers=model.buffers)
+            gap = reduction.round(len(log), [], [], [], self._ended, {})
             log = log.append(gap)
-        answers = received(len(log), model, state, sent, num_examples, as_models=self.sent == "models")
+        as_models = self.sent == "models"
+        answers = received(
+            len(log), reduction.sent, state, sent, num_examples, as_models=as_models, reduction=reduction
+        )
         metrics = {"converted": len(answers.notes)} if answers.notes else {}
         self._log = log.append(answers.round_)
-        self._waiting = _Waiting(answers.round_, gap, before, metrics)  # the evidence is kept if the detector fails
+        self._waiting = _Waiting(
+            answers.round_, state, gap, before, metrics
+        )  # the evidence is kept if the detector fails
         if self.filter is None:
             return _as_sent(_unjudged(answers.round_), answers)
         decision = self.filter.decision(self._log)
@@ -149,7 +183,7 @@ class Recorder:
         for name, value in (metrics or {}).items():
             if not isinstance(value, Real | np.number | np.bool_):
                 raise InputError(f"metrics are numbers, found {name!r:.80}: {value!r:.80}")
-        self._record(state_of(next_global, self.log.model), metrics or {})
+        self._record(state_of(next_global, self.model), metrics or {})
 
     def close(self, next_global: State | None = None) -> None:
         """Ends the run; next_global: what came of a round that still waits for its commit.
@@ -196,9 +230,9 @@ class Recorder:
         if self._waiting is None:
             return
         if next_global is None:
-            self._record(self._waiting.round_.global_model, {"result_unknown": 1})
+            self._record(self._waiting.state, {"result_unknown": 1})
         else:
-            self._record(state_of(next_global, self.log.model))
+            self._record(state_of(next_global, self.model))
 
     def _record(self, next_global: Mapping[str, np.ndarray], metrics: Mapping[str, float] | None = None) -> None:
         """Writes the round that waits, and the gap before it; what the disk does not take is lost."""
@@ -212,11 +246,13 @@ class Recorder:
             return
         try:
             if self._writer is None:
-                self._writer = LogWriter.create(self.path, self.log.model, round_.global_model, source=self.source)
-                self._ended = round_.global_model
+                self._writer = LogWriter.create(
+                    self.path, self.model, waiting.state, source=self.source, evidence=self.evidence
+                )
+                self._ended = waiting.state
             if waiting.gap is not None:
-                self._writer.commit(waiting.gap, round_.global_model, metrics={"lost": self._missed})
-                self._missed, self._ended = 0, round_.global_model
+                self._writer.commit(waiting.gap, waiting.state, metrics={"lost": self._missed})
+                self._missed, self._ended = 0, waiting.state
             lost = {"lost": self._missed} if self._missed else {}  # before the run was begun
             noted = {**(metrics or {}), **waiting.metrics, **lost}
             self._writer.commit(round_, next_global, verdict=waiting.verdict, metrics=noted)

@@ -139,7 +139,7 @@ def digest() -> str:
     """Eight digits that change with the detectors and the code that scores are made of, its comments aside."""
     package = Path(gradlens.__file__).parent
     files = [*package.glob("detectors/*.py"), *package.glob("statistics/*.py"), package / "scorers.py"]
-    files += [package / "log" / f"{name}.py" for name in ("record", "history", "kernels")]
+    files += [package / "log" / f"{name}.py" for name in ("record", "model", "history", "kernels", "sketches")]
     code = [ast.dump(_without_docstrings(ast.parse(file.read_text("utf-8")))) for file in sorted(files)]
     return hashlib.sha256("".join([repr(sorted(built())), *code]).encode()).hexdigest()[:8]
 

@@ -211,6 +211,19 @@ def test_scale_answers_both_questions(bench, tmp_path):
     assert scale.model_of(scale.WIDTHS[-1]).num_parameters == 1_060_138
 
 
+def test_what_is_streamed_is_timed_beside_reading_it(bench):
+    import streamed
+
+    rows = {work: streamed.answers(work, clients=6, width=9) for work in ("nothing", "read files", "record sketch")}
+    assert rows["nothing"][0]["seconds"] == 0
+    assert rows["read files"][0]["ms_per_client"] > 0
+    assert [row["clients"] for row in rows["record sketch"]] == [6] * 11
+    assert all(set(row) == set(streamed.COLUMNS) for row in rows["record sketch"])
+    assert sum(array.size for array in streamed.state_of(streamed.WIDTH).values()) == 997_162
+    sent = [state for _, state in streamed.models(streamed.state_of(9), 3, np.zeros(2))]
+    assert not any(np.array_equal(sent[0]["2.weight"], other["2.weight"]) for other in sent[1:])
+
+
 def test_own_memory_is_watched(bench):
     import scale
 

@@ -318,7 +318,7 @@ def test_numbers_at_positions_hold_over_layers_and_blocks(size):
     chosen = drawn(log[-1], size // 2, np.random.default_rng(1))
     assert len(set(chosen)) == len(chosen) == size // 2
     for positions in (chosen, np.arange(together.shape[1]), np.array([0, 0, 70, size, size + 70])):
-        np.testing.assert_array_equal(numbers_at(log[-1], positions), together[:, positions])
+        np.testing.assert_array_equal(numbers_at(log[-1].blocks, log[-1].parameters, positions), together[:, positions])
 
 
 # Settings

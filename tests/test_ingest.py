@@ -86,6 +86,19 @@ def test_files_of_every_kind_are_recorded(folder, tmp_path, ending):
     assert all(note.startswith(said) for note in done.notes)
 
 
+def test_a_recording_is_thinned_out_as_it_is_read(folder, tmp_path):
+    level = gradlens.Evidence("sketch", width=4, seed=2)
+    thin, whole = ingest(folder(), tmp_path / "thin", evidence=level), ingest(tmp_path / "in", tmp_path / "whole")
+    assert thin.run.evidence == level
+    for round_, reduced in zip(thin.run.log, level.of_log(whole.run.log), strict=True):
+        for name in reduced.updates:
+            np.testing.assert_array_equal(round_.updates[name], reduced.updates[name])
+    assert thin.run.log.model["fc1.weight"].shape == (4,)
+    with pytest.raises(InputError, match="level is one of full, layers, sketch, found 'thin'"):
+        ingest(tmp_path / "in", tmp_path / "run", evidence="thin")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_usual_names_are_found(folder, tmp_path, pattern):
     done = ingest(folder(pattern), tmp_path / "run")

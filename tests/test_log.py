@@ -156,6 +156,8 @@ def test_a_round_of_many_clients_forms_no_pairs(monkeypatch):
     np.testing.assert_allclose(
         round_.norms["fc2.bias"], np.linalg.norm(round_.updates["fc2.bias"].astype(float), axis=1)
     )
+    few = random_round(0).take([0, 2, 3])
+    np.testing.assert_array_equal(round_.take([0, 2, 3]).gram["fc2.bias"], few.gram["fc2.bias"][:3, :3])
 
 
 @given(st.lists(st.floats(-(2.0**126), 2.0**126, width=32), min_size=1, max_size=9))

@@ -16,7 +16,7 @@ import pytest
 
 import gradlens.log.files
 from conftest import ROOT, STATE, random_round
-from gradlens.log import InputError, LogWriter, ModelSpec, Round, verify
+from gradlens.log import Evidence, InputError, LogWriter, ModelSpec, Round, verify
 from gradlens.log.files import read_updates
 from gradlens.log.writer import read_round
 from gradlens.run import VERDICT_COLUMNS, Run, Sweep, open_run
@@ -173,8 +173,8 @@ def test_a_round_out_of_turn_or_of_another_model_writes_nothing(tmp_path, model,
 
 def test_a_format_from_the_future_is_refused(recorded):
     header = json.loads((recorded / "run.json").read_text())
-    (recorded / "run.json").write_text(json.dumps(header | {"format": 2}))
-    with pytest.raises(InputError, match="reads run format 1, found 2"):
+    (recorded / "run.json").write_text(json.dumps(header | {"format": 3}))
+    with pytest.raises(InputError, match="reads run formats 1 and 2, found 3"):
         Run.open(recorded)
 
 
@@ -435,7 +435,7 @@ def test_a_rewritten_chain_fails_against_the_noted_head(tmp_path, model, record)
 def test_a_file_of_another_round_is_not_taken_for_this_one(recorded, model):
     swap(recorded)
     with pytest.raises(InputError, match="expected round 0, found round 1"):
-        read_round(recorded, model, 0)
+        read_round(recorded, Evidence().on(model), 0)
 
 
 # --- hostile files
@@ -448,7 +448,7 @@ FLIPS = """
     from gradlens.log.files import read_state, read_updates
     from gradlens.log.writer import read_header
     folder = Path(sys.argv[1])
-    model, _ = read_header(folder)
+    model = read_header(folder)[0].sent
     state = read_state(folder / "globals" / "round-000000.arrow", model)
     path = folder / "updates" / "round-000001.arrow"
     original, changed_path = path.read_bytes(), folder.parent / "changed.arrow"

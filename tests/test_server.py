@@ -19,6 +19,7 @@ from gradlens.log import files
 from gradlens.server import EvidenceLost
 
 COUNT = "norm.count"
+SKETCH = gradlens.Evidence("sketch", width=4, seed=1)  # of fc1.weight, the only layer of more than 4 numbers before fc2
 
 
 def local(seed: int = 0, size: float = 0.1) -> dict[str, np.ndarray]:
@@ -36,6 +37,12 @@ def moved(by: float) -> dict[str, np.ndarray]:
 
 
 COHORT = {f"client-{i}": local(i) for i in range(8)}
+
+
+@pytest.fixture(params=["full", SKETCH], ids=["full", "sketch"])
+def level(request):
+    """What is recorded of an answer: whatever a client sends, it is the same at each level."""
+    return request.param
 
 
 def test_a_round_is_recorded_as_updates_with_what_was_decided(tmp_path):
@@ -104,9 +111,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("detector", [None, "layer_norms"])
 @pytest.mark.parametrize("fault", REFUSED)
-def test_what_cannot_be_recorded_is_refused_with_a_reason(fault, detector):
+def test_what_cannot_be_recorded_is_refused_with_a_reason(fault, detector, level):
     sent, reason = REFUSED[fault]
-    recorder = Recorder(detector=detector)
+    recorder = Recorder(detector=detector, evidence=level)
     decision = recorder.log_round(STATE, {"odd": sent, **COHORT})
     round_ = recorder.log[0]
     assert list(round_.refused) == ["odd"]
@@ -122,8 +129,8 @@ def test_what_cannot_be_recorded_is_refused_with_a_reason(fault, detector):
 @pytest.mark.parametrize(
     "claim", [-1, "many", None, float("nan"), 2**63, 10**5000, Grumpy()], ids=lambda c: type(c).__name__
 )
-def test_a_claim_that_is_no_count_is_refused(claim):
-    recorder = Recorder()
+def test_a_claim_that_is_no_count_is_refused(claim, level):
+    recorder = Recorder(evidence=level)
     decision = recorder.log_round(STATE, COHORT, {**dict.fromkeys(COHORT, 5), "client-3": claim})
     assert decision.kept == [name for name in COHORT if name != "client-3"]
     assert recorder.log[0].refused["client-3"].startswith("num_examples must be a count")
@@ -131,8 +138,8 @@ def test_a_claim_that_is_no_count_is_refused(claim):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
 @pytest.mark.parametrize("detector", [None, "layer_norms"])
-def test_numbers_that_are_not_finite_are_evidence_and_have_no_weight(value, detector):
-    recorder = Recorder(detector=detector)
+def test_numbers_that_are_not_finite_are_evidence_and_have_no_weight(value, detector, level):
+    recorder = Recorder(detector=detector, evidence=level)
     decision = recorder.log_round(STATE, {**COHORT, "odd": changed(fc1_bias=np.full(4, value))})
     assert decision.kept == list(COHORT)
     assert not np.isfinite(recorder.log[0].updates["fc1.bias"][-1]).any()
@@ -183,8 +190,8 @@ def test_updates_are_recorded_as_they_are():
         np.testing.assert_array_equal(update[0], local(1)[name])
 
 
-def test_different_answers_under_one_name_are_all_refused_and_equal_ones_count_once():
-    recorder = Recorder(detector="layer_norms")
+def test_different_answers_under_one_name_are_all_refused_and_equal_ones_count_once(level):
+    recorder = Recorder(detector="layer_norms", evidence=level)
     twice = [*COHORT.items(), ("client-0", local(7, 50.0)), ("client-1", local(1)), ("client-2", None)]
     decision = recorder.log_round(STATE, iter(twice))
     assert decision.kept == ["client-1", *list(COHORT)[3:]]
@@ -195,9 +202,9 @@ def test_different_answers_under_one_name_are_all_refused_and_equal_ones_count_o
     assert recorder.log[0].refused["client-2"].endswith("; sent nothing")
 
 
-def test_names_that_cannot_be_printed_are_escaped_and_refused(tmp_path):
+def test_names_that_cannot_be_printed_are_escaped_and_refused(tmp_path, level):
     names = ["a\x1b[2Jb", "nul\0", "nul", "line\nbreak", "\ud800", "x" * 10_000, 17]
-    with Recorder(tmp_path / "run") as recorder:
+    with Recorder(tmp_path / "run", evidence=level) as recorder:
         decision = recorder.log_round(STATE, {name: local(i) for i, name in enumerate(names)})
         recorder.commit(STATE)
     assert decision.kept == ["nul", "17"]
@@ -209,8 +216,8 @@ def test_names_that_cannot_be_printed_are_escaped_and_refused(tmp_path):
 
 @pytest.mark.parametrize("detector", ["layer_norms", "krum", "panel", "accumulated_norms"])
 @pytest.mark.parametrize("size", [0, 1, 2])
-def test_tiny_cohorts_are_recorded_and_abstained_on(tmp_path, size, detector):
-    with Recorder(tmp_path / "run", detector=detector) as recorder:
+def test_tiny_cohorts_are_recorded_and_abstained_on(tmp_path, size, detector, level):
+    with Recorder(tmp_path / "run", detector=detector, evidence=level) as recorder:
         for _ in range(2):
             decision = recorder.log_round(STATE, dict(list(COHORT.items())[:size]))
             recorder.commit(STATE)
@@ -224,8 +231,8 @@ def everybody(log) -> gradlens.Verdict:
     return gradlens.Verdict(clients, np.ones(len(clients)), np.ones(len(clients), bool))
 
 
-def test_where_everybody_is_flagged_nobody_is_kept_and_it_is_said(tmp_path):
-    with Recorder(tmp_path / "run", detector=everybody) as recorder:
+def test_where_everybody_is_flagged_nobody_is_kept_and_it_is_said(tmp_path, level):
+    with Recorder(tmp_path / "run", detector=everybody, evidence=level) as recorder:
         decision = recorder.log_round(STATE, COHORT)
         recorder.commit(STATE)
     assert decision.kept == []
@@ -233,9 +240,9 @@ def test_where_everybody_is_flagged_nobody_is_kept_and_it_is_said(tmp_path):
     assert not gradlens.open(tmp_path / "run").verdicts["kept"].any()
 
 
-def test_a_filter_that_is_told_to_stop_keeps_the_evidence(tmp_path):
+def test_a_filter_that_is_told_to_stop_keeps_the_evidence(tmp_path, level):
     stopping = filtered(mean(), everybody, when_all_flagged="stop")
-    with suppress(FilterStopped), Recorder(tmp_path / "run", filter=stopping) as recorder:
+    with suppress(FilterStopped), Recorder(tmp_path / "run", filter=stopping, evidence=level) as recorder:
         recorder.log_round(STATE, COHORT)
         pytest.fail("it did not stop")
     run = gradlens.open(tmp_path / "run")
@@ -243,20 +250,20 @@ def test_a_filter_that_is_told_to_stop_keeps_the_evidence(tmp_path):
     assert set(run.verdicts["reason"]) == {"flagged; everybody is flagged: stop"}
 
 
-def test_a_filter_weighs_down_instead_of_dropping():
+def test_a_filter_weighs_down_instead_of_dropping(level):
     softly = filtered(mean(), DETECTORS["layer_norms"](), action="down_weight")
-    decision = Recorder(filter=softly).log_round(STATE, {"a": local(9, 0.6), **COHORT})
+    decision = Recorder(filter=softly, evidence=level).log_round(STATE, {"a": local(9, 0.6), **COHORT})
     assert decision.clients[0] == "a"
     assert 0 < decision.weights[0] < 1
     assert decision.weights[1:].tolist() == [1] * 8
     assert decision.reasons[0] == "flagged, weighed down"
 
 
-def test_the_evidence_is_kept_where_the_detector_fails(tmp_path):
+def test_the_evidence_is_kept_where_the_detector_fails(tmp_path, level):
     def broken(log):
         raise ZeroDivisionError
 
-    recorder = Recorder(tmp_path / "run", detector=broken)
+    recorder = Recorder(tmp_path / "run", detector=broken, evidence=level)
     with pytest.raises(ZeroDivisionError):
         recorder.log_round(STATE, COHORT)
     recorder.close(moved(1))
@@ -288,8 +295,8 @@ def test_the_servers_arrays_may_change_while_a_round_waits(tmp_path):
     ],
     ids=["layers", "shape", "commit", "metrics", "twice", "closed"],
 )
-def test_what_the_server_gets_wrong_is_said_and_the_round_still_waits(tmp_path, call, message):
-    recorder = Recorder(tmp_path / "run")
+def test_what_the_server_gets_wrong_is_said_and_the_round_still_waits(tmp_path, call, message, level):
+    recorder = Recorder(tmp_path / "run", evidence=level)
     recorder.log_round(STATE, COHORT)
     with pytest.raises(InputError, match=message):
         call(recorder)
@@ -320,9 +327,9 @@ def test_buffers_are_found_by_type_and_name_and_others_can_be_named():
         Recorder(buffers=["masks"]).log_round(state, {})
 
 
-def test_a_counter_that_falls_does_not_wrap_around():
+def test_a_counter_that_falls_does_not_wrap_around(level):
     state = {"w": np.zeros((2, 3), np.float32), "seen": np.array(3, np.uint8)}
-    recorder = Recorder()
+    recorder = Recorder(evidence=level)
     recorder.log_round(state, {"a": {**state, "seen": np.array(1, np.uint8)}})
     assert recorder.log[0].updates["seen"].tolist() == [-2]
 
@@ -364,8 +371,8 @@ BEFORE, WITH_FIRST = ([8, 8, 8], [4, 5, 6]), ([0, 8, 8, 8], [3, 4, 5, 6])
         (7, 2, [8, 0, 8, 8, 8], [1, 3, 4, 5, 6]),  # the verdict of round 1
     ],
 )
-def test_a_full_disk_loses_evidence_loudly_and_training_goes_on(tmp_path, full_disk, after, lost, sizes, ends):
-    recorder = Recorder(tmp_path / "run", detector="layer_norms")
+def test_a_full_disk_loses_evidence_loudly_and_training_goes_on(tmp_path, full_disk, after, lost, sizes, ends, level):
+    recorder = Recorder(tmp_path / "run", detector="layer_norms", evidence=level)
     full_disk(after)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -388,8 +395,8 @@ def test_a_full_disk_loses_evidence_loudly_and_training_goes_on(tmp_path, full_d
     assert run.metrics["lost"].dropna().to_dict() == {noted: lost}
 
 
-def test_lost_evidence_stops_the_server_where_it_asked_for_that(tmp_path, full_disk):
-    recorder = Recorder(tmp_path / "run", strict=True)
+def test_lost_evidence_stops_the_server_where_it_asked_for_that(tmp_path, full_disk, level):
+    recorder = Recorder(tmp_path / "run", strict=True, evidence=level)
     recorder.log_round(STATE, COHORT)
     full_disk(0)
     with pytest.raises(EvidenceLost, match=r"round 0 was not recorded: .*No space left"):
@@ -448,7 +455,7 @@ def torn(chain, line):
     os.write(chain.file.fileno(), b'{{"round": 2, "fil')
     wait()
 
-recorder = Recorder({folder!r}, detector="layer_norms")
+recorder = Recorder({folder!r}, detector="layer_norms", evidence={level!r})
 for index in range({start}, 4):
     recorder.log_round(moved(index), COHORT)
     if index == {start} + 2 or ({start} == 0 and index == 0 and stage == "create"):
@@ -463,8 +470,11 @@ for index in range({start}, 4):
 
 
 @pytest.mark.parametrize("stage", ["create", "open", "updates", "files", "torn", "committed"])
-def test_a_killed_server_leaves_a_run_that_verifies_and_goes_on(tmp_path, stage):
-    code = SERVER.format(paths=[str(ROOT), str(ROOT / "tests")], folder=str(tmp_path / "run"), stage=stage, start=0)
+def test_a_killed_server_leaves_a_run_that_verifies_and_goes_on(tmp_path, stage, level):
+    level = "full" if level == "full" else "sketch"
+    code = SERVER.format(
+        paths=[str(ROOT), str(ROOT / "tests")], folder=str(tmp_path / "run"), stage=stage, start=0, level=level
+    )
     server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     assert server.stdout.readline() == "waiting\n"
@@ -475,7 +485,7 @@ def test_a_killed_server_leaves_a_run_that_verifies_and_goes_on(tmp_path, stage)
     if recorded:
         run = gradlens.open(tmp_path / "run")
         assert (run.verify().faults, len(run.log), run.is_closed) == ((), recorded, False)
-    with Recorder(tmp_path / "run", detector="layer_norms") as recorder:
+    with Recorder(tmp_path / "run", detector="layer_norms", evidence=level) as recorder:
         for index in range(recorded, 4):  # from the last model that the server knows to be on the disk
             recorder.log_round(moved(index), COHORT)
             recorder.commit(moved(index + 1))
@@ -486,12 +496,12 @@ def test_a_killed_server_leaves_a_run_that_verifies_and_goes_on(tmp_path, stage)
     assert run.verdicts.groupby("round").size().tolist() == [8] * 4
 
 
-def test_a_server_that_starts_from_another_model_says_so_with_an_empty_round(tmp_path):
-    first = Recorder(tmp_path / "run")
+def test_a_server_that_starts_from_another_model_says_so_with_an_empty_round(tmp_path, level):
+    first = Recorder(tmp_path / "run", evidence=level)
     first.log_round(STATE, COHORT)
     first.commit(moved(1))
     first.leave_open()
-    with Recorder(tmp_path / "run") as recorder:
+    with Recorder(tmp_path / "run", evidence=level) as recorder:
         recorder.log_round(moved(3), COHORT)
         recorder.commit(moved(4))
     run = gradlens.open(tmp_path / "run")

@@ -18,7 +18,6 @@ from gradlens.aggregators.rules import (
     averaged,
     clip_factors,
     count_of,
-    lengths,
     mean,
     rows_of,
     scaled,
@@ -166,7 +165,7 @@ class Clipped:
 
     def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
         rows = rows_of(log[-1])
-        norms = lengths(log[-1])[rows]
+        norms = log[-1].total_norms[rows]
         bound = (float(np.median(norms)) if len(norms) else 0.0) if self.bound is None else self.bound
         return self.aggregate(scaled(log, rows, clip_factors(norms, bound)))
 
@@ -232,7 +231,7 @@ class CentredClipping:
         if not len(rows):
             return update
         part = log[-1].take(rows)
-        everyone, norms, centre = np.arange(len(rows)), lengths(part), self._start(log)
+        everyone, norms, centre = np.arange(len(rows)), part.total_norms, self._start(log)
         for _ in range(self.iterations):
             square = sum(float(np.vdot(array, array)) for array in centre.values())
             distances = np.sqrt(np.maximum(norms**2 - 2 * inner_products(part, centre) + square, 0))
@@ -310,7 +309,7 @@ class Flame:
     on: str
 
     def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        norms = lengths(log[-1])[log[-1].finite]
+        norms = log[-1].total_norms[log[-1].finite]
         bound = float(np.median(norms)) if len(norms) else 0.0  # of the whole cohort, before the filter
         kept = filtered(mean(), flame_detector(self.on)).kept(log)
         rule = clipped(mean(), bound) if bound > 0 else mean()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from gradlens.aggregators.rules import Aggregator, Mean, clip_factors, lengths, scaled
+from gradlens.aggregators.rules import Aggregator, Mean, clip_factors, scaled
 from gradlens.detectors import Detector, Verdict
 from gradlens.log import InputError, Round, UpdateLog
 from gradlens.log.writer import VERDICT_COLUMNS
@@ -181,7 +181,7 @@ class FilteredAggregator:
         if self.action == "drop":
             return ~out * 1.0
         if self.action == "clip":
-            norms, weights = lengths(round_), ~out * 1.0
+            norms, weights = round_.total_norms, ~out * 1.0
             if not out.all():
                 own, finite = norms[~out[:recorded]], round_.finite
                 clip = clip_factors(np.where(finite, norms, 0), float(np.median(own)) if len(own) else 0.0)

@@ -319,11 +319,6 @@ def capped(num_examples: np.ndarray, cap: float) -> np.ndarray:
     return weights if weights.any() else np.ones(len(claims))
 
 
-def lengths(round_: Round) -> np.ndarray:
-    """L2 norms of the whole updates, float64 [client]; each rests on its client alone."""
-    return np.sqrt(np.sum([np.square(round_.norms[name]) for name in round_.parameters], axis=0))
-
-
 def scaled(log: UpdateLog, rows: np.ndarray, factors: np.ndarray) -> UpdateLog:
     """The log whose last round has these clients alone, each times its factor [client]; who is left at 0 goes, too."""
     rows, factors = rows[factors > 0], factors[factors > 0]
@@ -377,6 +372,7 @@ def _near_median(round_: Round, layer: str, rows: np.ndarray, count: int) -> np.
 
     Of values in ascending order those nearest to the median lie side by side; among equally near ones the smaller.
     """
+    round_.require_whole()
     shape = np.shape(round_.global_model[layer])
     out, columns = np.zeros(int(np.prod(shape)), np.float32), round_.columns(layer)
     for start in range(0, len(out) if len(rows) else 0, kernels.BLOCK):

@@ -18,7 +18,7 @@ from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import Detector
 from gradlens.log import CannotSay, InputError, Round, UpdateLog, whole_number
 from gradlens.scorers import density_clusters, lloyd
-from gradlens.statistics.final_layer import Predict, ddif, neup, threshold_exceedings
+from gradlens.statistics.final_layer import Predict, ddif, final_weight, neup, threshold_exceedings
 
 __all__ = ["cosine_distances", "deepsight", "flame", "freqfed", "principal_plane", "rflbat"]
 
@@ -175,8 +175,9 @@ def _pulls(log: UpdateLog) -> np.ndarray:
     round_, bias = log[-1], log.model.final_bias
     if bias is not None:
         return round_.flat(bias).astype(np.float64)
-    weight = round_.updates[final_weight(log)]
-    return weight.reshape(*weight.shape[:2], -1).sum(axis=2, dtype=np.float64)
+    weight = final_weight(log)
+    rows = round_.flat(weight).reshape(len(round_), log.model[weight].shape[0], -1)
+    return rows.sum(axis=2, dtype=np.float64)
 
 
 def _ratios(log: UpdateLog, predict: Predict) -> np.ndarray:
@@ -291,13 +292,6 @@ def _distance_to(distances: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Mean distance of each client to the kept ones other than itself, [client]."""
     others = kept & ~np.eye(len(kept), dtype=bool)
     return (distances * others).sum(axis=1) / np.maximum(others.sum(axis=1), 1)
-
-
-def final_weight(log: UpdateLog) -> str:
-    """The name of the final weight; raises CannotSay if the model has none."""
-    if log.model.final_weight is None:
-        raise CannotSay("the model has no final weight (a layer of two or more dimensions)")
-    return log.model.final_weight
 
 
 def evidence_of(round_: Round, columns: dict[str, Any]) -> pd.DataFrame:

@@ -110,7 +110,7 @@ def signguard(lower: float = 0.1, upper: float = 3.0, sample: float = 0.1, seed:
 def _alignins(log: UpdateLog, sparsity: float, lambda_s: float, lambda_c: float) -> Judgement:
     round_ = log[-1]
     model = float(sum(np.square(round_.global_model[name], dtype=np.float64).sum() for name in round_.parameters))
-    tda = _cosines(log.remembered(global_products), _norms(round_) * np.sqrt(model))
+    tda = _cosines(log.remembered(global_products), round_.total_norms * np.sqrt(model))
     mpsa = _sign_agreement(round_, sparsity)
     scores = np.maximum(_distance_to_median(mpsa) / lambda_s, _distance_to_median(tda) / lambda_c)
     evidence = pd.DataFrame({"tda": tda, "mpsa": mpsa}, index=round_.clients)
@@ -137,11 +137,13 @@ def _fltrust(log: UpdateLog, reference: Reference | None) -> Judgement:
     round_ = log[-1]
     if reference is None:
         raise CannotSay("FLTrust needs the server's own update: give it as reference, a function log -> {layer: array}")
+    if not round_.is_whole:
+        raise CannotSay("the server's own update cannot be compared with updates of which not everything was recorded")
     own = _checked(reference(log), round_)
     size = float(np.sqrt(sum(np.square(array).sum() for array in own.values())))
     if size == 0:
         raise CannotSay(f"the server's own update in round {round_.index} is zero: it has no direction")
-    norms = _norms(round_)
+    norms = round_.total_norms
     cosines = _cosines(inner_products(round_, own), norms * size)
     ratios = np.divide(size, norms, out=np.zeros_like(norms), where=norms > 0)
     weights = np.maximum(cosines, 0) * ratios
@@ -152,7 +154,7 @@ def _fltrust(log: UpdateLog, reference: Reference | None) -> Judgement:
 
 def _signguard(log: UpdateLog, lower: float, upper: float, sample: float, seed: int) -> Judgement:
     round_ = log[-1]
-    norms, signs = _norms(round_), _sign_shares(round_, sample, seed)
+    norms, signs = round_.total_norms, _sign_shares(round_, sample, seed)
     by_norm = _outside(norms, lower, upper)
     cluster, by_sign = _majority(signs)
     kept = cluster & (by_norm < 1)
@@ -228,7 +230,7 @@ def _sign_shares(round_: Round, sample: float, seed: int) -> np.ndarray:
     """Shares of positive, zero and negative numbers among random coordinates, each by its largest, [client, 3]."""
     size = sum(np.size(round_.global_model[name]) for name in round_.parameters)
     rng = np.random.default_rng([seed, round_.index])
-    numbers = numbers_at(round_, drawn(round_, max(FEWEST, int(sample * size)), rng))
+    numbers = numbers_at(round_.blocks, round_.parameters, drawn(round_, max(FEWEST, int(sample * size)), rng))
     positive, negative = np.count_nonzero(numbers > 0, axis=1), np.count_nonzero(numbers < 0, axis=1)
     shares = np.stack([positive, numbers.shape[1] - positive - negative, negative], axis=1) / numbers.shape[1]
     return shares / np.where(shares.max(axis=0) > 0, shares.max(axis=0), 1.0)
@@ -275,10 +277,6 @@ def _mean_shift(x: np.ndarray, bandwidth: float) -> tuple[np.ndarray, np.ndarray
 def _votes(block: np.ndarray) -> np.ndarray:
     """The sum of the clients' signs at each number, [client, number] -> int32 [number]."""
     return np.add.reduce(block > 0, axis=0, dtype=np.int32) - np.add.reduce(block < 0, axis=0, dtype=np.int32)
-
-
-def _norms(round_: Round) -> np.ndarray:
-    return np.sqrt(np.sum([np.square(round_.norms[name]) for name in round_.parameters], axis=0))
 
 
 def _cosines(products: np.ndarray, norms: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Published detectors that ask how far the updates lie from each other: Krum, Multi-Krum, Multi-metrics, DnC."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,8 @@ def dnc(
     (of the mean where that is 0); 0 where all are equal. Where several directions vary equally, all of them count.
     num_malicious: f, None: the largest minority, n > 2f. iterations: 5 as in fedlib, the paper's table has 1.
     dimensions: 10,000, the paper's b and fedlib's; the whole model where it is smaller. filtering: the paper's c = 1; a
-    fraction of a client is rounded down (fedlib). seed: of the coordinates, drawn afresh in every round.
+    fraction of a client is rounded down (fedlib). seed: of the coordinates, drawn afresh in every round. Of a layer
+    that is recorded as a sketch the coordinates are those of the sketch.
     Equal scores are kept or flagged together. Raises: InputError for a setting out of its range.
     Abstains where n <= 2f or filtering x f >= n.
     Source: Shejwalkar & Houmansadr 2021, "Manipulating the Byzantine", NDSS, algorithm 2.
@@ -157,7 +159,10 @@ def _dnc(
     rng = np.random.default_rng([seed, round_.index])
     samples = np.stack([drawn(round_, dimensions, rng) for _ in range(iterations)])
     order = np.argsort(samples, axis=None, kind="stable")
-    numbers, whose = numbers_at(round_, samples.reshape(-1)[order]), order // samples.shape[1]
+    numbers, whose = (
+        numbers_at(round_.linear_blocks, round_.parameters, samples.reshape(-1)[order]),
+        order // samples.shape[1],
+    )
     scores, kept = np.zeros(clients), np.ones(clients, dtype=bool)
     for iteration in range(iterations):
         projections = relative(_squared_projections(numbers[:, whose == iteration].astype(np.float64)))
@@ -275,7 +280,7 @@ def inner_products(round_: Round, direction: dict[str, np.ndarray]) -> np.ndarra
     products = np.zeros(len(round_))
     for name in round_.parameters:
         along, start = np.asarray(direction[name]).reshape(-1), 0
-        for block in round_.blocks(name):
+        for block in round_.linear_blocks(name):
             stop = start + block.shape[1]
             products += block.astype(np.float64) @ along[start:stop].astype(np.float64)
             start = stop
@@ -288,11 +293,13 @@ def drawn(round_: Round, count: int, rng: np.random.Generator) -> np.ndarray:
     return np.sort(rng.choice(size, min(count, size), replace=False, shuffle=False))
 
 
-def numbers_at(round_: Round, positions: np.ndarray) -> np.ndarray:
-    """The updates' numbers at these positions, which are in order, float32 [client, position]."""
+def numbers_at(
+    blocks: Callable[[str], Iterable[np.ndarray]], layers: Sequence[str], positions: np.ndarray
+) -> np.ndarray:
+    """The updates' numbers at these positions, which are in order, float32 [client, position]; blocks: of a layer."""
     parts, start = [], 0
-    for name in round_.parameters:
-        for block in round_.blocks(name):
+    for name in layers:
+        for block in blocks(name):
             stop = start + block.shape[1]
             low, high = np.searchsorted(positions, [start, stop])
             parts.append(block[:, positions[low:high] - start])

@@ -1,16 +1,14 @@
 """Published detectors that look at the final layer alone: Bilgin, Tolpegin, LFighter, Auror."""
 
-import math
-
 import numpy as np
 
-from gradlens.detectors.clusters import APART, ROUNDING, cosine_distances, evidence_of, final_weight, principal_plane
+from gradlens.detectors.clusters import APART, ROUNDING, cosine_distances, evidence_of, principal_plane
 from gradlens.detectors.distances import one_of, positive
 from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import TEXTBOOK, Detector
-from gradlens.log import InputError, Round, UpdateLog, whole_number
+from gradlens.log import InputError, UpdateLog, whole_number
 from gradlens.scorers import robustly_scaled, two_means
-from gradlens.statistics.final_layer import final_bias_deviation
+from gradlens.statistics.final_layer import final_bias_deviation, final_weight
 
 __all__ = ["auror", "bilgin", "lfighter", "tolpegin"]
 
@@ -112,7 +110,7 @@ def _tolpegin(log: UpdateLog, source_label: int | None, rounds: int) -> Judgemen
 
 def _observations(log: UpdateLog, weight: str, rounds: int) -> tuple[np.ndarray, np.ndarray]:
     """Of the last round's clients in the last rounds: whose int64 [observation], rows [observation, class, number]."""
-    clients = log[-1].clients
+    clients, classes = log[-1].clients, log.model[weight].shape[0]
     order = np.argsort(clients)
     whose, rows = [], []
     for stop in range(max(0, len(log) - rounds) + 1, len(log) + 1):
@@ -120,7 +118,7 @@ def _observations(log: UpdateLog, weight: str, rounds: int) -> tuple[np.ndarray,
         known = np.isin(prefix[-1].clients, clients)
         usable = known & prefix.remembered(_comparable) if stop < len(log) else known
         whose.append(order[np.searchsorted(clients[order], prefix[-1].clients[usable])])
-        rows.append(_rows(prefix[-1], weight)[usable])
+        rows.append(_rows(prefix[-1].flat(weight)[usable], classes))
     return np.concatenate(whose), np.concatenate(rows)
 
 
@@ -157,7 +155,7 @@ def _margins(points: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
 
 def _lfighter(log: UpdateLog, variant: str) -> Judgement:
     round_, weight, bias = log[-1], final_weight(log), log.model.final_bias
-    rows = _rows(round_, weight)
+    rows = _rows(round_.linear_flat(weight), log.model[weight].shape[0])
     moved = np.sqrt(np.einsum("kci,kci->kc", rows, rows)).sum(axis=0)
     if bias is not None:
         moved += np.abs(round_.flat(bias)).sum(axis=0, dtype=np.float64)
@@ -221,7 +219,6 @@ def two_groups(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return gaps[:, 0], minority.T
 
 
-def _rows(round_: Round, weight: str) -> np.ndarray:
-    """The updates of the final weight, float64 [client, class, number]."""
-    update = round_.updates[weight]
-    return update.reshape(*update.shape[:2], math.prod(update.shape[2:])).astype(np.float64)
+def _rows(matrix: np.ndarray, classes: int) -> np.ndarray:
+    """The updates of the final weight [client, number] as float64 [client, class, number]."""
+    return matrix.reshape(len(matrix), classes, matrix.shape[1] // classes).astype(np.float64)

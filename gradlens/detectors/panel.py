@@ -73,6 +73,7 @@ def panel() -> Detector:
     deviations of a normal variable, as the share of benign clients that read as high (out of sample in five folds; in
     the highest twentieth that share falls exponentially). The score is the largest reading. The verdict's
     evidence holds the readings, then every feature by itself.
+    Of sketches the part "signs" cannot say and is 0: a null must be recorded at the level of what it calibrates.
     `calibrate(panel(), null)` learns all of that from the null. Uncalibrated the scales come from the cohort itself and
     nothing is known of the covariance, which tells much less; then a client is flagged whose score lies 3.5 robust
     sigmas above the cohort's median.
@@ -139,7 +140,7 @@ class Panel:
     def seen(self, log: UpdateLog) -> tuple[tuple[str, ...], np.ndarray]:
         """Names [feature] and values [client of the last round, feature], minus the cohort's median.
 
-        A part that cannot say yet is 0 throughout: nobody stands out by it.
+        A part that cannot say, yet or of sketches, is 0 throughout: nobody stands out by it.
         """
         groups = _groups(log.model)
         names = tuple(f"{part}: {_named(group, log.model)}" for part, _ in self.parts for group in groups)
@@ -399,8 +400,8 @@ def _groups(model: ModelSpec) -> tuple[tuple[int, ...], ...]:
     if len(names) <= MATRICES + VECTORS + 2:
         return tuple((i,) for i in range(len(names)))
     final = [i for i, name in enumerate(names) if name in (model.final_weight, model.final_bias)]
-    matrices = [i for i in range(len(names)) if i not in final and len(model[names[i]].shape) > 1]
-    vectors = [i for i in range(len(names)) if i not in final and len(model[names[i]].shape) < 2]
+    matrices = [i for i in range(len(names)) if i not in final and len(model[names[i]].sent_shape) > 1]
+    vectors = [i for i in range(len(names)) if i not in final and len(model[names[i]].sent_shape) < 2]
     parts = [*np.array_split(matrices, MATRICES), *np.array_split(vectors, VECTORS)]
     return (*(tuple(part.tolist()) for part in parts if len(part)), *((i,) for i in final))
 
@@ -409,7 +410,7 @@ def _groups(model: ModelSpec) -> tuple[tuple[int, ...], ...]:
 def _heard(model: ModelSpec) -> tuple[bool, ...]:
     """Which of these groups are weights before the final layer; all, where there are none."""
     first = [model[model.parameters[group[0]]] for group in _groups(model)]
-    weights = tuple(len(each.shape) > 1 and each.name != model.final_weight for each in first)
+    weights = tuple(len(each.sent_shape) > 1 and each.name != model.final_weight for each in first)
     return weights if any(weights) else (True,) * len(weights)
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from gradlens.ingest.sources import TABLES, Model, Source, several, source_of_folder, source_of_table
 from gradlens.ingest.tables import examples_in, with_csv_truth
-from gradlens.log import InputError, LogWriter, ModelSpec, Round
+from gradlens.log import Evidence, InputError, LogWriter, ModelSpec, Round
 from gradlens.log.received import Received, State, Unfit, as_array, received, spec_of, state_of
 from gradlens.log.writer import check_free
 from gradlens.run import Run
@@ -48,6 +48,7 @@ def ingest(
     num_examples: Path | str | None = None,
     truth: Path | str | None = None,
     strict: bool = False,
+    evidence: Evidence | str = "full",
     progress: bool = False,
 ) -> Ingested:
     """Records what lies in `source` as the closed run `out`: a folder of models, or a table.
@@ -67,7 +68,8 @@ def ingest(
     CSV with the columns client, num_examples, and round where it varies, as the source numbers it; None: 1 for
     everybody of a folder. truth: a CSV, see `with_csv_truth`. A file that would take more memory than four models and
     1 MiB is refused unread; the model is the global one, where there is none the median of the first round's files.
-    strict: the first client that is not as it should be is an InputError.
+    strict: the first client that is not as it should be is an InputError. evidence: what of each update is recorded, an
+    `Evidence` or the name of its level.
     Raises: InputError, after which nothing of the run is left.
     """
     path, folder = Path(source), Path(out)
@@ -85,8 +87,9 @@ def ingest(
         found.examples = dict(examples_in(num_examples, sent))
     existed = folder.exists()
     record = partial(_written, found, folder, path, updates=updates, final_layer=final_layer, buffers=buffers)
+    level = Evidence.of(evidence)
     try:
-        notes, faults = record(strict=strict, progress=progress)
+        notes, faults = record(evidence=level, strict=strict, progress=progress)
         if truth is not None:
             with_csv_truth(folder, truth)
     except BaseException:
@@ -103,6 +106,7 @@ def _written(
     updates: bool,
     final_layer: str | None,
     buffers: Collection[str],
+    evidence: Evidence,
     strict: bool,
     progress: bool,
 ) -> tuple[list[str], list[str]]:
@@ -125,7 +129,7 @@ def _written(
                     notes.append(_by_name(model))
                 state = _first(model, sent, updates=updates) if start is None else state_of(start, model)
                 origin = {"from": str(path), "rounds": numbers, "sent": "updates" if updates else "models"}
-                writer = LogWriter.create(folder, model, state, source={"ingested": origin})
+                writer = LogWriter.create(folder, model, state, source={"ingested": origin}, evidence=evidence)
             model = writer.model
             answers = received(index, model, state, sent, found.examples.get(number), as_models=not updates)
             converted.update(answers.notes.values())

@@ -76,7 +76,7 @@ def kept(recorder: Recorder, global_model: State, answers: Sequence[Answer]) -> 
 
     def scaled(state: State, weight: float) -> dict[str, np.ndarray]:
         moved = {name: np.array(array) for name, array in state.items()}
-        for name in recorder.log.model.parameters:
+        for name in recorder.model.parameters:
             start = centre.get(name, np.float32(0))
             moved[name] = np.asarray(start + weight * (moved[name] - start), moved[name].dtype)
         return moved

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from gradlens.log.manifest import beside
 from gradlens.log.record import InputError, Layer, LazyLayers, ModelSpec, Round
+from gradlens.log.sketches import POWERS
 
 BATCH_BYTES = 1_000_000_000  # a round up to this size is one record batch, read as views
 
@@ -25,7 +26,7 @@ BATCH_BYTES = 1_000_000_000  # a round up to this size is one record batch, read
 def write_updates(path: Path, model: ModelSpec, round_: Round) -> None:
     """Writes one round's updates beside `path`, flushes them to the disk and renames them there."""
     metadata = {"round": str(round_.index), "refused": json.dumps(dict(round_.refused), sort_keys=True)}
-    schema = _updates_schema(model).with_metadata(metadata)
+    schema = _updates_schema(model, tuple(round_.moments)).with_metadata(metadata)
     row_bytes = sum(layer.size * np.dtype(layer.dtype).itemsize for layer in model.layers)
     rows = max(1, BATCH_BYTES // row_bytes)
 
@@ -37,14 +38,20 @@ def write_updates(path: Path, model: ModelSpec, round_: Round) -> None:
                 pa.array(round_.num_examples[part]),
             ]
             columns += [_tensor(layer, round_.updates[layer.name][part]) for layer in model.layers]
+            columns += [_tensor(_moments(name), rows[part]) for name, rows in round_.moments.items()]
             yield pa.record_batch(columns, schema=schema)
 
     _write(path, schema, batches())
 
 
-def read_updates(path: Path, model: ModelSpec, global_model: Mapping[str, np.ndarray]) -> Round:
-    """One round as it was recorded, its arrays mapped from the file; raises InputError on anything else."""
-    batches, metadata = read_batches(path, _updates_schema(model))
+def read_updates(
+    path: Path, model: ModelSpec, global_model: Mapping[str, np.ndarray], summed: tuple[str, ...] = ()
+) -> Round:
+    """One round as it was recorded, its arrays mapped from the file; raises InputError on anything else.
+
+    summed: the layers of which there are moments.
+    """
+    batches, metadata = read_batches(path, _updates_schema(model, summed))
     try:
         index, refused = int(metadata[b"round"]), json.loads(metadata[b"refused"])
     except (KeyError, ValueError) as error:
@@ -62,7 +69,12 @@ def read_updates(path: Path, model: ModelSpec, global_model: Mapping[str, np.nda
     updates = LazyLayers(tuple(model), whole, keep=len(batches) == 1, pieces=pieces)
     clients = np.array([name for batch in batches for name in batch.column(0).to_pylist()], dtype=np.str_)
     num_examples = np.concatenate([batch.column(1).to_numpy(zero_copy_only=True) for batch in batches])
-    return Round(index, clients, num_examples, updates, global_model, refused, model.buffers)
+    place = 2 + len(model)
+    moments = {
+        name: np.concatenate([_numbers(batch.column(place + i), _moments(name)) for batch in batches])
+        for i, name in enumerate(summed)
+    }
+    return Round(index, clients, num_examples, updates, global_model, refused, model.buffers, moments)
 
 
 def write_state(path: Path, model: ModelSpec, state: Mapping[str, np.ndarray]) -> None:
@@ -155,9 +167,15 @@ def read_batches(path: Path, schema: pa.Schema | None = None) -> tuple[list[pa.R
     return batches, found.metadata or {}
 
 
-def _updates_schema(model: ModelSpec) -> pa.Schema:
+def _updates_schema(model: ModelSpec, summed: tuple[str, ...]) -> pa.Schema:
     columns: list[tuple[str, Any]] = [("client", pa.string()), ("num_examples", pa.int64())]
-    return pa.schema(columns + [(layer.name, _tensor_type(layer)) for layer in model.layers])
+    layers = (*model.layers, *map(_moments, summed))
+    return pa.schema(columns + [(layer.name, _tensor_type(layer)) for layer in layers])
+
+
+def _moments(layer: str) -> Layer:
+    """The column of a layer's moments."""
+    return Layer(f"moments of {layer}", (POWERS,), "float64", "buffer")
 
 
 def _state_schema(model: ModelSpec) -> pa.Schema:

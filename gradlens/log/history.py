@@ -10,7 +10,6 @@ from hashlib import sha256
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 from weakref import WeakValueDictionary
-from zlib import crc32
 
 import numpy as np
 from scipy import sparse
@@ -18,6 +17,7 @@ from scipy import sparse
 from gradlens.log import kernels
 from gradlens.log.kernels import BLOCK, Columns
 from gradlens.log.record import InputError, LazyLayers, ModelSpec, Round
+from gradlens.log.sketches import CountSketch
 
 if TYPE_CHECKING:
     from gradlens.detectors import Detector, Verdict
@@ -298,6 +298,8 @@ def _hold(held: dict[int, Answer], stop: int, state: Answer, cut: bool) -> None:
 def fitted(model: ModelSpec, round_: Round) -> Round:
     """The round with the model's buffers marked; raises InputError where its layers are not the model's."""
     where = f"round {round_.index}"
+    if sketches := [each.name for each in model.layers if each.sketch_of and each.name not in round_.moments]:
+        raise InputError(f"{where}: layer {sketches[0]!r} is recorded as a sketch, and a round of it has moments")
     if difference := sorted(set(round_.updates) ^ set(model)):
         whose = "updates" if difference[0] in round_.updates else "model"
         raise InputError(f"{where}: layer {difference[0]!r} is in the {whose} alone; the model has {list(model)}")
@@ -357,7 +359,7 @@ def _residuals(round_: Round, layer: str) -> tuple[Columns, np.ndarray, np.ndarr
     the norms of these residuals, float64 [client]; and what clips them at three times their median.
     """
     comparable, median = round_.comparable, round_.median[layer].reshape(-1)
-    columns = round_.columns(layer)
+    columns = round_.linear(layer)
 
     def residuals(start: int, stop: int) -> np.ndarray:
         numbers = columns(start, stop)
@@ -384,13 +386,10 @@ def _sketch(layer: str, matrix: np.ndarray) -> np.ndarray:
     """The count sketch of each row, float32 [client, at most 512 numbers]; a small layer stays whole."""
     if matrix.shape[1] <= SKETCH:
         return matrix
-    return np.asarray(matrix @ _hashes(layer, matrix.shape[1]), dtype=np.float32)
+    sketch = _count_sketch(layer, matrix.shape[1])
+    return np.stack([sketch.sketch(row) for row in matrix]) if len(matrix) else np.zeros((0, SKETCH), np.float32)
 
 
 @lru_cache(maxsize=64)
-def _hashes(layer: str, size: int) -> sparse.csr_array:
-    """Each number of the layer goes to one random place with a random sign (Charikar, Chen, Farach-Colton 2002)."""
-    rng = np.random.default_rng([crc32(layer.encode()), size])
-    signs = rng.choice(np.array([-1, 1], np.float32), size)
-    places = rng.integers(SKETCH, size=size)
-    return sparse.csr_array((signs, places, np.arange(size + 1)), shape=(size, SKETCH))
+def _count_sketch(layer: str, size: int) -> CountSketch:
+    return CountSketch.of(0, layer, size, SKETCH)  # whoever looks at a log again must get the same

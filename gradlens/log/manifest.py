@@ -15,6 +15,7 @@ from typing import Any
 from gradlens.log.record import InputError
 
 FORMAT = 1
+REDUCED = 2  # of a run that does not record everything: what reads format 1 alone must not take it for whole
 MANIFEST, RUN, CLOSED = "manifest.jsonl", "run.json", "closed"
 FOLDERS = ("updates", "globals", "verdicts")
 START = "0" * 64  # what the first line names as the line before

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from gradlens.log.record import InputError, LazyLayers, ModelSpec, Round
+from gradlens.log.evidence import Reduction
+from gradlens.log.model import Layer
+from gradlens.log.record import InputError, LazyLayers, ModelSpec, Round, layer_refusal, names_refusal
 
 BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
 LONGEST = 200  # characters of a client's name
@@ -42,6 +44,15 @@ class _Answer:
 
     arrays: Mapping[str, np.ndarray]
     types: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reduced:
+    """What is kept of an answer below the level "full": what is recorded of it, its moments, and `_note`."""
+
+    arrays: dict[str, np.ndarray]
+    moments: dict[str, np.ndarray]
+    note: str
 
 
 def as_array(value: Any) -> tuple[np.ndarray, str]:
@@ -113,13 +124,16 @@ def received(
     num_examples: Mapping[Any, Any] | None = None,
     *,
     as_models: bool,
+    reduction: Reduction | None = None,
 ) -> Received:
     """The round made of what clients sent: client -> (layer -> array), or pairs of them; never raises because of one.
 
     as_models: local models were sent, of which the global model is taken away; else updates. num_examples: client ->
     count, None: 1 for everybody. Answers that differ under one name are all refused, since none can be told from the
-    others; equal ones count once. Names that cannot be printed are escaped, and refused.
+    others; equal ones count once. Names that cannot be printed are escaped, and refused. reduction: what is recorded
+    of the model, None: everything; below that nothing else is held of an answer once the next one is asked for.
     """
+    reduction = None if reduction is None or reduction.is_full else reduction
     answers: dict[str, list[tuple[Any, Any]]] = {}
     refused: dict[str, str] = {}
     for client, state in sent.items() if isinstance(sent, Mapping) else sent:
@@ -127,7 +141,9 @@ def received(
         if name != str(client):
             refused[name] = f"the client's name is longer than {LONGEST} characters or cannot be printed"
         count = 1 if num_examples is None else num_examples.get(client, num_examples.get(str(client)))
-        answers.setdefault(name, []).append((state, count))
+        kept = state if reduction is None else _kept(state, reduction, global_model, as_models=as_models)
+        del state  # the next answer may need its memory
+        answers.setdefault(name, []).append((kept, count))
     updates, counts, notes = {}, {}, {}
     for name, given in answers.items():
         try:
@@ -136,11 +152,19 @@ def received(
         except Unfit as reason:
             refused.setdefault(name, str(reason))
             continue
-        if name not in refused:
-            updates[name] = _updates(answer, global_model, as_models=as_models)
-            if note := _note(answer, model):
-                notes[name] = note
-    round_ = Round.collect(index, model, global_model, updates, counts)
+        if name in refused:
+            continue
+        if isinstance(answer, _Reduced):
+            updates[name], note = answer, answer.note
+        else:
+            updates[name], note = _updates(answer, global_model, as_models=as_models), _note(answer, model)
+        if note:
+            notes[name] = note
+    if reduction is None:
+        round_ = Round.collect(index, model, global_model, updates, counts)
+    else:
+        rows = [(each.arrays, each.moments) for each in updates.values()]
+        round_ = reduction.round(index, list(updates), [counts[name] for name in updates], rows, global_model, {})
     reasons = {**round_.refused, **refused}
     refused = {name: reasons[name] for name in answers if name in reasons}
     notes = {name: note for name, note in notes.items() if name not in refused}
@@ -178,14 +202,14 @@ def _recorded_type(array: np.ndarray) -> np.ndarray:
     return array if array.dtype == np.float64 else array.astype(np.float32)
 
 
-def _one_of(states: list[Any]) -> _Answer:
+def _one_of(states: list[Any]) -> _Answer | _Reduced:
     """What a client sent, once or several times the same; raises Unfit."""
     if len(states) == 1:
-        return _answer(states[0])
+        return _read(states[0])
     answers, evidence = [], []
     for state in states:
         try:
-            answers.append(_answer(state))
+            answers.append(_read(state))
             evidence.append(_fingerprint(answers[-1]))
         except Unfit as reason:
             evidence.append(str(reason))
@@ -193,6 +217,31 @@ def _one_of(states: list[Any]) -> _Answer:
         return answers[0]
     several = "; ".join(evidence[:3]) + ("; ..." if len(evidence) > 3 else "")
     raise Unfit(f"{len(states)} different answers came under this name, and none can be told from another: {several}")
+
+
+def _kept(state: Any, reduction: Reduction, base: Mapping[str, np.ndarray], *, as_models: bool) -> _Reduced | Unfit:
+    """What is recorded of what a client sent, or why it cannot be."""
+    try:
+        answer = _answer(state)
+    except Unfit as reason:
+        return Unfit(str(reason))  # without its traceback, which holds what was sent
+    model, moved = reduction.sent, _updates(answer, base, as_models=as_models)
+
+    def judged(layer: Layer) -> np.ndarray:  # whole numbers must be some as updates; of the others no copy is made
+        return moved[layer.name] if layer.dtype.startswith(("int", "uint")) else answer.arrays[layer.name]
+
+    reasons = [names_refusal(model, answer.arrays)]
+    if not reasons[0]:
+        reasons += [layer_refusal(layer, judged(layer)) for layer in model.layers]
+    if any(reasons):
+        return Unfit(next(filter(None, reasons)))
+    recorded, moments = reduction.update(answer.arrays, base if as_models else None)
+    return _Reduced(recorded, moments, _note(answer, model))
+
+
+def _read(state: Any) -> _Answer | _Reduced:
+    """What was kept of what a client sent, or that as arrays; raises Unfit."""
+    return state if isinstance(state, _Reduced) else _answer(state)
 
 
 def _answer(state: Any) -> _Answer:
@@ -253,12 +302,14 @@ def _count(claim: Any) -> int:
     return count
 
 
-def _fingerprint(answer: _Answer) -> str:
-    """What tells one answer from another in a reason."""
-    digest, square = hashlib.sha256(), 0.0
-    for name, array in sorted(answer.arrays.items()):
+def _fingerprint(answer: _Answer | _Reduced) -> str:
+    """What tells one answer from another in a reason; of a reduced one what is recorded of it."""
+    moments = answer.moments if isinstance(answer, _Reduced) else {}
+    digest, square = hashlib.sha256(), sum(float(powers[1]) for powers in moments.values())
+    for name, array in sorted([*answer.arrays.items(), *moments.items()], key=lambda item: (item[0], item[1].shape)):
         digest.update(f"{name!r}{array.dtype}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
-        with np.errstate(all="ignore"):
-            square += float(np.square(array, dtype=np.float64).sum())
+        if name not in moments:
+            with np.errstate(all="ignore"):
+                square += float(np.square(array, dtype=np.float64).sum())
     return f"sha256 {digest.hexdigest()[:16]}, norm {np.sqrt(square):.6g}"

@@ -1,10 +1,10 @@
-"""What the server saw in one round: `Layer`, `ModelSpec`, `Round`."""
+"""What the server saw in one round: `Round`."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from scipy import sparse
@@ -12,151 +12,12 @@ from scipy import sparse
 from gradlens.log import kernels
 from gradlens.log.kernels import BLOCK, Columns
 from gradlens.log.layers import Combination, LazyLayers, shares_of
+from gradlens.log.model import CannotSay, InputError, Layer, ModelSpec, first_duplicate
 
 GROSS = 1_000.0  # a client whose update is this many times the cohort's median norm is no reference for anybody
 PAIRWISE = 5_000  # clients up to which inner products of all pairs are formed
 ORDERED = 256_000_000  # bytes of a round's numbers that are held in ascending order; above it each use sorts anew
 TWINS = 1e-9  # share of their squares by which the inner products of equal updates may differ
-DTYPES = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8")
-
-
-class InputError(ValueError):
-    """What a caller got wrong, in one line: what was expected, what was found, where, what to do."""
-
-
-def whole_number(setting: str, value: Any, least: int = 0) -> int:
-    """The value of a setting as an int; raises InputError where it is no whole number, or less than `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise InputError(f"{setting} must be a whole number of at least {least}, found {value!r:.80}")
-    return int(value)
-
-
-class CannotSay(Exception):  # noqa: N818 - an answer, not a fault
-    """Why there is no answer: the cohort is too small, the model has no such layer, the history too short."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One named tensor of the model; a buffer (batch-norm statistics, counters) is recorded and never scored."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-    kind: Literal["parameter", "buffer"] = "parameter"
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("parameter", "buffer"):
-            raise InputError(f"layer {self.name!r}: kind is 'parameter' or 'buffer', found {self.kind!r}")
-        if any(not isinstance(n, int) or n < 1 for n in self.shape):
-            raise InputError(f"layer {self.name!r}: every dimension must be at least 1, found {self.shape}")
-        if self.kind == "parameter" and self.dtype != "float32":
-            raise InputError(f"layer {self.name!r}: parameters are recorded as float32, found {self.dtype}")
-        if self.dtype not in DTYPES:
-            raise InputError(f"layer {self.name!r}: dtype must be one of {', '.join(DTYPES)}, found {self.dtype}")
-
-    @cached_property
-    def size(self) -> int:
-        """How many numbers the layer holds."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Names, shapes and kinds of a model's layers, in the model's order, and which of them are the final ones."""
-
-    layers: tuple[Layer, ...]
-    final_weight: str | None = None
-    final_bias: str | None = None
-
-    def __post_init__(self) -> None:
-        names = [layer.name for layer in self.layers]
-        if len(set(names)) < len(names):
-            raise InputError(f"a model names each layer once, found {_first_duplicate(names)!r} twice")
-        if not self.parameters:
-            raise InputError("a model needs at least one parameter layer, found none")
-        for name in (self.final_weight, self.final_bias):
-            if name is not None and name not in self.parameters:
-                raise InputError(f"the final layer {name!r} is not a parameter layer of the model {names}")
-
-    @classmethod
-    def of(
-        cls,
-        state: Mapping[str, np.ndarray],
-        *,
-        buffers: Collection[str] = (),
-        final_weight: str | None = None,
-        final_bias: str | None = None,
-    ) -> Self:
-        """The specification of a model's state; finds the final layer by itself unless it is named.
-
-        The final weight is the last parameter of two or more dimensions, the final bias the parameter
-        right after it with one number per row of that weight; a model without one has `final_bias` None.
-        """
-        arrays = {name: np.asarray(array) for name, array in state.items()}
-        layers = tuple(
-            Layer(name, a.shape, str(a.dtype) if name in buffers else "float32", _kind(name, buffers))
-            for name, a in arrays.items()
-        )
-        parameters = [layer for layer in layers if layer.kind == "parameter"]
-        if final_weight is None:
-            final_weight = next((p.name for p in reversed(parameters) if len(p.shape) >= 2), None)
-        if final_bias is None and final_weight is not None:
-            final_bias = _bias_of(final_weight, parameters)
-        return cls(layers, final_weight, final_bias)
-
-    @cached_property
-    def _by_name(self) -> dict[str, Layer]:
-        return {layer.name: layer for layer in self.layers}
-
-    def __getitem__(self, name: str) -> Layer:
-        return self._by_name[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._by_name)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    @cached_property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the layers that are scored."""
-        return tuple(layer.name for layer in self.layers if layer.kind == "parameter")
-
-    @cached_property
-    def buffers(self) -> tuple[str, ...]:
-        """Names of the layers that are recorded and aggregated, never scored."""
-        return tuple(layer.name for layer in self.layers if layer.kind == "buffer")
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers are trained."""
-        return sum(self[name].size for name in self.parameters)
-
-    def only(self, names: Collection[str]) -> Self:
-        """The specification of these layers alone; raises InputError where there is no such layer."""
-        if unknown := [name for name in names if name not in self._by_name]:
-            raise InputError(f"the model has no layer {unknown[0]!r}, only {list(self)}")
-        final = (name if name in names else None for name in (self.final_weight, self.final_bias))
-        return type(self)(tuple(layer for layer in self.layers if layer.name in names), *final)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as `run.json` holds them."""
-        layers = [
-            {"name": each.name, "shape": list(each.shape), "dtype": each.dtype, "kind": each.kind}
-            for each in self.layers
-        ]
-        return {"layers": layers, "final_weight": self.final_weight, "final_bias": self.final_bias}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`; raises InputError where the values are not of that form."""
-        try:
-            layers = tuple(Layer(str(v["name"]), tuple(v["shape"]), v["dtype"], v["kind"]) for v in values["layers"])
-            return cls(layers, values["final_weight"], values["final_bias"])
-        except InputError:
-            raise
-        except (KeyError, TypeError) as error:
-            raise InputError(f"the model in run.json is not readable: {error!r}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +27,9 @@ class Round:
     clients: str [client], in no meaningful order; num_examples: int64 [client], a claim;
     updates: layer -> [client, *shape], float32 for parameters; global_model: layer -> [*shape], before the round;
     refused: client -> why what it sent could not be recorded; buffers: the layers that are never scored.
+    moments: layer -> float64 [client, 4], of each parameter layer that was not recorded whole, the sums of a client's
+    numbers, of their squares, cubes and fourth powers. Its updates and global model are sketches, or it has none: what
+    is linear in the updates asks for `linear`, what needs a layer's own numbers is told that there are none.
     Raises InputError on unequal lengths, a repeated client, and layers or shapes that differ from the model's.
     """
 
@@ -176,6 +40,7 @@ class Round:
     global_model: Mapping[str, np.ndarray]
     refused: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
+    moments: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         clients = np.asarray(self.clients, dtype=np.str_).reshape(-1)
@@ -186,11 +51,14 @@ class Round:
         if len(num_examples) != len(clients):
             raise InputError(f"{where}: {len(clients)} clients but {len(num_examples)} num_examples")
         if len(np.unique(clients)) < len(clients):
-            raise InputError(f"{where}: client {_first_duplicate(clients.tolist())!r} appears twice")
+            raise InputError(f"{where}: client {first_duplicate(clients.tolist())!r} appears twice")
         if both := sorted(set(clients.tolist()) & set(self.refused)):
             raise InputError(f"{where}: client {both[0]!r} is both recorded and refused")
         if difference := sorted(set(self.updates) ^ set(self.global_model)):
             raise InputError(f"{where}: layer {difference[0]!r} is not in both the updates and the global model")
+        for name, moments in self.moments.items():
+            if np.shape(moments) != (len(clients), 4):
+                raise InputError(f"{where}: moments of {name!r} must be [client, 4], found {np.shape(moments)}")
         if not isinstance(self.updates, LazyLayers):  # those were checked where they come from
             object.__setattr__(self, "updates", self._checked(self.updates))
 
@@ -240,12 +108,45 @@ class Round:
     def __len__(self) -> int:
         return len(self.clients)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was sent is recorded with its own numbers: nothing is sketched, or left out."""
+        return not self.moments
+
+    def require_whole(self) -> None:
+        """Raises InputError unless the round is whole: what is to be aggregated."""
+        if not self.is_whole:
+            raise InputError(
+                f"round {self.index} was recorded without all of its numbers: nothing can be aggregated from it; "
+                "aggregate where the updates are, a filter's `decision` says whose"
+            )
+
     def flat(self, layer: str) -> np.ndarray:
-        """The updates of one layer as a matrix [client, number]."""
+        """The updates of one layer as a matrix [client, number]; raises CannotSay where it is a sketch."""
+        self._own_numbers(layer)
+        return _as_matrix(self.updates[layer])
+
+    def linear_flat(self, layer: str) -> np.ndarray:
+        """As `flat`, for what is linear in the updates or rests on inner products: of a sketch its numbers."""
         return _as_matrix(self.updates[layer])
 
     def columns(self, layer: str) -> Columns:
-        """The function (start, stop) -> these numbers of the layer, [client, number], without copying the layer."""
+        """The function (start, stop) -> these numbers of the layer, [client, number], without copying the layer.
+
+        Raises CannotSay where the layer was recorded as a sketch.
+        """
+        self._own_numbers(layer)
+        return self.linear(layer)
+
+    def _own_numbers(self, layer: str) -> None:
+        if layer in self.moments:
+            raise CannotSay(
+                f"layer {layer!r} was recorded as a sketch of {self._size(layer)} numbers; what needs its own numbers"
+                " cannot be asked of it"
+            )
+
+    def linear(self, layer: str) -> Columns:
+        """As `columns`, for what is linear in the updates or rests on inner products (`linear_flat`)."""
         updates = self.updates
         if isinstance(updates, LazyLayers) and updates.combination is not None:
             return updates.combination.columns(layer, layer in self.buffers)
@@ -257,7 +158,14 @@ class Round:
 
     def blocks(self, layer: str, size: int = BLOCK) -> Iterator[np.ndarray]:
         """The updates of one layer in slices [client, at most `size` numbers], without copying the layer."""
-        columns, numbers = self.columns(layer), self._size(layer)
+        return self._slices(self.columns(layer), self._size(layer), size)
+
+    def linear_blocks(self, layer: str, size: int = BLOCK) -> Iterator[np.ndarray]:
+        """As `blocks`, for what is linear in the updates or rests on inner products (`linear_flat`)."""
+        return self._slices(self.linear(layer), self._size(layer), size)
+
+    @staticmethod
+    def _slices(columns: Columns, numbers: int, size: int) -> Iterator[np.ndarray]:
         return (columns(start, min(start + size, numbers)) for start in range(0, numbers, size))
 
     @cached_property
@@ -279,12 +187,13 @@ class Round:
         updates = LazyLayers(tuple(self.updates), lambda name: self.updates[name][positions], keep=False)
         if isinstance(self.updates, LazyLayers) and self.updates.combination is not None:
             updates = self.updates.combination.rows(positions).layers(tuple(self.updates))
-        part = replace(
-            self, clients=self.clients[positions], num_examples=self.num_examples[positions], updates=updates
-        )
-        pairs = np.ix_(positions, positions)
-        part.__dict__["gram"] = LazyLayers(self.parameters, lambda name: self.gram[name][pairs])
-        part.__dict__["norms"] = LazyLayers(self.parameters, lambda name: self.norms[name][positions])
+        moments = {name: array[positions] for name, array in self.moments.items()}
+        names, examples = self.clients[positions], self.num_examples[positions]
+        part = replace(self, clients=names, num_examples=examples, updates=updates, moments=moments)
+        if len(self) <= PAIRWISE:  # of more clients there is no Gram to take a part of, but of few of them there can be
+            pairs = np.ix_(positions, positions)
+            part.__dict__["gram"] = LazyLayers(self.parameters, lambda name: self.gram[name][pairs])
+        part.__dict__["linear_norms"] = LazyLayers(self.parameters, lambda name: self.linear_norms[name][positions])
         part.__dict__["finite"] = self.finite[positions]
         part.__dict__["comparable"] = self.comparable[positions]  # beside all of them, as they were judged
         return part
@@ -297,7 +206,8 @@ class Round:
             updates.pieces, updates.combination = self.updates.pieces, self.updates.combination
         state = {name: self.global_model[name] for name in names}
         buffers = tuple(name for name in self.buffers if name in names)
-        return replace(self, updates=updates, global_model=state, buffers=buffers)
+        moments = {name: array for name, array in self.moments.items() if name in names}
+        return replace(self, updates=updates, global_model=state, buffers=buffers, moments=moments)
 
     def combined(self, matrix: np.ndarray | sparse.csr_array, clients: np.ndarray | None = None) -> "Round":
         """The round whose clients are linear combinations of these; only who asks for numbers forms them, in blocks.
@@ -305,9 +215,10 @@ class Round:
         matrix: float64 [new, client]; clients: the new names, str [new], None: the same ones. Inner products and
         weighted means follow from those of this round. Buffers, and claims of examples, are mixed by the row's shares
         (its absolute values, over their sum): a client that is scaled keeps its own.
-        Raises: InputError on a row without any client, on one that uses a client that is not finite, and where there
-        are not as many names as rows.
+        Raises: InputError on a row without any client, on one that uses a client that is not finite, where there
+        are not as many names as rows, and where the round is not whole.
         """
+        self.require_whole()
         matrix = sparse.csr_array(matrix, dtype=np.float64, copy=True)
         matrix.eliminate_zeros()
         names = self.clients if clients is None else np.asarray(clients, np.str_)
@@ -326,7 +237,7 @@ class Round:
         round_.__dict__["finite"] = np.ones(len(names), dtype=bool)
         if len(base) <= PAIRWISE:
             round_.__dict__["gram"] = LazyLayers(self.parameters, mixed.gram)
-        round_.__dict__["norms"] = LazyLayers(self.parameters, mixed.norms)
+        round_.__dict__["linear_norms"] = LazyLayers(self.parameters, mixed.norms)
         return round_
 
     @cached_property
@@ -338,16 +249,17 @@ class Round:
     def gram(self) -> Mapping[str, np.ndarray]:
         """Layer -> float64 [client, client]: inner products of the updates, formed layer by layer when asked.
 
-        Nothing is centred beforehand: each entry rests on its two clients alone, whatever a third one sends.
-        Raises CannotSay above 5,000 clients.
+        Of a sketched layer all of them are those of the sketches, so that distances keep their digits. Nothing is
+        centred beforehand: each entry rests on its two clients alone, whatever a third one sends. Raises
+        CannotSay above 5,000 clients.
         """
         return LazyLayers(self.parameters, self._gram_of)
 
     def _gram_of(self, layer: str) -> np.ndarray:
         if len(self.clients) > PAIRWISE:
             raise CannotSay(f"{len(self.clients)} clients: nothing pairwise is formed above {PAIRWISE:,}")
-        gram, squares = kernels.gram(self.columns(layer), self._by_name, self._size(layer))
-        self.norms.give(layer, np.sqrt(squares))
+        gram, squares = kernels.gram(self.linear(layer), self._by_name, self._size(layer))
+        self.linear_norms.give(layer, np.sqrt(squares))
         return self._with_equal_entries(gram, layer)
 
     def _with_equal_entries(self, gram: np.ndarray, layer: str) -> np.ndarray:
@@ -359,7 +271,7 @@ class Round:
         done = np.zeros(len(gram), dtype=bool)
         for client in np.flatnonzero(near.sum(axis=1) > 1):
             for other in np.flatnonzero(near[client] & ~done):
-                if other > client and all(np.array_equal(b[client], b[other]) for b in self.blocks(layer)):
+                if other > client and all(np.array_equal(b[client], b[other]) for b in self.linear_blocks(layer)):
                     gram[other], done[other] = gram[client], True
                     gram[:, other] = gram[:, client]
         return gram
@@ -380,19 +292,35 @@ class Round:
             return np.maximum(squares[:, None] + squares[None, :] - 2 * self.total_gram, 0)
 
     @cached_property
-    def norms(self) -> "LazyLayers":
-        """Layer -> float64 [client]: L2 norm of each client's update, which rests on that client alone."""
+    def linear_norms(self) -> LazyLayers:
+        """Layer -> float64 [client]: the norms that belong to `gram`, of a sketched layer those of the sketches."""
         return LazyLayers(
             self.parameters,
-            lambda name: np.sqrt(kernels.squares(self.columns(name), len(self.clients), self._size(name))),
+            lambda name: np.sqrt(kernels.squares(self.linear(name), len(self.clients), self._size(name))),
         )
+
+    @cached_property
+    def norms(self) -> Mapping[str, np.ndarray]:
+        """Layer -> float64 [client]: L2 norm of what each client sent, sketched or not; rests on that client alone."""
+        if self.is_whole:
+            return self.linear_norms
+        return LazyLayers(
+            self.parameters,
+            lambda name: np.sqrt(self.moments[name][:, 1]) if name in self.moments else self.linear_norms[name],
+        )
+
+    @cached_property
+    def total_norms(self) -> np.ndarray:
+        """Float64 [client]: L2 norm of the whole update, of layers that were not recorded, too."""
+        squares = [self.norms[name] ** 2 for name in self.parameters]
+        squares += [moments[:, 1] for name, moments in self.moments.items() if name not in self.updates]
+        return np.sqrt(np.sum(squares, axis=0))
 
     @cached_property
     def finite(self) -> np.ndarray:
         """Bool [client]: every number that the client sent, buffers included, is finite."""
-        finite = np.ones(len(self.clients), dtype=bool)
-        for name in self.parameters:  # the square of a float32 number is finite in float64
-            finite &= np.isfinite(self.norms[name])
+        with np.errstate(all="ignore"):
+            finite = np.isfinite(self.total_norms)  # the square of a float32 number is finite in float64
         for name in self.buffers:
             for block in self.blocks(name):
                 finite &= np.isfinite(block).all(axis=1)
@@ -405,8 +333,7 @@ class Round:
         Every reference (a mean, median, spread or cluster) rests on these clients alone, so one that sends
         NaN, 1e6 or 1e30 changes nobody else's score; it scores +inf itself.
         """
-        squares = np.sum([np.where(self.finite, self.norms[name], 0) ** 2 for name in self.parameters], axis=0)
-        norms = np.sqrt(squares)
+        norms = np.where(self.finite, self.total_norms, 0)
         median = np.median(norms[self.finite]) if self.finite.any() else 0.0
         return self.finite & (norms <= GROSS * median if median > 0 else True)
 
@@ -419,21 +346,29 @@ class Round:
 
         def make(layer: str) -> np.ndarray:
             rows = np.flatnonzero(self.comparable)
-            return kernels.sorted_columns(self.columns(layer), rows, 0, self._size(layer)).T
+            return kernels.sorted_columns(self.linear(layer), rows, 0, self._size(layer)).T
 
         return LazyLayers(self.parameters, make)
 
     @cached_property
     def median(self) -> Mapping[str, np.ndarray]:
-        """Layer -> float32 [*shape]: coordinate-wise median of the comparable clients' updates, 0 without any."""
-        return LazyLayers(self.parameters, self.trimmed_mean)
+        """Layer -> float32 [*shape]: coordinate-wise median of the comparable clients' updates, 0 without any.
+
+        Of a sketched layer the median of the sketches: a centre among them, not the sketch of the median.
+        """
+        return LazyLayers(self.parameters, self._trimmed_mean)
 
     def trimmed_mean(self, layer: str, trimmed: int | None = None, clients: np.ndarray | None = None) -> np.ndarray:
         """Float32 [*shape]: mean of each number without its `trimmed` smallest and largest values, summed in float64.
 
         trimmed: None, as many as possible: the median; clients: a mask [client] of finite ones, None: the comparable
         ones. 0 without clients. Many clients are sorted once for all who ask while that takes less than 256 MB.
+        Raises InputError where the round is not whole, as do the means by weights.
         """
+        self.require_whole()
+        return self._trimmed_mean(layer, trimmed, clients)
+
+    def _trimmed_mean(self, layer: str, trimmed: int | None = None, clients: np.ndarray | None = None) -> np.ndarray:
         clients = self.comparable if clients is None else clients
         rows, shape = self._by_name[clients[self._by_name]], np.shape(self.global_model[layer])
         trimmed = max(0, len(rows) - 1) // 2 if trimmed is None else trimmed
@@ -444,13 +379,14 @@ class Round:
         if len(rows) > kernels.NETWORK and held and np.array_equal(clients, self.comparable):
             ranks = self.ordered[layer].T
             return kernels.middle_mean_of_sorted(lambda start, stop: ranks[start:stop], trimmed, out).reshape(shape)
-        return kernels.middle_mean(self.columns(layer), rows, trimmed, out).reshape(shape)
+        return kernels.middle_mean(self.linear(layer), rows, trimmed, out).reshape(shape)
 
     def weighted_mean(self, layer: str, clients: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Mean of the updates of the clients at these positions, [*shape] of the layer's own type.
 
         Summed in float64 in this order, integers rounded; 0 without clients. weights: float64 [client], not all 0.
         """
+        self.require_whole()
         if isinstance(self.updates, LazyLayers) and self.updates.combination is not None and len(clients):
             return self.updates.combination.weighted_mean(layer, layer in self.buffers, clients, weights)
         shape, dtype = np.shape(self.global_model[layer]), np.dtype(np.float32)
@@ -461,6 +397,7 @@ class Round:
 
     def weighted_sum(self, layer: str, clients: np.ndarray, weights: np.ndarray, total: float) -> np.ndarray:
         """As `weighted_mean`, divided by `total` in place of the weights' own sum, which may then be 0."""
+        self.require_whole()
         dtype = self.updates[layer].dtype if layer in self.buffers else np.dtype(np.float32)
         out = np.zeros(self._size(layer), dtype)
         if len(clients):
@@ -477,32 +414,16 @@ def _as_matrix(array: np.ndarray) -> np.ndarray:
     return array.reshape(len(array), math.prod(array.shape[1:]))
 
 
-def _kind(name: str, buffers: Collection[str]) -> Literal["parameter", "buffer"]:
-    return "buffer" if name in buffers else "parameter"
-
-
-def _bias_of(weight: str, parameters: Sequence[Layer]) -> str | None:
-    position = [p.name for p in parameters].index(weight)
-    after = parameters[position + 1 : position + 2]
-    return next((p.name for p in after if p.shape == parameters[position].shape[:1]), None)
-
-
-def _first_duplicate(names: Sequence[str]) -> str:
-    return next(name for i, name in enumerate(names) if name in names[:i])
-
-
 def _refusal(model: ModelSpec, client: str, sent: Mapping[str, np.ndarray] | None, num_examples: Any) -> str:
     """Why what a client sent cannot be a row of the round, '' if it can."""
     if "\0" in client or not client.isprintable():
         return "the client's name holds characters that cannot be printed"
     if not isinstance(sent, Mapping) or not sent:
         return "sent nothing"
-    if missing := [name for name in model if name not in sent]:
-        return f"layer {missing[0]!r} is missing"
-    if unknown := [name for name in sent if name not in set(model)]:
-        return f"layer {unknown[0]!r:.80} is not in the model"
+    if reason := names_refusal(model, sent):
+        return reason
     for layer in model.layers:
-        if reason := _layer_refusal(layer, sent[layer.name]):
+        if reason := layer_refusal(layer, sent[layer.name]):
             return reason
     try:
         count = int(num_examples)
@@ -511,7 +432,19 @@ def _refusal(model: ModelSpec, client: str, sent: Mapping[str, np.ndarray] | Non
     return "" if 0 <= count < 2**63 else f"num_examples must be a count, found {count!r:.80}"
 
 
-def _layer_refusal(layer: Layer, sent: Any) -> str:
+def names_refusal(model: ModelSpec, sent: Collection[str]) -> str:
+    """Why layers of these names are not those of the model, '' if they are."""
+    if not sent:
+        return "sent nothing"
+    if missing := [name for name in model if name not in sent]:
+        return f"layer {missing[0]!r} is missing"
+    if unknown := [name for name in sent if name not in set(model)]:
+        return f"layer {unknown[0]!r:.80} is not in the model"
+    return ""
+
+
+def layer_refusal(layer: Layer, sent: Any) -> str:
+    """Why what was sent cannot be this layer, '' if it can."""
     try:
         array = np.asarray(sent)
     except Exception as error:  # whatever an object does when it is asked for its numbers

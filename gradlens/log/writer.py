@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
+from gradlens.log.evidence import Evidence, Reduction
 from gradlens.log.files import (
     read_state,
     read_updates,
@@ -29,6 +30,7 @@ from gradlens.log.manifest import (
     FOLDERS,
     FORMAT,
     MANIFEST,
+    REDUCED,
     RUN,
     Chain,
     Manifest,
@@ -39,6 +41,7 @@ from gradlens.log.manifest import (
 )
 from gradlens.log.record import InputError, ModelSpec, Round
 
+FULL = Evidence()
 TRUTH_COLUMNS = ("round", "client", "compromised", "poisoned")
 VERDICT_COLUMNS = ("round", "client", "detector", "score", "flag", "kept", "abstained", "null", "weight", "reason")
 
@@ -49,14 +52,15 @@ class LogWriter:
     A round is written beside its place, flushed, renamed, and exists when its line stands in the manifest: a
     writer that is killed leaves every committed round intact. One writer at a time holds a folder. A block that
     is left through an exception leaves the run open, to be resumed.
-    log: the committed rounds; global_model: layer -> array, after the last of them.
+    model: of what clients send; log: the committed rounds, of what `evidence` records of it; global_model: layer ->
+    array, after the last of them, whole.
     """
 
-    def __init__(self, folder: Path, model: ModelSpec, manifest: Manifest, file: Any) -> None:
-        self.folder, self.model = folder, model
-        self._chain = Chain(file, manifest.head)
-        self.global_model = read_state(folder / "globals" / stem(len(manifest.rounds)), model)
-        self.log = UpdateLog.lazy(model, sources(folder, model, len(manifest.rounds)))
+    def __init__(self, folder: Path, reduction: Reduction, manifest: Manifest, file: Any) -> None:
+        self.folder, self.model, self.evidence = folder, reduction.sent, reduction.evidence
+        self._reduction, self._chain = reduction, Chain(file, manifest.head)
+        self.global_model = read_state(folder / "globals" / stem(len(manifest.rounds)), self.model)
+        self.log = UpdateLog.lazy(reduction.model, sources(folder, reduction, len(manifest.rounds)))
 
     @classmethod
     def create(
@@ -67,16 +71,21 @@ class LogWriter:
         *,
         scenario: Mapping[str, Any] | None = None,
         source: Mapping[str, Any] | None = None,
+        evidence: Evidence = FULL,
     ) -> Self:
         """Starts a run in a new or empty folder; raises InputError where something lies there already.
 
+        evidence: what of each update is recorded; the global models always are whole.
         What a writer left that was stopped before its first commit is cleared away. A start that fails leaves nothing.
         """
         folder = Path(path)
         check_free(folder)
         _check_state(model, global_model)
         _clear(folder)
+        reduction = evidence.on(model)
         header = {"format": FORMAT, "model": model.to_json(), "software": _software()}
+        if evidence != FULL:
+            header |= {"format": REDUCED, "evidence": evidence.to_json()}
         header["scenario" if scenario is not None else "source"] = dict(scenario or source or {})
         file = None
         try:
@@ -91,7 +100,7 @@ class LogWriter:
                 file.close()
             _clear(folder)
             raise
-        return cls(folder, model, read_manifest(folder), file)
+        return cls(folder, reduction, read_manifest(folder), file)
 
     @classmethod
     def resume(cls, path: Path | str) -> Self:
@@ -121,17 +130,18 @@ class LogWriter:
     ) -> None:
         """Records what was sent, what was decided and what came of it; on the disk when the call returns.
 
+        round_: of whole updates, or as the evidence level records them.
         Raises InputError where the round is not the next one or its layers are not the model's, OSError where the
         disk does not take it; then nothing of it stays, and the next commit is of the same round.
         """
         number = len(self.log)
         if round_.index != number:
             raise InputError(f"{self.folder}: expected round {number} next, found round {round_.index}")
-        round_ = fitted(self.model, round_)
+        round_ = fitted(self.log.model, self._reduction.of_round(round_))
         _check_state(self.model, next_global)
         names = [f"updates/{stem(number)}", f"globals/{stem(number + 1)}"]
         try:
-            write_updates(self.folder / names[0], self.model, round_)
+            write_updates(self.folder / names[0], self.log.model, round_)
             write_state(self.folder / names[1], self.model, next_global)
             if verdict is not None:
                 names.append(f"verdicts/{stem(number)}")
@@ -142,7 +152,7 @@ class LogWriter:
             for name in names:
                 (self.folder / name).unlink(missing_ok=True)
             raise
-        self.log = self.log.recorded(round_, sources(self.folder, self.model, number + 1)[number])
+        self.log = self.log.recorded(round_, sources(self.folder, self._reduction, number + 1)[number])
         self.global_model = read_state(self.folder / names[1], self.model)
 
     def add_truth(self, table: pd.DataFrame) -> None:
@@ -173,22 +183,23 @@ class LogWriter:
             self.leave_open()
 
 
-def sources(folder: Path, model: ModelSpec, count: int) -> list[Callable[[], Round]]:
+def sources(folder: Path, reduction: Reduction, count: int) -> list[Callable[[], Round]]:
     """One reader for each of the committed rounds."""
-    return [partial(read_round, folder, model, number) for number in range(count)]
+    return [partial(read_round, folder, reduction, number) for number in range(count)]
 
 
-def read_round(folder: Path, model: ModelSpec, number: int) -> Round:
+def read_round(folder: Path, reduction: Reduction, number: int) -> Round:
     """One committed round, mapped; raises InputError where its files are not what was recorded."""
     path = folder / "updates" / stem(number)
-    round_ = read_updates(path, model, read_state(folder / "globals" / stem(number), model))
+    state = reduction.state(read_state(folder / "globals" / stem(number), reduction.sent))
+    round_ = read_updates(path, reduction.model, state, reduction.summed)
     if round_.index != number:
         raise InputError(f"{path}: expected round {number}, found round {round_.index}")
     return round_
 
 
-def read_header(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
-    """The model and the whole of `run.json`; raises InputError where it is unreadable or of a later format."""
+def read_header(folder: Path) -> tuple[Reduction, dict[str, Any]]:
+    """What is recorded of which model, and all of `run.json`; raises InputError where it is unreadable or too new."""
     path = folder / RUN
     try:
         header = json.loads(path.read_bytes())
@@ -197,11 +208,14 @@ def read_header(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
     found = header.get("format") if isinstance(header, dict) else None
-    if not isinstance(found, int) or found > FORMAT or found < 1:
-        raise InputError(f"{path}: this version reads run format {FORMAT}, found {found!r}; a newer gradlens wrote it?")
+    if not isinstance(found, int) or found > REDUCED or found < 1:
+        reads = f"this version reads run formats {FORMAT} and {REDUCED}"
+        raise InputError(f"{path}: {reads}, found {found!r}; a newer gradlens wrote it?")
+    if found == REDUCED and "evidence" not in header:
+        raise InputError(f"{path}: a run of format {REDUCED} says what of each update is recorded, this one does not")
     if not isinstance(header.get("model"), dict):
         raise InputError(f"{path}: it names no model")
-    return ModelSpec.from_json(header["model"]), header
+    return Evidence.from_json(header.get("evidence")).on(ModelSpec.from_json(header["model"])), header
 
 
 def add_truth(folder: Path, chain: Chain, table: pd.DataFrame) -> None:

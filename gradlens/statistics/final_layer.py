@@ -75,7 +75,7 @@ def final_rows(log: UpdateLog) -> pd.DataFrame:
     Raises: CannotSay below 3 comparable clients, or if the model has no final weight.
     """
     round_ = cohort(log)
-    layer = _final_weight(log)
+    layer = final_weight(log)
     classes = log.model[layer].shape[0]
     rows = deviations(round_, layer).reshape(len(round_), classes, -1)
     with np.errstate(all="ignore"):  # in the rows that become NaN
@@ -92,7 +92,7 @@ def neup(log: UpdateLog) -> pd.DataFrame:
     Source: Rieger et al. 2022, NDSS, arXiv:2201.00763 (update energy, NEUP).
     """
     round_ = cohort(log)
-    layer = _final_weight(log)
+    layer = final_weight(log)
     return table(round_, units(layer, log.model[layer].shape[0]), _neup(log, round_))
 
 
@@ -109,7 +109,7 @@ def threshold_exceedings(log: UpdateLog) -> pd.DataFrame:
     energies = _neup(log, round_)
     share = max(SMALLEST_THRESHOLD, 1 / energies.shape[1])
     exceedings = (energies > share * energies.max(axis=1, keepdims=True)).sum(axis=1)
-    return table(round_, [_final_weight(log)], exceedings[:, None].astype(np.float64))
+    return table(round_, [final_weight(log)], exceedings[:, None].astype(np.float64))
 
 
 def ddif(log: UpdateLog, predict: Predict | None = None) -> pd.DataFrame:
@@ -129,7 +129,9 @@ def ddif(log: UpdateLog, predict: Predict | None = None) -> pd.DataFrame:
     round_ = cohort(log)
     if predict is None:
         raise CannotSay("ddif needs predict, a function of a model's state that gives its softmax outputs")
-    layer = _final_weight(log)
+    if not round_.is_whole:
+        raise CannotSay("ddif needs the clients' models, of which not everything was recorded")
+    layer = final_weight(log)
     classes = log.model[layer].shape[0]
     before = np.asarray(predict(round_.global_model), np.float64)
     if before.ndim != 2 or before.shape[1] != classes or not np.isfinite(before).all() or not len(before):
@@ -162,7 +164,7 @@ def final_spectrum(log: UpdateLog, share: float = 0.5) -> pd.DataFrame:
     from scipy.fft import dct
 
     round_ = cohort(log)
-    weight = _final_weight(log)
+    weight = final_weight(log)
     layers = [weight] if log.model.final_bias is None else [weight, log.model.final_bias]
     values = np.full((len(round_), 1), np.nan)
     for row in np.flatnonzero(round_.comparable).tolist():
@@ -179,15 +181,19 @@ def _final_bias(log: UpdateLog) -> str:
     return log.model.final_bias
 
 
-def _final_weight(log: UpdateLog) -> str:
-    if log.model.final_weight is None:
+def final_weight(log: UpdateLog) -> str:
+    """The name of the final weight; raises CannotSay where there is none with a row per class."""
+    weight = log.model.final_weight
+    if weight is None:
         raise CannotSay("the model has no final weight (a layer of two or more dimensions)")
-    return log.model.final_weight
+    if len(log.model[weight].shape) < 2:
+        raise CannotSay(f"the final weight {weight!r} was recorded as one sketch, without a row for each class")
+    return weight
 
 
 def _neup(log: UpdateLog, round_: Round) -> np.ndarray:
     """Normalised update energies, float64 [client, class]; NaN or infinite where a client is not comparable."""
-    weight, bias = _final_weight(log), log.model.final_bias
+    weight, bias = final_weight(log), log.model.final_bias
     classes = log.model[weight].shape[0]
     with np.errstate(all="ignore"):
         rows = np.abs(round_.flat(weight)).reshape(len(round_), classes, -1).astype(np.float64)

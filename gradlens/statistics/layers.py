@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import pandas as pd
 
-from gradlens.log import CannotSay, InputError, Round, UpdateLog, whole_number
+from gradlens.log import CannotSay, InputError, Layer, Round, UpdateLog, whole_number
 from gradlens.statistics.cohort import cohort, table
 
 ROUNDING = 1e-12  # of squared norms; below it, a difference of equal numbers
 EQUAL = 1e-6  # relative gap below which two eigenvalues count as equal: between them no direction is certain
+MOMENTS = 1e-4  # share of the squares that must be left about the mean: moments have about six digits
 LARGEST = float(np.finfo(np.float32).max)
 KURTOSIS_FROM = 24  # numbers of a layer: from here on the standard error sqrt(24 / numbers) is at most 1
 
@@ -30,6 +31,8 @@ def layer_norms(log: UpdateLog) -> pd.DataFrame:
 def layer_cosines(log: UpdateLog) -> pd.DataFrame:
     """Cosine of each client's update to the coordinate-wise median of the cohort's, layer by layer.
 
+    Of a layer that is recorded as a sketch it is the median of the sketches, whose numbers are sums over the layer and
+    therefore have a median nearer to their mean, which a few clients move.
     Returns: float64 [client, layer], from -1 to 1; 0 where either norm is 0.
     Raises: CannotSay below 3 comparable clients.
     """
@@ -109,16 +112,16 @@ def kurtosis(log: UpdateLog) -> pd.DataFrame:
 
     The population's (no bias correction): the mean fourth power over the squared mean square, about the client's own
     mean, minus 3. A column per layer of at least 24 numbers: in smaller ones its standard error, about
-    sqrt(24 / numbers), would pass 1.
+    sqrt(24 / numbers), would pass 1. Of a layer that was not recorded whole it follows from its moments.
     Returns: float64 [client, layer of at least 24 numbers]; 0 where all of a client's numbers are equal.
     Raises: CannotSay below 3 comparable clients, or if no layer has 24 numbers.
     """
     round_ = cohort(log)
-    names = [name for name in log.model.parameters if log.model[name].size >= KURTOSIS_FROM]
+    names = [name for name in log.model.parameters if log.model[name].sent_size >= KURTOSIS_FROM]
     if not names:
         raise CannotSay(f"the model has no layer of {KURTOSIS_FROM} numbers or more")
     values = np.full((len(round_), len(names)), np.nan)
-    values[round_.comparable] = np.stack([_excess(round_, name) for name in names], axis=1)
+    values[round_.comparable] = np.stack([_excess(round_, log.model[name]) for name in names], axis=1)
     return table(round_, names, values)
 
 
@@ -174,7 +177,7 @@ def _comparable_gram(round_: Round, layer: str) -> np.ndarray:
 
 
 def _comparable_blocks(round_: Round, layer: str) -> Iterator[np.ndarray]:
-    """The comparable clients' updates of a layer in slices [client, number]."""
+    """The comparable clients' updates of a layer in slices [client, number]; CannotSay of a sketched layer."""
     rows = slice(None) if round_.comparable.all() else round_.comparable
     return (block[rows] for block in round_.blocks(layer))
 
@@ -186,18 +189,18 @@ def _median_dots(log: UpdateLog) -> Mapping[str, tuple[np.ndarray, float]]:
 
 
 def _dots(round_: Round, layer: str, direction: np.ndarray) -> tuple[np.ndarray, float]:
-    direction = np.asarray(direction).reshape(-1)
-    dots, square, start = np.zeros(int(round_.comparable.sum())), 0.0, 0
-    for block in _comparable_blocks(round_, layer):
+    direction, rows = np.asarray(direction).reshape(-1), round_.comparable
+    dots, square, start = np.zeros(int(rows.sum())), 0.0, 0
+    for block in round_.linear_blocks(layer):
         part = direction[start : start + block.shape[1]].astype(np.float64)
-        dots += block.astype(np.float64) @ part
+        dots += (block if rows.all() else block[rows]).astype(np.float64) @ part
         square += float(part @ part)
         start += block.shape[1]
     return dots, square
 
 
 def _cosines(round_: Round, layer: str, dots: np.ndarray, square: float) -> np.ndarray:
-    norms = round_.norms[layer][round_.comparable] * np.sqrt(square)
+    norms = round_.linear_norms[layer][round_.comparable] * np.sqrt(square)
     return np.round(_divided(dots, norms), 12)  # BLAS sums equal rows in different orders: near 0 it would show
 
 
@@ -222,12 +225,14 @@ def _share_above(round_: Round, layer: str, multiple: float) -> np.ndarray:
     return count / size
 
 
-def _excess(round_: Round, layer: str) -> np.ndarray:
-    size = round_.global_model[layer].size
+def _excess(round_: Round, layer: Layer) -> np.ndarray:
+    size = layer.sent_size
+    if layer.name in round_.moments:
+        return _excess_of_moments(round_.moments[layer.name][round_.comparable] / size)
     mean = squares = fourths = np.zeros(int(round_.comparable.sum()))
-    for block in _comparable_blocks(round_, layer):
+    for block in _comparable_blocks(round_, layer.name):
         mean = mean + block.astype(np.float64).sum(axis=1) / size
-    for block in _comparable_blocks(round_, layer):
+    for block in _comparable_blocks(round_, layer.name):
         deviation = block - mean[:, None]
         deviation *= deviation
         squares = squares + deviation.sum(axis=1)
@@ -235,6 +240,16 @@ def _excess(round_: Round, layer: str) -> np.ndarray:
     variance = squares / size
     differ = variance > ROUNDING * mean**2
     return np.where(differ, _divided(fourths / size, variance**2) - 3, 0)
+
+
+def _excess_of_moments(moments: np.ndarray) -> np.ndarray:
+    """Excess kurtosis [client] from the means of the first four powers [client, 4]; 0 where nothing but the mean is
+    left of the digits that they have.
+    """
+    mean, squares, cubes, fourths = moments.T
+    variance = squares - mean**2
+    central = fourths - 4 * mean * cubes + 6 * mean**2 * squares - 3 * mean**4
+    return np.where(variance > MOMENTS * squares, _divided(central, variance**2) - 3, 0)
 
 
 def _mean_cosines(gram: np.ndarray) -> np.ndarray:
