@@ -51,10 +51,11 @@ def gathered(sweeps: Sequence[Sweep], executor: Executor | None = None, *, progr
     """All figures: a row per thing told, the column `part` says of what.
 
     runs: a run's asr, main_accuracy, and those of its control (last rounds); clipped, clipped_benign: shares of the
-    poisoned, and of the benign, updates of attacked rounds that are longer than the bound. A control has the attack
-    "none". rounds: the same per round, of the cells in which every rule was run. norms: quantiles q50, q90 of the
-    benign norms of attack-free runs without defence, per seed and round, and over all attacked rounds and seeds
-    (no round). detectors: value, low, high of a detector's metric, thresholds set on attack-free runs of other seeds.
+    poisoned, and of the benign, updates that are longer than the bound, from the first attacked round on. A control has
+    the attack "none". rounds: the same per round, of the cells in which every rule was run. norms: quantiles q50, q90,
+    q99 of the benign norms of attack-free runs without defence, per seed and round, and over all rounds from the first
+    attacked one on and all seeds (no round). detectors: value, low, high of a detector's metric, thresholds set on
+    attack-free runs of other seeds.
     Raises InputError where a folder holds no attacked run with its control, or a run that is not closed.
     """
     parts = []
@@ -63,8 +64,11 @@ def gathered(sweeps: Sequence[Sweep], executor: Executor | None = None, *, progr
             raise InputError(f"{sweep.path}: expected attacked runs and their attack-free controls, found no pair")
         if unclosed := [run.name for run in sweep.runs if not run.is_closed]:
             raise InputError(f"{sweep.path}: run {unclosed[0]} is not closed; simulate goes on with it")
-        bar = tqdm(sweep.runs, desc=sweep.name, unit="run", disable=None if progress else True)
-        runs = pd.DataFrame([_figures(sweep, run) for run in bar])
+        runs = pd.DataFrame([_figures(sweep, run) for run in sweep.runs])
+        paths, start = [run.path for run in sweep.runs], first_attacked(sweep)
+        shares = (executor.map if executor else map)(clipped, paths, [start] * len(paths))
+        bar = tqdm(shares, sweep.name, len(paths), unit="run", disable=None if progress else True)
+        runs = runs.join(pd.DataFrame(list(bar)))
         centre = _centre(runs)
         parts += [
             runs.assign(part="runs"),
@@ -103,19 +107,10 @@ def settings_of(scenario: Scenario) -> dict[str, Any]:
 
 
 def _figures(sweep: Sweep, run: Run) -> dict[str, Any]:
-    """The row of one run."""
+    """The row of one run, but for what is clipped."""
     scenario = Scenario(**run.scenario)
     row = {"run": run.name, "seed": scenario.seed, **settings_of(scenario)}
     row["main_accuracy"] = _last(run.metrics["main_accuracy"])
-    poisoned = set(run.truth.loc[run.truth["poisoned"], ["round", "client"]].itertuples(index=False, name=None))
-    longer: dict[bool, list[bool]] = {True: [], False: []}
-    start = first_attacked(sweep)
-    for round_ in run.log:
-        if round_.index >= start and row["bound"] is not None:
-            for client, norm in zip(round_.clients.tolist(), lengths(round_), strict=True):
-                is_poisoned = (round_.index, client) in poisoned
-                longer[is_poisoned].append(bool(norm > row["bound"] * (1 + ROUNDING)))
-    row |= {"clipped": _share(longer[True]), "clipped_benign": _share(longer[False])}
     if scenario.is_control:
         return row
     control = sweep.control_of(run.name)
@@ -125,6 +120,21 @@ def _figures(sweep: Sweep, run: Run) -> dict[str, Any]:
         "control_asr": _last(on_control),
         "control_accuracy": _last(control.metrics["main_accuracy"]),
     }
+
+
+def clipped(path: Path, start: int) -> dict[str, float]:
+    """The shares of a run's poisoned, and of its benign, updates that are longer than its bound, from a round on."""
+    run = Run.open(path)
+    bound = settings_of(Scenario(**run.scenario))["bound"]
+    if bound is None:
+        return {"clipped": np.nan, "clipped_benign": np.nan}
+    poisoned = set(run.truth.loc[run.truth["poisoned"], ["round", "client"]].itertuples(index=False, name=None))
+    longer: dict[bool, list[bool]] = {True: [], False: []}
+    for round_ in run.log:
+        if round_.index >= start:
+            for client, norm in zip(round_.clients.tolist(), lengths(round_), strict=True):
+                longer[(round_.index, client) in poisoned].append(bool(norm > bound * (1 + ROUNDING)))
+    return {"clipped": _share(longer[True]), "clipped_benign": _share(longer[False])}
 
 
 def first_attacked(sweep: Sweep) -> int:
