@@ -11,7 +11,9 @@ from gradlens.plots import count, percent
 from gradlens.report.page import Block, finding, listed, measured, number
 
 PAPER_NORM = 2.0  # of which Sun et al. say that most benign norms are below it; their M are 3, 5 and 10
-STOPPED = 0.1  # an ASR so little above that of the control is none
+STOPPED = (
+    0.1  # an attack is stopped if its ASR above the control's is no higher, surely so if the interval's end is not
+)
 WITHIN = 1.0  # point of main accuracy that a defence may cost
 NO_DEFENCE, CONTROL = "no defence", "attack-free control"
 UNCONSTRAINED, BOUNDED = "unconstrained", "norm-bounded"
@@ -37,6 +39,11 @@ class Place(NamedTuple):
         """No defence, then clipping from the largest bound to the smallest, then noise."""
         rules = self.runs.drop_duplicates("rule").sort_values(["std", "bound"], ascending=False, na_position="first")
         return rules["rule"].tolist()
+
+    @property
+    def clipping(self) -> list[str]:
+        """Those that clip and add no noise."""
+        return [rule for rule in self.rules if rule.startswith("clipping")]
 
     @property
     def first(self) -> int:
@@ -111,6 +118,11 @@ def excess(rows: pd.DataFrame) -> Figure95:
     return Figure95.of(rows["asr"] - rows["control_asr"])
 
 
+def is_stopped(above: Figure95, *, surely: bool = True) -> bool:
+    """Whether an ASR above that of the control is none, surely: by the upper end of its interval where it has one."""
+    return (above.high if surely and not np.isnan(above.high) else above.mean) <= STOPPED
+
+
 def cost(place: Place, rows: pd.DataFrame) -> Figure95:
     """Main accuracy of runs minus that of the attack-free runs without defence, in points, seed by seed."""
     without = place.free[place.free["rule"].eq(NO_DEFENCE)].set_index("seed")["main_accuracy"]
@@ -122,11 +134,11 @@ def of_rule(rows: pd.DataFrame, rule: str) -> pd.DataFrame:
     return rows[rows["rule"].eq(rule)]
 
 
-def stops(place: Place, rule: str) -> bool:
-    """Whether no attack at the centre gets farther than the control."""
-    reached = [excess(of_rule(place.at_centre(attack), rule)).mean for attack in (UNCONSTRAINED, BOUNDED)]
-    known = [each for each in reached if not np.isnan(each)]
-    return bool(known) and max(known) <= STOPPED
+def stops(place: Place, rule: str, *, surely: bool = True) -> bool:
+    """Whether no attack at the centre gets farther than the control; False where none was run."""
+    reached = [excess(of_rule(place.at_centre(attack), rule)) for attack in (UNCONSTRAINED, BOUNDED)]
+    known = [each for each in reached if not np.isnan(each.mean)]
+    return bool(known) and all(is_stopped(each, surely=surely) for each in known)
 
 
 def its_attack(place: Place) -> pd.DataFrame:
@@ -170,11 +182,11 @@ def swing(place: Place) -> float:
     return float(rows.groupby("seed")["asr"].diff().abs().mean())
 
 
-def largest_that_stops(place: Place) -> str | None:
+def largest_that_stops(place: Place, *, surely: bool = True) -> str | None:
     """The largest bound at which, and at all below it, neither attack at the centre gets anywhere."""
     found = None
-    for rule in reversed([rule for rule in place.rules if rule.startswith("clipping")]):
-        if not stops(place, rule):
+    for rule in reversed(place.clipping):
+        if not stops(place, rule, surely=surely):
             break
         found = rule
     return found
@@ -182,44 +194,52 @@ def largest_that_stops(place: Place) -> str | None:
 
 def stopping(places: Sequence[Place]) -> Block:
     """The bound that stops both attacks, and what it costs."""
-    lines, cheap, stopped = [], 0, 0
+    lines, stopped, cheap = [], [], []
+    for surely in (True, False):
+        rules = [largest_that_stops(place, surely=surely) for place in places]
+        said = [_costs(place, rule) for place, rule in zip(places, rules, strict=True) if rule]
+        stopped.append(len(said))
+        cheap.append(sum(is_cheap for _, is_cheap in said))
+        word = "surely" if surely else "by the means alone"
+        lines += [f"{line} ({word})" for line, _ in said if not any(line in other for other in lines)]
     for place in places:
-        rule = largest_that_stops(place)
         each = [
-            f"{rule} {excess(of_rule(place.at_centre(BOUNDED), rule)).said()}"
-            for rule in place.rules
-            if rule.startswith("clipping")
+            f"{rule} {excess(of_rule(place.at_centre(BOUNDED), rule)).said()} "
+            f"(unconstrained {excess(of_rule(place.at_centre(UNCONSTRAINED), rule)).said()})"
+            for rule in place.clipping
         ]
-        above = f"norm-bounded ASR above control: {'; '.join(each)}"
-        if rule is None:
-            lines.append(f"{place.name}: no M stops it. {above}")
-            continue
-        free, attacked = cost(place, of_rule(place.free, rule)), cost(place, of_rule(place.at_centre(BOUNDED), rule))
-        stopped, cheap = stopped + 1, cheap + (min(free.mean, attacked.mean) >= -WITHIN)
-        lines.append(
-            f"{place.name}: {rule} and below; main accuracy {free.said(1)} points attack-free, {attacked.said(1)} "
-            f"under the norm-bounded attack. {above}"
-        )
+        none = "" if largest_that_stops(place, surely=False) else "no M stops it, "
+        lines.append(f"{place.name}: {none}norm-bounded ASR above control: {'; '.join(each)}")
     of = count(len(places), "condition")
     said = (
-        f"In {stopped} of {of} there is an M that keeps the ASR of both attacks within {STOPPED:g} of the control; "
-        f"there main accuracy stays within {WITHIN:g} point of no defence and no attack in {cheap}."
+        f"In {stopped[0]} of {of} there is an M that keeps the ASR of both attacks, upper ends of intervals included, "
+        f"within {STOPPED:g} of the control; there mean main accuracy, attacked or not, stays within {WITHIN:g} point "
+        f"of no defence and no attack in {cheap[0]}. By the means alone: {stopped[1]} and {cheap[1]}."
     )
     return finding("The M that stops it", said, lines)
 
 
+def _costs(place: Place, rule: str) -> tuple[str, bool]:
+    """What a bound that stops both attacks costs, in words, and whether that is little."""
+    runs = {"attack-free": place.free} | {f"{attack} attack": place.at_centre(attack) for attack in LINES[:2]}
+    costs = {name: cost(place, of_rule(rows, rule)) for name, rows in runs.items()}
+    said = ", ".join(f"{each.said(1)} {name}" for name, each in costs.items())
+    return f"{place.name}: {rule} and below; main accuracy in points {said}", min(costs.values()).mean >= -WITHIN
+
+
 def unconstrained(places: Sequence[Place]) -> Block:
     """Whether an attack that does not know of clipping gets past it, against the one that knows M."""
-    lines, stopped, of = [], 0, 0
-    for place in places:
-        said = []
-        for rule in (rule for rule in place.rules if rule.startswith("clipping")):
-            free, knows = (excess(of_rule(place.at_centre(attack), rule)) for attack in (UNCONSTRAINED, BOUNDED))
-            stopped, of = stopped + (free.mean <= STOPPED), of + 1
-            said.append(f"{rule} {number(free.mean)} (norm-bounded {number(knows.mean)})")
-        lines.append(f"{place.name}, ASR above control: {'; '.join(said)}")
-    sentence = f"Clipping stops the attack that does not know of it at {stopped} of {count(of, 'bound')}."
-    return finding("Boosted and clipped", sentence, lines)
+    of, knowing = (
+        [excess(of_rule(place.at_centre(attack), rule)) for place in places for rule in place.clipping]
+        for attack in LINES[:2]
+    )
+    surely, on_average = (sum(is_stopped(each, surely=way) for each in of) for way in (True, False))
+    farther = sum(knows.mean - boosted.mean > STOPPED for knows, boosted in zip(knowing, of, strict=True))
+    sentence = (
+        f"Clipping stops the attack that does not know of it at {surely} of {count(len(of), 'bound')}, by the means "
+        f"alone at {on_average}; the attack that knows M gets farther by more than {STOPPED:g} at {farther}."
+    )
+    return finding("Boosted and clipped", sentence)
 
 
 def noise(places: Sequence[Place]) -> Block:
@@ -252,7 +272,7 @@ def passing(places: Sequence[Place]) -> Block:
     for place in places:
         shares = [place.runs.loc[place.runs["attack"].eq(attack), "clipped"].dropna() for attack in LINES[:2]]
         free = place.free["clipped_benign"].groupby(place.free["rule"]).mean()
-        benign = ", ".join(f"{percent(free[rule])} at {rule}" for rule in place.rules if rule.startswith("clipping"))
+        benign = ", ".join(f"{percent(free[rule])} at {rule}" for rule in place.clipping)
         lines.append(
             f"{place.name}: {percent(shares[1].mean())} of the norm-bounded updates are longer than M, "
             f"{percent(shares[0].mean())} of the unconstrained ones; of benign ones {benign}"
@@ -267,24 +287,24 @@ def passing(places: Sequence[Place]) -> Block:
 def over_settings(places: Sequence[Place]) -> Iterator[Block]:
     """What more attackers, and what more tasks change."""
     for name, about, what in (("fraction", "Attackers", "attackers"), ("tasks", "Tasks", "tasks")):
-        lines, rising, of, beaten = [], 0, 0, []
+        lines, rising, falling, of, beaten = [], 0, 0, 0, []
         for place in places:
             rows = along_setting(place, its_attack(place), name)
             for rule in (rule for rule in place.rules if rows["rule"].eq(rule).any()):
                 own = of_rule(rows, rule).groupby(name)
-                above = {value: excess(each).mean for value, each in own}
-                first, *_, last = above.values()
-                rising, of = rising + (last - first > STOPPED), of + 1
-                points = ", ".join(f"{number(above[key])} at {_value(name, key)}" for key in above)
+                above = {value: excess(each) for value, each in own}
+                first, *_, last = (each.mean for each in above.values())
+                rising, falling, of = rising + (last - first > STOPPED), falling + (first - last > STOPPED), of + 1
+                points = ", ".join(f"{above[key].said()} at {_value(name, key)}" for key in above)
                 lines.append(f"{place.name}, {rule}: ASR above control {points}")
                 if rule == largest_that_stops(place):
-                    beaten += [f"{place.name} at {_value(name, key)}" for key in above if above[key] > STOPPED]
+                    beaten += [f"{place.name} at {_value(name, key)}" for key in above if not is_stopped(above[key])]
         if not of:
             continue
         through = f"; the M that stops the attack at the centre no longer does in {listed(beaten)}" if beaten else ""
         sentence = (
             f"From the fewest to the most {what} the ASR above control rises by more than {STOPPED:g} under "
-            f"{rising} of {count(of, 'rule')}{through}."
+            f"{rising} of {count(of, 'rule')} and falls by more than that under {falling}{through}."
         )
         yield finding(about, sentence, lines)
 
@@ -294,21 +314,23 @@ def _value(name: str, value: Any) -> str:
 
 
 def seen(places: Sequence[Place]) -> Block:
-    """What detectors see of the norm-bounded attack."""
+    """What detectors see of the norm-bounded attack, where it gets through and where it does not."""
     lines = []
-    best_of: list[float] = []
+    best: dict[bool, list[float]] = {False: [], True: []}
     names = {name for place in places for name in place.detectors["detector"]}
     for place in places:
         rows = place.detectors[place.detectors["attack"].eq(BOUNDED) & place.detectors["metric"].eq("tpr_5")]
         for rule, own in rows.groupby("rule", sort=False):
-            best_of.append(float(own["value"].max()))
+            runs = of_rule(place.at_centre(BOUNDED), str(rule))
+            best[is_stopped(excess(runs), surely=False)].append(float(own["value"].max()))
             said = ", ".join(
                 f"{name} {number(value)}" for name, value in zip(own["detector"], own["value"], strict=True)
             )
-            asr = Figure95.of(of_rule(place.at_centre(BOUNDED), str(rule))["asr"]).mean
-            lines.append(f"{place.name}, {rule} (ASR {number(asr)}): {said}")
+            lines.append(f"{place.name}, {rule} (ASR {number(runs['asr'].mean())}): {said}")
+    where = {False: f"ASR above control is over {STOPPED:g}", True: f"ASR above control is at most {STOPPED:g}"}
+    ranges = [f"{number(min(best[low]))} to {number(max(best[low]))} where {where[low]}" for low in best if best[low]]
     sentence = (
         f"Of the norm-bounded attackers' updates the best of {count(len(names), 'detector')} catches "
-        f"{number(min(best_of))} to {number(max(best_of))} at 5 % nominal FPR."
+        f"{', '.join(ranges)}, at 5 % nominal FPR."
     )
     return finding("Detectors", sentence, lines)

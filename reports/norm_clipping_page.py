@@ -261,15 +261,17 @@ def norms(places: Sequence[Place]) -> list[Block]:
             for bound in clipping["bound"]:
                 ax.axhline(bound, color=MALICIOUS, linewidth=1)
                 ax.annotate(
-                    f"M = {bound:g}, {multiple(bound, place.q90)} x", (1, bound), xycoords=("axes fraction", "data"),
-                    xytext=(-2, 2), textcoords="offset points", ha="right", fontsize="small",
+                    f"M = {bound:g}\n{multiple(bound, place.q90)} x", (1, bound), xycoords=("axes fraction", "data"),
+                    xytext=(3, 0), textcoords="offset points", va="center", fontsize="small",
                 )  # fmt: skip
             first = place.first
             ax.axvline(first, color="0.6", linewidth=0.8, linestyle=":")
             least = clipping["bound"].min() if len(clipping) else np.nan
             after = rounds[rounds["round"].ge(first)].groupby("round")["q90"].mean()
             titled(ax, f"{place.name}: 90th percentile {after.min():.2f} to {after.max():.2f}, least M {least:g}")
-            ax.set(xlabel="round", ylabel="L2 norm of benign updates", ylim=(0, None))
+            ax.set(xlabel="round", ylabel="L2 norm of benign updates")
+            ax.set_yscale("log", base=2, subs=[])
+            ax.yaxis.set_major_formatter("{x:g}")
             ax.spines[["top", "right"]].set_visible(False)
             handles, names = ax.get_legend_handles_labels()
             ax.legend().remove()
@@ -329,7 +331,8 @@ def _metric(rows: pd.DataFrame, metric: str) -> str:
 DEVIATIONS = (
     "Writers: MNIST names none, so each client holds one style of each digit (k-means on principal components); the "
     "writers of the FEMNIST subset are 12 groups of several hands each. Tasks are therefore a far larger share of the "
-    "population than the paper's 30 of 3,383, and honest clients hold the same images rightly labelled.",
+    "population than the paper's 30 of 3,383, and honest clients hold the same images rightly labelled. One attacker "
+    "among 12 FEMNIST groups sends 8.3 % of all updates, the paper's at most 3.3 %.",
     "One attacker is the same client throughout (fixed frequency alone; no random sampling). It trains on as many "
     "images as it holds, all of them, or half under the norm-bounded attack, relabelled ones drawn evenly from all "
     "tasks; the paper's trains on all images of all tasks. Its norm-bounded training is one of five epochs, projected "

@@ -1,6 +1,9 @@
 """The page on norm clipping and weak DP: figures of every run and its control, and sentences that follow them."""
 
+import html
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from conftest import ROOT
@@ -141,6 +144,15 @@ def test_other_figures_give_other_sentences(report, figures):
     assert "implants the backdoor in 1 of 1 condition" in won
     assert "In 0 of 1 condition there is an M" in won
     assert "no M stops it" in won
+    but_one = said(asr=lambda rows: np.where(rows["seed"].eq(0), 0.2, 0.05), control_asr=0.05)
+    assert "In 0 of 1 condition there is an M" in but_one
+    assert "By the means alone: 1 and" in but_one
+    assert "no M stops it" not in but_one
+    assert "at 0 of 2 bounds, by the means alone at 2" in but_one
+    farther = said(asr=lambda rows: np.where(rows["attack"].eq("norm-bounded"), 0.9, 0.1), control_asr=0.1)
+    assert "the attack that knows M gets farther by more than 0.1 at 2." in farther
+    assert "where ASR above control is over 0.1, at" in farther
+    assert "where ASR above control is at most 0.1, at" in deaf
     only_tight = said(asr=lambda rows: np.where(rows["bound"].eq(1.5), 0.1, 0.9), control_asr=0.1)
     (place,) = told.places_of(figures)
     tight = told.rule_name(1.5, np.nan, place.q90)
@@ -176,6 +188,24 @@ def test_the_scenarios_senders_know_the_bound():
                 assert each.attack["scaling"]["factor"] == cohort
             if "std" in rule:
                 assert min(abs(rule["std"] * times / rule["bound"] - 0.005) for times in (1, cohort)) < 1e-5
+
+
+def test_the_committed_page_says_what_the_committed_figures_hold(report):
+    gather, _, told = report
+    found = pd.read_csv(gather.CSV)
+    runs = found[found["part"].eq("runs")]
+    cells = runs.groupby(["task", "bound", "std", "attack", "malicious", "period", "tasks"], dropna=False)["seed"]
+    assert cells.nunique().eq(3).all()
+    scenarios = [
+        scenario
+        for name in ("norm_clipping", "norm_clipping_femnist")
+        for scenario in load_sweep(ROOT / f"simulations/scenarios/{name}.toml").scenarios
+    ]
+    assert len(runs) == len(scenarios)
+    written = html.unescape(gather.HTML.read_text())
+    for block in told.findings(told.places_of(found)):
+        for sentence in (block["text"], *block["points"]):
+            assert sentence in written
 
 
 def sentences(blocks) -> str:
