@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install demo test check bench reports gauntlet notebooks clean
+.PHONY: install demo test check bench reports gauntlet evidence notebooks clean
 
 install: $(STAMP)
 
@@ -24,11 +24,12 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(STAMP)  ## beside the peers, each in its own environment below .bench: reports/bench.csv; long logs: scale.csv; in Flower: flower_filter.csv
+bench: $(STAMP)  ## beside the peers, each in its own environment below .bench: reports/bench.csv and its neighbours
 	$(BIN)/python tests/benchmarks/bench.py
 	$(BIN)/python tests/benchmarks/rules.py
 	$(BIN)/python tests/benchmarks/scale.py
 	$(BIN)/python tests/benchmarks/flower_filter.py
+	$(BIN)/python tests/benchmarks/streamed.py
 
 reports: export GRADLENS_DATA ?= ../shared/data
 reports: $(STAMP)  ## the committed reports, from real data; what has run already is not run again
@@ -39,6 +40,11 @@ reports: $(STAMP)  ## the committed reports, from real data; what has run alread
 	$(BIN)/python reports/localisation.py runs/localisation
 	$(BIN)/gradlens simulate simulations/scenarios/pruning.toml -o runs/pruning
 	$(BIN)/python reports/pruning.py runs/pruning
+	$(BIN)/gradlens simulate simulations/scenarios/norm_clipping.toml -o runs/norm_clipping
+	$(BIN)/gradlens simulate simulations/scenarios/norm_clipping_femnist.toml -o runs/norm_clipping_femnist
+	$(BIN)/python reports/norm_clipping.py runs/norm_clipping runs/norm_clipping_femnist
+	$(BIN)/gradlens simulate simulations/scenarios/defences.toml -o runs/defences
+	$(BIN)/python reports/defence_table.py runs/defences
 	$(BIN)/gradlens simulate simulations/scenarios/attacks.toml -o runs/attacks
 	$(BIN)/gradlens simulate simulations/scenarios/attacks_data.toml -o runs/attacks_data
 	$(BIN)/gradlens simulate simulations/scenarios/replacement.toml -o runs/replacement
@@ -47,6 +53,11 @@ reports: $(STAMP)  ## the committed reports, from real data; what has run alread
 gauntlet: export GRADLENS_DATA ?= ../shared/data
 gauntlet: $(STAMP)  ## every detector against every attack; a part: make gauntlet SEEDS=7,8 FAMILIES=trigger,label_flip
 	$(BIN)/python reports/gauntlet.py $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FAMILIES),--families $(FAMILIES)) $(if $(BENIGN),--benign $(BENIGN))
+
+evidence: export GRADLENS_DATA ?= ../shared/data
+evidence: $(STAMP)  ## verdicts on sketches beside those on whole updates; keeps 45 GB of runs
+	$(BIN)/python reports/gauntlet.py --keep
+	$(BIN)/python reports/evidence.py runs/gauntlet
 
 notebooks: $(STAMP)  ## opens the notebooks
 	$(BIN)/jupyter lab notebooks
