@@ -212,6 +212,18 @@ def threads() -> set[int]:
     return {count() for count, _ in kernels._blas()}
 
 
+@pytest.mark.parametrize("limit", [10, 100])
+@pytest.mark.parametrize("rank", [1, 3, 60])
+def test_the_two_leading_eigenvectors_are_found_either_way(limit, rank, rng, monkeypatch):
+    monkeypatch.setattr(kernels, "LANCZOS", limit)
+    rows = rng.normal(size=(60, rank)) * np.arange(1, rank + 1)
+    values, vectors = kernels.two_leading(rows @ rows.T)
+    every, all_vectors = np.linalg.eigh(rows @ rows.T)
+    np.testing.assert_allclose(values, every[-2:], rtol=1e-9, atol=1e-9 * every[-1])
+    for found, wanted in zip(vectors.T[-min(rank, 2) :], all_vectors.T[-min(rank, 2) :], strict=True):
+        assert abs(found @ wanted) == pytest.approx(1, abs=1e-9)
+
+
 def test_blas_gets_its_threads_back():
     before = threads()
     with kernels.one_blas_thread():

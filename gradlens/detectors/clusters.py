@@ -17,6 +17,7 @@ from gradlens.detectors.distances import (
 from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import Detector
 from gradlens.log import CannotSay, InputError, Round, UpdateLog, whole_number
+from gradlens.log.kernels import two_leading
 from gradlens.scorers import density_clusters, lloyd
 from gradlens.statistics.final_layer import Predict, ddif, final_weight, neup, threshold_exceedings
 
@@ -210,10 +211,8 @@ def _rflbat(log: UpdateLog, eps1: float, eps2: float, most_clusters: int, sample
 
 def principal_plane(gram: np.ndarray) -> np.ndarray:
     """Coordinates along the two principal components, from inner products: [client, client] -> [client, 2]."""
-    from scipy.linalg import eigh
-
     centred = gram - gram.mean(axis=0) - gram.mean(axis=1, keepdims=True) + gram.mean()
-    values, vectors = eigh((centred + centred.T) / 2, subset_by_index=[len(gram) - 2, len(gram) - 1])
+    values, vectors = two_leading((centred + centred.T) / 2)
     values = np.where(values > ROUNDING * np.trace(gram), values, 0)
     vectors = vectors * np.where((vectors**3).sum(axis=0) < 0, -1, 1)  # of either sign: the one with the longer tail
     return vectors * np.sqrt(values)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from gradlens.log import CannotSay, InputError, Layer, Round, UpdateLog, whole_number
+from gradlens.log.kernels import two_leading
 from gradlens.statistics.cohort import cohort, table
 
 ROUNDING = 1e-12  # of squared norms; below it, a difference of equal numbers
@@ -261,14 +262,12 @@ def _mean_cosines(gram: np.ndarray) -> np.ndarray:
 
 
 def _leading(gram: np.ndarray) -> np.ndarray:
-    from scipy.linalg import eigh
-
     means = gram.mean(axis=1)
     centred = _centred(gram, means, means.mean())
     distances = np.sqrt(np.diagonal(centred))
     if not distances.any():
         return np.zeros(len(gram))
-    (second, first), vectors = eigh(centred, subset_by_index=[len(gram) - 2, len(gram) - 1])
+    (second, first), vectors = two_leading(centred)
     if first - second <= EQUAL * first:
         return np.zeros(len(gram))
     component = np.abs(vectors[:, 1])
