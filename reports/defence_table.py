@@ -25,6 +25,7 @@ BEFORE = "<!-- attacks -->"
 NONE, RULE, FILTER, CALIBRATED = "none", "rule", "filter", "calibrated filter"
 KINDS = (NONE, CALIBRATED, FILTER, RULE)
 STOPPED, CHEAP = 0.1, 0.02  # an ASR of at most so much is a stopped backdoor; so much main accuracy is no price
+USUAL = {"fpr": 0.02, "out_for": 0}  # of the calibrated filters, whose others go without saying
 HARMS = 0.1  # of main accuracy lost without a defence: from there on an attack that only sends does damage
 
 
@@ -56,7 +57,7 @@ def rows(sweep: Sweep) -> pd.DataFrame:
         dropped = np.array([_dropped(run) for run in runs])
         found.append(
             {
-                "defence": scenario.label("detector") if scenario.detector else scenario.label("aggregator"),
+                "defence": named(scenario),
                 "kind": _kind(scenario),
                 "partition": next(iter(scenario.partition)),
                 "attack": shown(scenario.attack),
@@ -72,6 +73,15 @@ def rows(sweep: Sweep) -> pd.DataFrame:
             }
         )
     return _working(pd.DataFrame(found))
+
+
+def named(scenario: Scenario) -> str:
+    """The rule, or the detector with those settings of its filter that are not usual."""
+    if not scenario.detector:
+        return str(scenario.label("aggregator"))
+    other = {name: scenario.filter[name] for name in USUAL if scenario.filter.get(name, USUAL[name]) != USUAL[name]}
+    settings = [f"{name}={value}" for name, value in other.items()]
+    return ", ".join([str(scenario.label("detector")), *settings])
 
 
 def _kind(scenario: Scenario) -> str:
@@ -145,7 +155,8 @@ def _lead(table: pd.DataFrame) -> str:
     damages = table[table["works"] & table["asr"].isna()]["attack"].unique()
     return (
         "What stays of an attack behind each rule, and behind live filters in front of the mean: digits, ten honest "
-        "rounds, on which calibrated filters set their thresholds, then 4 of 20 clients attack for 20 rounds; "
+        "rounds, on which calibrated filters set their thresholds (for 2 % of benign updates, unless it says), then 4 of "
+        "20 clients attack for 20 rounds; "
         f"{table['seeds'].min()} seeds. ASR: mean over backdoors that work against the plain mean ({_named(aims)}). "
         f"Damaged: the lowest main accuracy under {_named(damages)}. Honest: main accuracy while nobody attacks. Left "
         "out: of the updates sent since the attack began, by a filter. Cell by cell, with intervals and controls: "
@@ -154,24 +165,26 @@ def _lead(table: pd.DataFrame) -> str:
 
 
 def _finding(each: pd.DataFrame) -> str:
-    """Which defences stop every backdoor and every damage, at no price, and which do not although they are said to."""
+    """Which defences stop every backdoor at no price, which come near, and which do at a price."""
     free = each.loc[each["kind"] == NONE, "honest"].iloc[0]
     stops = each["asr_worst"] <= STOPPED
     cheap = (each["honest"] >= free - CHEAP) & (each["damaged"] >= free - HARMS)
     good, dear = each[stops & cheap], each[stops & ~cheap]
-    said = (
-        f"Every backdoor is stopped (ASR at most {STOPPED:g}) and main accuracy kept, honest within {CHEAP:g} and "
-        f"damaged within {HARMS:g} of the undefended {free:.2f}, by {_list(good)}."
-    )
-    if len(dear):
-        said += f" Stopped at a price in main accuracy: {_list(dear)}."
-    rest = each[~stops & (each["kind"] != NONE)]
-    return said + (f" A backdoor passes: {_list(rest)}." if len(rest) else "")
+    asked = f"ASR at most {STOPPED:g}, main accuracy honest within {CHEAP:g} and damaged within {HARMS:g} of {free:.2f}"
+    said = f"Every backdoor is stopped, and main accuracy kept ({asked}), by {_list(good)}."
+    near = each[~stops & cheap].nsmallest(3, "asr_worst")
+    if len(near):
+        worst = [f"{text} {value:.2f}" for text, value in zip(_each(near), near["asr_worst"], strict=True)]
+        said += f" Of the others that keep it, least gets through {', '.join(worst)} at worst."
+    return said + (f" Every backdoor is stopped, but main accuracy not kept, by {_list(dear)}." if len(dear) else "")
+
+
+def _each(part: pd.DataFrame) -> list[str]:
+    return [f"`{row.defence}` ({row.kind})" if row.kind != RULE else f"`{row.defence}`" for row in part.itertuples()]
 
 
 def _list(part: pd.DataFrame) -> str:
-    named = (f"`{row.defence}` ({row.kind})" if row.kind != RULE else f"`{row.defence}`" for row in part.itertuples())
-    return ", ".join(named) or "none"
+    return ", ".join(_each(part)) or "none"
 
 
 def _named(names: Sequence[str] | np.ndarray) -> str:

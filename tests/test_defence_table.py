@@ -29,7 +29,7 @@ def test_the_readme_shows_the_committed_table(script):
 
 def test_every_defence_is_in_the_table(script):
     scenarios = load_sweep(SCENARIOS / "defences.toml").scenarios
-    kinds = {(script._kind(each), each.label("detector" if each.detector else "aggregator")) for each in scenarios}
+    kinds = {(script._kind(each), script.named(each)) for each in scenarios}
     table = script.committed()
     assert set(zip(table["kind"], table["defence"], strict=True)) == kinds
     assert {kind for kind, _ in kinds} == set(script.KINDS)
@@ -80,7 +80,7 @@ def test_the_summary_says_who_stops_what(script, small):
     honest = table[table["kind"] == script.NONE]["control_accuracy"]
     np.testing.assert_allclose(each.loc[script.NONE, "honest"], honest.iloc[0])
     said = script.section(table)
-    assert "| `layer_norms` | calibrated filter |" in said
+    assert "| `layer_norms, fpr=0.05` | calibrated filter |" in said
     assert "`mean` | none | " in said
 
 
