@@ -156,7 +156,8 @@ def _lead(table: pd.DataFrame) -> str:
     return (
         "What stays of an attack behind each rule, and behind live filters in front of the mean: digits, ten honest "
         "rounds, on which calibrated filters set their thresholds (for 2 % of benign updates, unless it says), then 4 "
-        f"of 20 clients attack for 20 rounds; {table['seeds'].min()} seeds. ASR: mean over backdoors that work against the plain mean ({_named(aims)}). "
+        f"of 20 clients attack for 20 rounds; {table['seeds'].min()} seeds. ASR: mean over backdoors that work against "
+        f"the plain mean ({_named(aims)}). "
         f"Damaged: the lowest main accuracy under {_named(damages)}. Honest: main accuracy while nobody attacks. Left "
         "out: of the updates sent since the attack began, by a filter. Cell by cell, with intervals and controls: "
         "[`reports/defences.csv`](reports/defences.csv)."
