@@ -39,6 +39,7 @@ FINAL = {  # rest on the final layer alone, which is recorded whole in these mod
     "freqfed",
 }  # fmt: skip
 NUMBERS = {"multi_metrics", "signguard", "alignins", "rlr", "flanders"}  # need the numbers themselves, and abstain
+COSINES = {"layer_cosines", "hdbscan", "isolation_forest", "local_outlier_factor"}  # score `layer_cosines`
 NEEDS = {"fltrust"}  # what the server would have to hold data for is not asked
 COLUMNS = ("run", "task", "partition", "family", "seed", "detector", "width", "auc_full", "auc", "equal_flags")
 
@@ -155,6 +156,11 @@ def findings(summary: pd.DataFrame) -> list[Block]:
     said = f"At {USUAL} numbers a layer {near.sum()} of {count(len(usual), 'detector')} keep their mean AUC"
     said += f" within {NEAR:g}"
     said += f"; beyond it: {listed(usual.loc[~near, 'detector'].tolist())}." if beyond else "."
+    if beyond and set(usual.loc[~near, "detector"]) <= COSINES:
+        said += (
+            " All of these score cosines to the cohort's coordinate-wise median, where a sketch has only the median of"
+        )
+        said += " its own numbers; every detector that rests on inner products alone keeps its AUC."
     sure = usual[(usual["low"] >= -NEAR) & (usual["high"] <= NEAR)]["detector"].tolist()
     certain = f"For {len(sure)} of them the 95 % interval of the difference lies within it: {listed(sure, 30)}."
     by_width = summary.groupby("width")["difference"].agg(lambda each: int((each.abs() <= NEAR).sum()))
