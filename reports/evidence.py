@@ -157,10 +157,8 @@ def findings(summary: pd.DataFrame) -> list[Block]:
     said += f" within {NEAR:g}"
     said += f"; beyond it: {listed(usual.loc[~near, 'detector'].tolist())}." if beyond else "."
     if beyond and set(usual.loc[~near, "detector"]) <= COSINES:
-        said += (
-            " All of these score cosines to the cohort's coordinate-wise median, where a sketch has only the median of"
-        )
-        said += " its own numbers; every detector that rests on inner products alone keeps its AUC."
+        said += " All of these score cosines to the cohort's coordinate-wise median, where a sketch has only the median"
+        said += " of its own numbers."
     sure = usual[(usual["low"] >= -NEAR) & (usual["high"] <= NEAR)]["detector"].tolist()
     certain = f"For {len(sure)} of them the 95 % interval of the difference lies within it: {listed(sure, 30)}."
     by_width = summary.groupby("width")["difference"].agg(lambda each: int((each.abs() <= NEAR).sum()))
