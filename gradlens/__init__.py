@@ -7,6 +7,7 @@ from gradlens.evaluation import evaluate, per_client, rounds_to_detection, with_
 from gradlens.ingest import ingest
 from gradlens.localize import localize
 from gradlens.log import CannotSay, Evidence, InputError, LogWriter, ModelSpec, Round, UpdateLog
+from gradlens.replay import Replay, replay
 from gradlens.report import report
 from gradlens.run import Run, Sweep
 from gradlens.run import open_run as open
@@ -25,6 +26,7 @@ __all__ = [
     "LogWriter",
     "ModelSpec",
     "Recorder",
+    "Replay",
     "Round",
     "Run",
     "Sweep",
@@ -40,6 +42,7 @@ __all__ = [
     "localize",
     "open",
     "per_client",
+    "replay",
     "report",
     "rounds_to_detection",
     "score_by",

@@ -19,10 +19,11 @@ import typer
 from tqdm import tqdm
 
 import gradlens
-from gradlens.detectors import USUAL, Detector
+from gradlens.detectors import DETECTORS, USUAL, Detector
 from gradlens.log import InputError
 from gradlens.log.manifest import Verification
 from gradlens.processes import processes
+from gradlens.replay import rule_named
 
 app = typer.Typer(
     help="Finds the clients that poison a federated model, and shows where they gave themselves away.",
@@ -293,6 +294,24 @@ def ingest(
     typer.echo("\n".join(lines))
 
 
+@app.command(epilog="Example: gradlens replay runs/demo/RUN -d panel --clean-rounds 10 --fpr 0.02")
+def replay(
+    run: Folder,
+    detector: Annotated[str | None, typer.Option("--detector", "-d", help="The filter's; without it: none.")] = None,
+    aggregator: Annotated[str, typer.Option("--aggregator", "-a", help="The rule, by name.")] = "mean",
+    action: Annotated[str, typer.Option(help="What becomes of a flagged client.")] = "drop",
+    clean_rounds: Annotated[int, typer.Option(min=0, help="First rounds that the filter is calibrated on.")] = 0,
+    fpr: Annotated[float, typer.Option(help="The rate that it is calibrated to.")] = 0.05,
+    as_csv: AsCsv = False,
+    as_json: AsJson = False,
+) -> None:
+    """Aggregates recorded updates anew by another rule or filter: what the server would have made of this evidence."""
+    rule = rule_named(aggregator, detector, action=action, clean_rounds=clean_rounds, fpr=fpr)
+    found = gradlens.Run.open(run)
+    told = gradlens.replay(found, rule, measure=_measure(found))
+    _write(told.rounds, as_csv, as_json, lambda: str(told))
+
+
 @app.command(epilog="Example: gradlens verify runs/demo/0a1b2c3d4e5f --head 5d41402a...")
 def verify(
     run: Folder,
@@ -425,14 +444,28 @@ def _runs(path: Path) -> list[gradlens.Run]:
 def _names(asked: Sequence[str] | None) -> list[str]:
     """The detectors asked for, each once."""
     for name in asked or []:
-        if name not in gradlens.DETECTORS and name != "all":
-            raise InputError(f"--detector: expected all or one of {', '.join(gradlens.DETECTORS)}, found {name!r}")
-    return list(gradlens.DETECTORS if "all" in (asked or []) else dict.fromkeys(asked or USUAL))
+        if name not in DETECTORS and name != "all":
+            raise InputError(f"--detector: expected all or one of {', '.join(DETECTORS)}, found {name!r}")
+    return list(DETECTORS if "all" in (asked or []) else dict.fromkeys(asked or USUAL))
 
 
 def _detectors(names: Sequence[str], fpr: float | None) -> dict[str, Detector]:
-    built = {name: gradlens.DETECTORS[name]() for name in names}
+    built = {name: DETECTORS[name]() for name in names}
     return built if fpr is None else {name: gradlens.calibrate(each, None, fpr) for name, each in built.items()}
+
+
+def _measure(run: gradlens.Run) -> Callable[[Any], dict[str, float]] | None:
+    """What measures the global models of a simulated run, where its data are at hand."""
+    if not run.scenario:
+        return None
+    from simulations import Scenario
+    from simulations.federated import measure_of
+
+    try:
+        return measure_of(Scenario(**run.scenario))
+    except InputError as error:
+        typer.echo(f"gradlens: accuracy and ASR are not measured: {error}", err=True)
+        return None
 
 
 def _suspects(text: str, run: gradlens.Run) -> list[str] | pd.DataFrame:

@@ -16,7 +16,6 @@ import pandas as pd
 from norm_clipping_page import page
 from tqdm import tqdm
 
-from gradlens.aggregators.rules import lengths
 from gradlens.detectors import DETECTORS, detect
 from gradlens.evaluation import evaluate, with_truth
 from gradlens.log import InputError, UpdateLog
@@ -132,7 +131,7 @@ def clipped(path: Path, start: int) -> dict[str, float]:
     longer: dict[bool, list[bool]] = {True: [], False: []}
     for round_ in run.log:
         if round_.index >= start:
-            for client, norm in zip(round_.clients.tolist(), lengths(round_), strict=True):
+            for client, norm in zip(round_.clients.tolist(), round_.total_norms, strict=True):
                 longer[(round_.index, client) in poisoned].append(bool(norm > bound * (1 + ROUNDING)))
     return {"clipped": _share(longer[True]), "clipped_benign": _share(longer[False])}
 
@@ -193,7 +192,7 @@ def _norms(sweep: Sweep, runs: pd.DataFrame) -> pd.DataFrame:
     place = {name: free[name].iloc[0] for name in PLACE}
     for name, seed in zip(free["run"], free["seed"], strict=True):
         for round_ in sweep.run(str(name)).log:
-            norms = lengths(round_)
+            norms = round_.total_norms
             rows.append({"seed": seed, "round": round_.index, **_quantiles(norms)})
             pooled += [norms] if round_.index >= start else []
     whole = {"seed": np.nan, "round": np.nan, **_quantiles(np.concatenate(pooled)), "first": start}

@@ -194,6 +194,18 @@ def label_counts(scenario: Scenario) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["client", "label", "count"])
 
 
+def measure_of(scenario: Scenario) -> Callable[[State], dict[str, float]]:
+    """A function of a global model, layer -> array: its main_accuracy, and asr under the scenario's attack."""
+    federation = assemble(scenario)
+
+    def measure(state: State) -> dict[str, float]:
+        with one_thread():
+            accuracy = main_accuracy(federation.task, federation.model, state)
+            return {"main_accuracy": accuracy, "asr": attack_success(federation.goal, federation.model, state)}
+
+    return measure
+
+
 def main_accuracy(task: Task, model: nn.Module, state: State) -> float:
     """The share of test samples that the state of the model classifies rightly."""
     load_state(model, state)

@@ -25,6 +25,7 @@ ARROWS = {
     "mitigation": {"log"},
     "attribution": {"log", "statistics", "scorers", "evaluation"},
     "localize": {"log", "run", "statistics", "scorers", "evaluation"},
+    "replay": {"log", "run", "detectors", "aggregators"},
     "plots": {"log", "run", "statistics", "scorers", "evaluation"},
     "report": {"log", "run", "statistics", "scorers", "detectors", "aggregators", "evaluation", "localize", "plots"},
 }
