@@ -59,8 +59,8 @@ def replay(
     """Aggregates the recorded updates round after round by another rule, from the run's first global model on.
 
     The updates stay as they were sent, though from another global model clients would have sent others: it answers
-    what the server would have made of this evidence, not what would have happened. With the run's own rule the run
-    comes out again. measure: a global model -> figures by name (main_accuracy, asr). server_learning_rate,
+    what the server would have made of this evidence, not what would have happened. Honest updates that pushed back
+    against an attack still do where the attack is left out. With the run's own rule the run comes out again. measure: a global model -> figures by name (main_accuracy, asr). server_learning_rate,
     server_momentum: None, those of the run's scenario; 1 and 0 where it has none.
     Raises: InputError where updates were recorded as sketches, or a filter is told to stop.
     """
