@@ -44,7 +44,10 @@ class Replay:
             named = [f"{client} ({count})" for client, count in counts.head(NAMED).items()]
             more = ", ..." if len(counts) > NAMED else ""
             lines.append(f"left out, in so many rounds: {', '.join(named) or 'nobody'}{more}")
-        lines.append("the updates are as they were sent: from another global model clients would have sent others")
+        lines.append(
+            "the updates are as they were sent: from another global model clients would have sent others, so that"
+        )
+        lines.append("accuracy and ASR say the less, the farther both models have come apart (distance)")
         return "\n".join(lines)
 
 
@@ -59,8 +62,10 @@ def replay(
     """Aggregates the recorded updates round after round by another rule, from the run's first global model on.
 
     The updates stay as they were sent, though from another global model clients would have sent others: it answers
-    what the server would have made of this evidence, not what would have happened. Honest updates that pushed back
-    against an attack still do where the attack is left out. With the run's own rule the run comes out again. measure: a global model -> figures by name (main_accuracy, asr). server_learning_rate,
+    what the server would have made of this evidence, not what would have happened. Nothing corrects what adds up: where
+    both models have come far apart (`distance`, beside `recorded_change`), accuracy and ASR say little; and honest
+    updates that pushed back against an attack still do where the attack is left out. With the run's own rule the run
+    comes out again. measure: a global model -> figures by name (main_accuracy, asr). server_learning_rate,
     server_momentum: None, those of the run's scenario; 1 and 0 where it has none.
     Raises: InputError where updates were recorded as sketches, or a filter is told to stop.
     """
