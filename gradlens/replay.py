@@ -8,9 +8,7 @@ import pandas as pd
 
 from gradlens.aggregators import AGGREGATORS, Aggregator, FilteredAggregator, filtered, step
 from gradlens.detectors import DETECTORS, calibrate
-from gradlens.log import InputError
-from gradlens.log.files import read_state
-from gradlens.log.manifest import stem
+from gradlens.log import InputError, named_in
 from gradlens.log.writer import VERDICT_COLUMNS
 from gradlens.run import Run
 
@@ -73,7 +71,7 @@ def replay(
     momentum = run.scenario.get("server_momentum", 0.0) if server_momentum is None else server_momentum
     if not len(run.log):
         raise InputError(f"{run.path}: a replay needs at least one round, found none")
-    recorded = state = read_state(run.path / "globals" / stem(0), run.model)
+    recorded = state = run.start
     before, rows, decisions = None, [], []
     for prefix, after in zip(run.log.prefixes(), run.states(), strict=True):
         round_ = prefix[-1]
@@ -111,13 +109,10 @@ def rule_named(
 
     clean_rounds: first rounds on which the detector is calibrated to `fpr`, 0: it keeps its own threshold.
     """
-    for what, name, table in (("aggregator", aggregator, AGGREGATORS), ("detector", detector, DETECTORS)):
-        if name is not None and name not in table:
-            raise InputError(f"{what}: expected one of {', '.join(table)}, found {name!r:.80}")
-    rule = AGGREGATORS[aggregator]()
+    rule = named_in(AGGREGATORS, "aggregator", aggregator)()
     if detector is None:
         return rule
-    judge = DETECTORS[detector]()
+    judge = named_in(DETECTORS, "detector", detector)()
     return filtered(rule, calibrate(judge, clean_rounds, fpr) if clean_rounds else judge, action=action)
 
 

@@ -14,7 +14,7 @@ from gradlens.log.evidence import Evidence
 from gradlens.log.files import read_state, read_table
 from gradlens.log.history import UpdateLog
 from gradlens.log.manifest import MANIFEST, Manifest, Verification, describe_in_flight, read_manifest, stem, verify
-from gradlens.log.record import InputError, ModelSpec
+from gradlens.log.model import InputError, ModelSpec
 from gradlens.log.writer import TRUTH_COLUMNS, VERDICT_COLUMNS, read_header, sources
 
 SWEEP, CONTROLS = "sweep.json", "controls.arrow"
@@ -114,9 +114,17 @@ class Run:
             table["reason"] = np.where(table["kept"], "", np.where(table["flag"], "flagged", "left out"))
         return table
 
+    @property
+    def start(self) -> Mapping[str, np.ndarray]:
+        """The global model before the first round, layer -> array; whole at every evidence level."""
+        return self._state(0)
+
     def states(self) -> Iterator[Mapping[str, np.ndarray]]:
         """The global model after each round, layer -> array; whole at every evidence level."""
-        return (read_state(self.path / "globals" / stem(n + 1), self.model) for n in range(len(self.log)))
+        return (self._state(n + 1) for n in range(len(self.log)))
+
+    def _state(self, number: int) -> Mapping[str, np.ndarray]:
+        return read_state(self.path / "globals" / stem(number), self.model)
 
     def verify(self, head: str | None = None) -> Verification:
         """Checks every committed byte against the chain, and the chain against a head noted elsewhere."""

@@ -21,7 +21,7 @@ import pyarrow as pa
 from gradlens.aggregators import Decision, FilteredAggregator, FilterStopped, filtered, mean
 from gradlens.detectors import DETECTORS, Detector
 from gradlens.detectors.verdict import verdict_on
-from gradlens.log import Evidence, InputError, LogWriter, ModelSpec, Round, UpdateLog
+from gradlens.log import Evidence, InputError, LogWriter, ModelSpec, Round, UpdateLog, named_in
 from gradlens.log.evidence import Reduction
 from gradlens.log.manifest import MANIFEST, read_manifest
 from gradlens.log.received import Received, Sent, State, received, spec_of, state_of
@@ -283,9 +283,7 @@ def _filter(given: FilteredAggregator | None, detector: Detector | str | None) -
         raise InputError("a recorder takes a detector or a filter, found both; the filter has a detector of its own")
     if not isinstance(detector, str):
         return filtered(mean(), detector)
-    if detector not in DETECTORS:
-        raise InputError(f"detector: expected one of {', '.join(DETECTORS)}, found {detector!r:.80}")
-    return filtered(mean(), DETECTORS[detector]())
+    return filtered(mean(), named_in(DETECTORS, "detector", detector)())
 
 
 def _plain_source(source: dict[str, Any]) -> dict[str, Any]:

@@ -67,20 +67,24 @@ def shown(attack: Iterable[str]) -> str:
     return next((name for name in others if name != "scaling"), "scaling")
 
 
+def control_rates(sweep: Sweep) -> pd.Series:
+    """Attacked run -> the ASR of its attack-free control after the last round."""
+    return sweep.controls.sort_values("round").groupby("run")["asr"].last()
+
+
 def attack_rows(sweep: Sweep) -> pd.DataFrame:
     """A row per condition of a sweep: means over seeds after the last round, with 95 % bootstrap intervals.
 
     asr_bound: ">=" or "<=" where every held-out sample of every seed says the same: then low and high are the exact
     one-sided 95 % limit for the samples of one seed, which the other seeds share. held_out: the fewest that a seed has.
     """
-    rows = []
+    rows, reference = [], control_rates(sweep)
     for _, part in attacked_runs(sweep)[0].groupby("condition", sort=False):
         runs = [sweep.run(str(name)) for name in part.index]
         scenarios = [Scenario(**run.scenario) for run in runs]
         scenario = scenarios[0]
         assert "mean" in scenario.aggregator, "no defence is meant"
         assert not scenario.detector, "no defence is meant"
-        reference = sweep.controls.sort_values("round").groupby("run")["asr"].last()
         measured = final(runs[0], "asr") == final(runs[0], "asr")
         held_out = min(len(attack_goal(each)[1]) for each in scenarios) if measured else 0
         rows.append(

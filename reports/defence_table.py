@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from attack_table import shown, with_section
+from attack_table import control_rates, shown, with_section
 
 from gradlens.evaluation import bootstrap
 from gradlens.log import InputError
@@ -47,12 +47,11 @@ def rows(sweep: Sweep) -> pd.DataFrame:
     attack has begun, the share that a filter left out; NaN for a rule. works: without a defence the ASR ends at least
     0.5 above the control's, or main accuracy 0.1 below it.
     """
-    found = []
+    found, reference = [], control_rates(sweep)
     for _, part in attacked_runs(sweep)[0].groupby("condition", sort=False):
         runs = [sweep.run(str(name)) for name in part.index]
         controls = [sweep.control_of(run.name) for run in runs]
         scenario = Scenario(**runs[0].scenario)
-        free = sweep.controls.sort_values("round").groupby("run")["asr"].last()
         asr, accuracy = (np.array([final(run, name) for run in runs]) for name in ("asr", "main_accuracy"))
         dropped = np.array([_dropped(run) for run in runs])
         found.append(
@@ -63,7 +62,7 @@ def rows(sweep: Sweep) -> pd.DataFrame:
                 "attack": shown(scenario.attack),
                 "asr": asr.mean(),
                 **dict(zip(("asr_low", "asr_high"), bootstrap(asr), strict=True)),
-                "control_asr": np.nan if np.isnan(asr).all() else np.mean([free[run.name] for run in runs]),
+                "control_asr": np.nan if np.isnan(asr).all() else np.mean([reference[run.name] for run in runs]),
                 "accuracy": accuracy.mean(),
                 **dict(zip(("accuracy_low", "accuracy_high"), bootstrap(accuracy), strict=True)),
                 "control_accuracy": np.mean([final(run, "main_accuracy") for run in controls]),

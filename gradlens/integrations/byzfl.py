@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gradlens.aggregators import Aggregator, mean
+from gradlens.aggregators.rules import rows_of
 from gradlens.integrations import Answer, State, kept, read_safely
 from gradlens.log import UpdateLog
 from gradlens.log.received import Unfit, as_array
@@ -70,8 +71,8 @@ class Wrapped:
 
     def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
         round_, update = log[-1], mean()(log)
-        rows = [row for row in np.argsort(round_.clients) if round_.finite[row]]
-        if not rows:
+        rows = rows_of(round_)
+        if not len(rows):
             return update
         rule, names = copy(self.aggregate), log.model.parameters
         if hasattr(rule, "f"):

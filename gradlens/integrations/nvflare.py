@@ -24,7 +24,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from gradlens.aggregators import AGGREGATORS, Aggregator, FilteredAggregator, filtered, step
 from gradlens.detectors import DETECTORS
 from gradlens.integrations import numbers, read_safely
-from gradlens.log import InputError, UpdateLog
+from gradlens.log import InputError, UpdateLog, named_in
 from gradlens.log.received import Unfit, as_array
 from gradlens.server import Recorder
 
@@ -50,10 +50,11 @@ class GradlensAggregator(ModelAggregator):
         if unknown := [part for part in settings or {} if part not in given]:
             raise InputError(f"settings: expected tables of {', '.join(given)}, found {unknown[0]!r:.80}")
         given |= settings or {}
-        self._rule: Aggregator = _built("aggregator", aggregator, given["aggregator"])
+        self._rule: Aggregator = named_in(AGGREGATORS, "aggregator", aggregator)(**given["aggregator"])
         self._filter: FilteredAggregator | None = None
         if detector:
-            self._filter = filtered(self._rule, _built("detector", detector, given["detector"]), **given["filter"])
+            judge = named_in(DETECTORS, "detector", detector)(**given["detector"])
+            self._filter = filtered(self._rule, judge, **given["filter"])
         self._recorder: Recorder | None = None
         self._global: Mapping[str, Any] = {}
         self._models: list[FLModel] = []
@@ -139,10 +140,3 @@ def _means(models: Sequence[FLModel]) -> dict[str, float]:
 def _like(array: np.ndarray, value: Any) -> Any:
     """The array as what the global model is made of: a tensor of its own library, or numpy's."""
     return value.new_tensor(array) if hasattr(value, "new_tensor") else array
-
-
-def _built(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
-    table = {"detector": DETECTORS, "aggregator": AGGREGATORS}[kind]
-    if name not in table:
-        raise InputError(f"{kind}: expected one of {', '.join(table)}, found {name!r:.80}")
-    return table[name](**settings)

@@ -3,7 +3,7 @@
 from gradlens.log.evidence import Evidence
 from gradlens.log.history import Accumulated, UpdateLog
 from gradlens.log.manifest import Verification, verify
-from gradlens.log.model import CannotSay, InputError, Layer, ModelSpec, whole_number
+from gradlens.log.model import CannotSay, InputError, Layer, ModelSpec, named_in, whole_number
 from gradlens.log.record import Round
 from gradlens.log.writer import LogWriter
 
@@ -18,6 +18,7 @@ __all__ = [
     "Round",
     "UpdateLog",
     "Verification",
+    "named_in",
     "verify",
     "whole_number",
 ]

@@ -11,7 +11,8 @@ import numpy as np
 from gradlens.log import kernels
 from gradlens.log.history import UpdateLog
 from gradlens.log.layers import LazyLayers
-from gradlens.log.record import InputError, Layer, ModelSpec, Round
+from gradlens.log.model import InputError, Layer, ModelSpec
+from gradlens.log.record import Round
 from gradlens.log.sketches import POWERS, CountSketch, moments_of
 
 LEVELS = ("full", "layers", "sketch")

@@ -16,8 +16,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from gradlens.log.layers import LazyLayers
 from gradlens.log.manifest import beside
-from gradlens.log.record import InputError, Layer, LazyLayers, ModelSpec, Round
+from gradlens.log.model import InputError, Layer, ModelSpec
+from gradlens.log.record import Round
 from gradlens.log.sketches import POWERS
 
 BATCH_BYTES = 1_000_000_000  # a round up to this size is one record batch, read as views

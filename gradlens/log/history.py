@@ -16,7 +16,9 @@ from scipy import sparse
 
 from gradlens.log import kernels
 from gradlens.log.kernels import BLOCK, Columns
-from gradlens.log.record import InputError, LazyLayers, ModelSpec, Round
+from gradlens.log.layers import LazyLayers
+from gradlens.log.model import InputError, ModelSpec
+from gradlens.log.record import Round
 from gradlens.log.sketches import CountSketch
 
 if TYPE_CHECKING:

@@ -4,10 +4,11 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 
+Entry = TypeVar("Entry")
 DTYPES = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8")
 
 
@@ -20,6 +21,13 @@ def whole_number(setting: str, value: Any, least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise InputError(f"{setting} must be a whole number of at least {least}, found {value!r:.80}")
     return int(value)
+
+
+def named_in(table: Mapping[str, Entry], setting: str, name: str) -> Entry:
+    """The entry of a table that a setting names; raises InputError that lists the names where there is none of it."""
+    if name not in table:
+        raise InputError(f"{setting}: expected one of {', '.join(table)}, found {name!r:.80}")
+    return table[name]
 
 
 class CannotSay(Exception):  # noqa: N818 - an answer, not a fault

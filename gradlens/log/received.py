@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from gradlens.log.evidence import Reduction
-from gradlens.log.model import Layer
-from gradlens.log.record import InputError, LazyLayers, ModelSpec, Round, layer_refusal, names_refusal
+from gradlens.log.layers import LazyLayers
+from gradlens.log.model import InputError, Layer, ModelSpec
+from gradlens.log.record import Round, layer_refusal, names_refusal
 
 BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
 LONGEST = 200  # characters of a client's name

@@ -418,7 +418,7 @@ def _refusal(model: ModelSpec, client: str, sent: Mapping[str, np.ndarray] | Non
     """Why what a client sent cannot be a row of the round, '' if it can."""
     if "\0" in client or not client.isprintable():
         return "the client's name holds characters that cannot be printed"
-    if not isinstance(sent, Mapping) or not sent:
+    if not isinstance(sent, Mapping):
         return "sent nothing"
     if reason := names_refusal(model, sent):
         return reason

@@ -39,7 +39,8 @@ from gradlens.log.manifest import (
     sha256,
     stem,
 )
-from gradlens.log.record import InputError, ModelSpec, Round
+from gradlens.log.model import InputError, ModelSpec
+from gradlens.log.record import Round
 
 FULL = Evidence()
 TRUTH_COLUMNS = ("round", "client", "compromised", "poisoned")
