@@ -3,12 +3,13 @@
 from gradlens.aggregators import AGGREGATORS, filtered
 from gradlens.attribution import influence, label_drift, suspected_labels, sybils
 from gradlens.detectors import DETECTORS, Verdict, calibrate, detect, score_by
+from gradlens.errors import CannotSay, InputError
 from gradlens.evaluation import evaluate, per_client, rounds_to_detection, with_truth
-from gradlens.ingest import ingest
-from gradlens.localize import localize
-from gradlens.log import CannotSay, Evidence, InputError, LogWriter, ModelSpec, Round, UpdateLog
-from gradlens.replay import Replay, replay
-from gradlens.report import report
+from gradlens.ingestion import ingest
+from gradlens.localization import localize
+from gradlens.log import Evidence, LogWriter, ModelSpec, Round, UpdateLog
+from gradlens.replays import Replay, replay
+from gradlens.reporting import report
 from gradlens.run import Run, Sweep
 from gradlens.run import open_run as open
 from gradlens.scorers import SCORERS

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy.sparse.csgraph import connected_components
 
+from gradlens.errors import CannotSay, InputError
 from gradlens.evaluation import bootstrap
-from gradlens.log import CannotSay, InputError, Round, UpdateLog
+from gradlens.log import Round, UpdateLog
 from gradlens.scorers import robustly_scaled
 from gradlens.statistics.cohort import SMALLEST, cohort, table, units
 

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 import gradlens
 from gradlens.detectors import DETECTORS, USUAL, Detector
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from gradlens.log.manifest import Verification
 from gradlens.processes import processes
-from gradlens.replay import rule_named
+from gradlens.replays import rule_named
 
 app = typer.Typer(
     help="Finds the clients that poison a federated model, and shows where they gave themselves away.",
@@ -182,7 +182,7 @@ def localize(
     as_json: AsJson = False,
 ) -> None:
     """Ranks layers, units and classes by how well they tell poisoned updates, or those of suspects, from the others."""
-    from gradlens.localize import localize_sweep
+    from gradlens.localization import localize_sweep
 
     found = gradlens.open(run)
     several = isinstance(found, gradlens.Sweep)
@@ -261,7 +261,7 @@ def ingest(
     as_json: AsJson = False,
 ) -> None:
     """Records updates from elsewhere as a run; what cannot be recorded is refused with a reason. Unpickles nothing."""
-    from gradlens.ingest import ingest, with_csv_truth
+    from gradlens.ingestion import ingest, with_csv_truth
 
     if out is None:
         if truth is None:
@@ -373,7 +373,7 @@ def _sharing(executor: str, workers: int, *, several: bool) -> AbstractContextMa
         return processes(workers) if workers > 1 else nullcontext()
     if not several:
         raise InputError("--executor: it shares out the runs of a sweep, this is a single run")
-    from simulations.sweep import dask_executor
+    from simulations.sweeps import dask_executor
 
     return dask_executor(executor)
 
@@ -566,7 +566,7 @@ def _line(value: Any) -> str:
 
 def _summary(sweep: gradlens.Run | gradlens.Sweep) -> str:
     """What came of each condition of a sweep: main accuracy and ASR at the end, its control's beside it."""
-    from gradlens.report.analysis import attack_table
+    from gradlens.reporting.analysis import attack_table
 
     assert isinstance(sweep, gradlens.Sweep)
     return attack_table(sweep).to_string(index=False, float_format=lambda value: f"{value:.2f}")

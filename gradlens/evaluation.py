@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 
 __all__ = [
     "auc",

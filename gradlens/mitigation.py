@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 
 
 @contextmanager

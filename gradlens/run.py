@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradlens.log.evidence import Evidence
+from gradlens.errors import InputError
 from gradlens.log.files import read_state, read_table
-from gradlens.log.history import UpdateLog
+from gradlens.log.levels import Evidence
+from gradlens.log.log import UpdateLog
 from gradlens.log.manifest import MANIFEST, Manifest, Verification, describe_in_flight, read_manifest, stem, verify
-from gradlens.log.model import InputError, ModelSpec
+from gradlens.log.model import ModelSpec
 from gradlens.log.writer import TRUTH_COLUMNS, VERDICT_COLUMNS, read_header, sources
 
 SWEEP, CONTROLS = "sweep.json", "controls.arrow"

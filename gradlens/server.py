@@ -21,19 +21,17 @@ import pyarrow as pa
 from gradlens.aggregators import Decision, FilteredAggregator, FilterStopped, filtered, mean
 from gradlens.detectors import DETECTORS, Detector
 from gradlens.detectors.verdict import verdict_on
-from gradlens.log import Evidence, InputError, LogWriter, ModelSpec, Round, UpdateLog, named_in
-from gradlens.log.evidence import Reduction
+from gradlens.errors import EvidenceLost, InputError
+from gradlens.log import Evidence, LogWriter, ModelSpec, Round, UpdateLog
+from gradlens.log.intake import Received, Sent, State, received, spec_of, state_of
+from gradlens.log.levels import Reduction
 from gradlens.log.manifest import MANIFEST, read_manifest
-from gradlens.log.received import Received, Sent, State, received, spec_of, state_of
 from gradlens.log.writer import check_free
+from gradlens.settings import named_in
 
-__all__ = ["Decision", "EvidenceLost", "Recorder"]
+__all__ = ["Decision", "Recorder"]
 
 HELD = 16  # rounds held without a folder
-
-
-class EvidenceLost(RuntimeWarning):
-    """What could not be recorded, while training goes on."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from gradlens.evaluation import bootstrap
-from gradlens.report.analysis import WORKED, attacked_runs, final
+from gradlens.reporting.analysis import WORKED, attacked_runs, final
 from gradlens.run import Run, Sweep
 from simulations import Scenario
 from simulations.attacks import ATTACKS

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from attack_table import control_rates, shown, with_section
 
+from gradlens.errors import InputError
 from gradlens.evaluation import bootstrap
-from gradlens.log import InputError
-from gradlens.report.analysis import WORKED, attacked_runs, final
+from gradlens.reporting.analysis import WORKED, attacked_runs, final
 from gradlens.run import Run, Sweep
 from simulations import Scenario
 

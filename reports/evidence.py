@@ -24,7 +24,7 @@ from gradlens.detectors import Detector, detect
 from gradlens.evaluation import auc, bootstrap, per_client, with_truth
 from gradlens.log import UpdateLog
 from gradlens.plots import count
-from gradlens.report.page import Block, figure, finding, listed, number, render, rows_of, section, table, text, write
+from gradlens.reporting.page import Block, figure, finding, listed, number, render, rows_of, section, table, text, write
 from gradlens.run import Run
 from simulations import Scenario
 

@@ -24,8 +24,9 @@ from tqdm import tqdm
 import gradlens
 from gradlens.attribution import suspected_labels
 from gradlens.detectors import DETECTORS, Detector
-from gradlens.detectors.panel import Panel
-from gradlens.log import CannotSay, UpdateLog
+from gradlens.detectors.panels import Panel
+from gradlens.errors import CannotSay
+from gradlens.log import UpdateLog
 from gradlens.processes import processes
 from gradlens.run import Run
 from simulations import Scenario, run_sweep

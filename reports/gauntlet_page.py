@@ -11,8 +11,8 @@ from attack_table import with_section
 from matplotlib.figure import Figure
 
 from gradlens.plots import percent
-from gradlens.report.page import Block, figure, finding, listed, measured, number, render, section, table, text
-from gradlens.report.page import write as write_page
+from gradlens.reporting.page import Block, figure, finding, listed, measured, number, render, section, table, text
+from gradlens.reporting.page import write as write_page
 
 NAMES = {"fashion_mnist": "Fashion-MNIST", "digits": "digits"}
 PARTITIONS = {"iid": "iid", "dirichlet": "Dirichlet 0.5"}

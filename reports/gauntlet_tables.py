@@ -13,10 +13,10 @@ import pandas as pd
 from attack_table import shown
 
 from gradlens.attribution import attribution_accuracy
-from gradlens.detectors.panel import Observed, Panel, panel
+from gradlens.detectors.panels import Observed, Panel, panel
 from gradlens.detectors.verdict import nominal_threshold, rank_threshold
+from gradlens.errors import InputError
 from gradlens.evaluation import bootstrap, evaluate, per_client
-from gradlens.log import InputError
 from simulations import Scenario, load_sweep
 from simulations.attacks import build_attack
 

@@ -18,11 +18,11 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gradlens.localize import PHASES, localize_rounds, localize_sweep
+from gradlens.localization import PHASES, localize_rounds, localize_sweep
 from gradlens.plots import CLEAR, PARTLY, count, plot_localization_along
 from gradlens.plots.axes import titled
 from gradlens.processes import processes
-from gradlens.report.page import (
+from gradlens.reporting.page import (
     Block,
     code,
     figure,
@@ -38,7 +38,7 @@ from gradlens.report.page import (
     text,
     write,
 )
-from gradlens.report.provenance import software_table
+from gradlens.reporting.provenance import software_table
 from gradlens.run import Run, Sweep
 from gradlens.statistics import final_bias
 

@@ -17,10 +17,11 @@ from norm_clipping_page import page
 from tqdm import tqdm
 
 from gradlens.detectors import DETECTORS, detect
+from gradlens.errors import InputError
 from gradlens.evaluation import evaluate, with_truth
-from gradlens.log import InputError, UpdateLog
+from gradlens.log import UpdateLog
 from gradlens.processes import processes
-from gradlens.report.page import write
+from gradlens.reporting.page import write
 from gradlens.run import Run, Sweep
 from simulations import Scenario
 from simulations.attacks import Turn

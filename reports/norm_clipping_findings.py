@@ -8,7 +8,7 @@ import pandas as pd
 
 from gradlens.evaluation import bootstrap
 from gradlens.plots import count, percent
-from gradlens.report.page import Block, finding, listed, measured, number
+from gradlens.reporting.page import Block, finding, listed, measured, number
 
 PAPER_NORM = 2.0  # of which Sun et al. say that most benign norms are below it; their M are 3, 5 and 10
 STOPPED = (

@@ -28,7 +28,7 @@ from norm_clipping_findings import (
 
 from gradlens.plots import count, percent
 from gradlens.plots.axes import BENIGN, DASHES, MALICIOUS, titled
-from gradlens.report.page import (
+from gradlens.reporting.page import (
     Block,
     code,
     figure,
@@ -42,7 +42,7 @@ from gradlens.report.page import (
     table,
     text,
 )
-from gradlens.report.provenance import software_table
+from gradlens.reporting.provenance import software_table
 from gradlens.run import Run
 
 VALUES = {"asr": "ASR", "main_accuracy": "main accuracy"}

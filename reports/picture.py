@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 import gradlens
-from gradlens.localize import localize_sweep
+from gradlens.localization import localize_sweep
 from gradlens.plots import plot_localization
 from gradlens.statistics import STATISTICS
 

@@ -36,7 +36,7 @@ from pruning_steps import (
 from gradlens.evaluation import bootstrap
 from gradlens.plots import count
 from gradlens.plots.axes import BENIGN, MALICIOUS, titled
-from gradlens.report.page import (
+from gradlens.reporting.page import (
     Block,
     code,
     figure,
@@ -50,7 +50,7 @@ from gradlens.report.page import (
     text,
     write,
 )
-from gradlens.report.provenance import software_table
+from gradlens.reporting.provenance import software_table
 from gradlens.run import Run, Sweep, open_run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from gradlens import mitigation
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from gradlens.mitigation import Mitigation, PruningOrder
 from gradlens.run import Run
 from simulations import Scenario, malicious_clients

@@ -4,7 +4,7 @@ from simulations.attacks import ATTACKS, SCHEDULES
 from simulations.cohorts import malicious_clients
 from simulations.federated import attack_success, label_counts, run
 from simulations.partition import PARTITIONS
-from simulations.sweep import run_sweep
+from simulations.sweeps import run_sweep
 from simulations.tasks import MODELS, TASKS
 
 # isort: split

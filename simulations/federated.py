@@ -14,7 +14,8 @@ from torch import nn
 from tqdm import tqdm
 
 from gradlens.aggregators import Aggregator, FilteredAggregator, FilterStopped, step
-from gradlens.log import InputError, LogWriter, ModelSpec, Round, UpdateLog
+from gradlens.errors import InputError
+from gradlens.log import LogWriter, ModelSpec, Round, UpdateLog
 from gradlens.log.writer import is_stillborn
 from gradlens.run import Run
 from simulations.attacks import Attack, Pool, Reference, Situation, build_attack

@@ -6,7 +6,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 from pydantic import Field, validate_call
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.tasks import Task
 
 

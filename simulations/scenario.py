@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from gradlens.aggregators import AGGREGATORS, FilteredAggregator, filtered, mean
 from gradlens.aggregators import Aggregator as Rule
 from gradlens.detectors import DETECTORS, calibrate
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.attacks import ATTACKS, SCHEDULES, Turn, build_attack
 from simulations.partition import PARTITIONS
 from simulations.tasks import MODELS

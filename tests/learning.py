@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.attacks import ATTACKS, Reference, Training, build_attack
 from simulations.tasks import cross_entropy
 from simulations.training import LocalSGD, one_thread, state_of, torch_reference
 from simulations.training.engine import PlainEngine
-from simulations.training.local import AS_EVERYBODY
+from simulations.training.plain import AS_EVERYBODY
 from simulations.training.stacked import StackedEngine
 
 SETTINGS = LocalSGD(epochs=2, batch_size=4, learning_rate=0.05, momentum=0.9, weight_decay=0.01)

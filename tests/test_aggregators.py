@@ -21,7 +21,7 @@ from gradlens.aggregators import (
     trimmed_mean,
 )
 from gradlens.detectors import DETECTORS, score_by
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from gradlens.scorers import robust_zscore
 from gradlens.statistics import layer_norms
 

@@ -10,25 +10,32 @@ import pytest
 from conftest import ROOT
 
 # module of gradlens -> the modules of gradlens that it may import
+GROUND = {"errors", "settings", "geometry", "clustering", "words"}
 ARROWS = {
-    "log": set(),
-    "processes": {"log"},
-    "ingest": {"log", "run"},
-    "server": {"log", "detectors", "aggregators"},
-    "integrations": {"log", "detectors", "aggregators", "server"},
-    "run": {"log"},
-    "statistics": {"log"},
-    "scorers": {"log"},
-    "detectors": {"log", "statistics", "scorers"},
-    "aggregators": {"log", "detectors"},
-    "evaluation": {"log"},
-    "mitigation": {"log"},
-    "attribution": {"log", "statistics", "scorers", "evaluation"},
-    "localize": {"log", "run", "statistics", "scorers", "evaluation"},
-    "replay": {"log", "run", "detectors", "aggregators"},
-    "plots": {"log", "run", "statistics", "scorers", "evaluation"},
-    "report": {"log", "run", "statistics", "scorers", "detectors", "aggregators", "evaluation", "localize", "plots"},
-}
+    "errors": set(),
+    "settings": {"errors"},
+    "words": set(),
+    "log": GROUND,
+    "processes": GROUND,
+    "run": {*GROUND, "log"},
+    "statistics": {*GROUND, "log"},
+    "scorers": {*GROUND, "log"},
+    "detectors": {*GROUND, "log", "statistics", "scorers"},
+    "aggregators": {*GROUND, "log", "detectors"},
+    "evaluation": {*GROUND, "log"},
+    "mitigation": {*GROUND, "log"},
+    "attribution": {*GROUND, "log", "statistics", "scorers", "evaluation"},
+    "localization": {*GROUND, "log", "run", "statistics", "scorers", "evaluation"},
+    "replays": {*GROUND, "log", "run", "detectors", "aggregators"},
+    "server": {*GROUND, "log", "detectors", "aggregators"},
+    "integrations": {*GROUND, "log", "detectors", "aggregators", "server"},
+    "ingestion": {*GROUND, "log", "run"},
+    "plots": {*GROUND, "log", "run", "statistics", "scorers", "evaluation"},
+    "reporting": {
+        *GROUND, "log", "run", "statistics", "scorers", "detectors", "aggregators", "evaluation", "localization",
+        "plots",
+    },
+}  # fmt: skip
 PUBLIC = {
     "Round", "ModelSpec", "UpdateLog", "LogWriter", "Run", "Sweep", "Verdict", "CannotSay", "score_by", "calibrate",
     "filtered", "localize", "evaluate", "report", "open", "STATISTICS", "SCORERS", "DETECTORS", "AGGREGATORS",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.attacks.attack import Attack, Pool, imported
 from simulations.attacks.data import (
     all_to_one,

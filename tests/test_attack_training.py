@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradlens.log import InputError, ModelSpec
+from gradlens.errors import InputError
+from gradlens.log import ModelSpec
 from simulations.attacks import ATTACKS, Reference, Training, build_attack
-from simulations.attacks.local import constrain_and_scale, hiding, neurotoxin, norm_bound, own_training
+from simulations.attacks.local_training import constrain_and_scale, hiding, neurotoxin, norm_bound, own_training
 from test_attack_sending import flat, rows_of
 from test_attacks import PARAMETERS, STATE, reference, send, updates_of
 

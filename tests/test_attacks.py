@@ -9,7 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from gradlens.log import InputError, ModelSpec
+from gradlens.errors import InputError
+from gradlens.log import ModelSpec
 from simulations.attacks import ATTACKS, Attack, Pool, Reference, Situation, Training, build_attack, compose
 from simulations.partition import Split
 from simulations.tasks import Task

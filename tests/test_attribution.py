@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import planted
 from gradlens.attribution import attribution_accuracy, influence, label_drift, suspected_labels, sybils
-from gradlens.log import CannotSay, InputError, ModelSpec, Round, UpdateLog
+from gradlens.errors import CannotSay, InputError
+from gradlens.log import ModelSpec, Round, UpdateLog
 
 CLASSES, FEATURES = 4, 6
 RATE = 0.25

@@ -290,7 +290,7 @@ def test_an_executor_by_address_does_the_work(command, sweep, monkeypatch):
         addresses.append(address)
         return ThreadPoolExecutor(2)
 
-    monkeypatch.setattr(sys.modules["simulations.sweep"], "dask_executor", stand_in)
+    monkeypatch.setattr(sys.modules["simulations.sweeps"], "dask_executor", stand_in)
     for words in (["detect", sweep, "-d", "final_bias"], ["localize", sweep]):
         assert command(*words, "--csv", "--executor", "tcp://host:1") == command(*words, "--csv")
     assert addresses == ["tcp://host:1"] * 2

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.attacks import SCHEDULES
 from simulations.cohorts import Cohort, client_names, cohorts, malicious_clients, participants
 from simulations.scenario import Scenario, build

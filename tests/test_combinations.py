@@ -9,7 +9,8 @@ from scipy import sparse
 import planted
 from gradlens.aggregators import geometric_median, mean, trimmed_mean
 from gradlens.detectors import DETECTORS
-from gradlens.log import CannotSay, InputError, ModelSpec, Round, UpdateLog
+from gradlens.errors import CannotSay, InputError
+from gradlens.log import ModelSpec, Round, UpdateLog
 
 
 def flat(round_):

@@ -30,7 +30,8 @@ from gradlens.aggregators import (
     weak_dp,
 )
 from gradlens.detectors import score_by
-from gradlens.log import InputError, ModelSpec, Round, UpdateLog
+from gradlens.errors import InputError
+from gradlens.log import ModelSpec, Round, UpdateLog
 from gradlens.scorers import robust_zscore
 from gradlens.statistics import layer_norms
 

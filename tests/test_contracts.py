@@ -11,7 +11,8 @@ import pytest
 import planted
 from gradlens.aggregators import AGGREGATORS, filtered
 from gradlens.detectors import DETECTORS, calibrate, score_by
-from gradlens.log import CannotSay, InputError, Round, UpdateLog
+from gradlens.errors import CannotSay, InputError
+from gradlens.log import Round, UpdateLog
 from gradlens.scorers import SCORERS
 from gradlens.statistics import STATISTICS
 

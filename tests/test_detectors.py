@@ -11,7 +11,8 @@ from scipy import stats
 
 import planted
 from gradlens.detectors import DETECTORS, Verdict, calibrate, detect, score_by
-from gradlens.log import CannotSay, InputError, Round, UpdateLog
+from gradlens.errors import CannotSay, InputError
+from gradlens.log import Round, UpdateLog
 from gradlens.scorers import local_outlier_factor, robust_zscore, zscore
 from gradlens.statistics import final_bias, layer_norms
 

@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 
 import planted
 from gradlens.detectors.clusters import _clusters_by_gap, cosine_distances, deepsight, flame, freqfed, rflbat
-from gradlens.log import InputError
+from gradlens.errors import InputError
 
 STATE = {
     "body.weight": np.zeros((3, 4), np.float32),

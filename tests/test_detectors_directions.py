@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import planted
 from gradlens.detectors.directions import _largest, _majority, _mean_shift, alignins, fltrust, rlr, signguard
 from gradlens.detectors.distances import drawn
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from one_round import flat, log_of, model_of
 
 seeds = st.integers(0, 2**32 - 1)

@@ -14,7 +14,8 @@ from sklearn.preprocessing import StandardScaler
 
 import planted
 from gradlens.detectors.final_layer import auror, bilgin, lfighter, tolpegin, two_groups
-from gradlens.log import InputError, ModelSpec, UpdateLog
+from gradlens.errors import InputError
+from gradlens.log import ModelSpec, UpdateLog
 
 STATE = {
     "body.weight": np.zeros((3, 4), np.float32),

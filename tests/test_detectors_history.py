@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planted
-from gradlens.detectors import history
-from gradlens.detectors.history import flanders, fldetector, foolsgold
-from gradlens.log import InputError, ModelSpec, Round, UpdateLog
-from gradlens.log import history as log_history
+from gradlens.detectors import trajectories
+from gradlens.detectors.trajectories import flanders, fldetector, foolsgold
+from gradlens.errors import InputError
+from gradlens.log import ModelSpec, Round, UpdateLog
+from gradlens.log import log as log_history
 from gradlens.statistics.prediction import prediction_residual
 
 STATE = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(2, np.float32)}
@@ -178,7 +179,7 @@ def test_foolsgold_says_that_there_is_no_final_weight():
 
 
 def test_foolsgold_of_too_many_clients(monkeypatch):
-    monkeypatch.setattr(history, "PAIRWISE", 11)
+    monkeypatch.setattr(trajectories, "PAIRWISE", 11)
     assert "12 clients seen: nothing pairwise" in foolsgold()(planted.clean_log()).abstained
 
 
@@ -194,7 +195,7 @@ def test_foolsgold_on_sketches(monkeypatch):
         round_.updates["w"].flags.writeable = True
         round_.updates["w"][1] = round_.updates["w"][0]
     whole = foolsgold()(UpdateLog(ModelSpec.of(state), rounds))
-    for module in (log_history, history):  # from the second round on
+    for module in (log_history, trajectories):  # from the second round on
         monkeypatch.setattr(module, "BUDGET", 4 * 1200 * 4 + 1)
     sketched = foolsgold()(UpdateLog(ModelSpec.of(state), rounds))
     assert not np.array_equal(sketched.scores, whole.scores)
@@ -228,14 +229,14 @@ def naive_gap(scores, seed):
 def test_number_of_clusters_against_every_split(seed):
     rng = np.random.default_rng(seed)
     scores = np.concatenate([rng.normal(size=5), rng.normal(size=4) + [0, 3, 9][seed % 3]])
-    assert history._number_of_clusters(scores, seed) == naive_gap(scores, seed)
+    assert trajectories._number_of_clusters(scores, seed) == naive_gap(scores, seed)
 
 
 @pytest.mark.parametrize("clients", [20, 100])
 def test_thirty_homogeneous_score_sets_are_no_attack(clients):
     """FLPoison's gap statistic is off by one: it never finds a single cluster, and fires on 30 of 30."""
     rng = np.random.default_rng(0)
-    assert sum(history._number_of_clusters(rng.normal(1, 0.1, clients), 0) > 1 for _ in range(30)) == 0
+    assert sum(trajectories._number_of_clusters(rng.normal(1, 0.1, clients), 0) > 1 for _ in range(30)) == 0
 
 
 @pytest.mark.parametrize("clients", [10, 28])
@@ -243,8 +244,8 @@ def test_two_score_sets_are_an_attack(clients):
     rng = np.random.default_rng(0)
     for _ in range(10):
         scores = np.concatenate([rng.normal(1, 0.1, clients - 4), rng.normal(2.5, 0.1, 4)])
-        assert history._number_of_clusters(scores, 0) > 1
-        assert (scores > np.sort(scores)[history._last_of_lower_cluster(scores)]).nonzero()[0].tolist() == [
+        assert trajectories._number_of_clusters(scores, 0) > 1
+        assert (scores > np.sort(scores)[trajectories._last_of_lower_cluster(scores)]).nonzero()[0].tolist() == [
             *range(clients - 4, clients)
         ]
 

@@ -28,7 +28,7 @@ from learning import (  # noqa: F401 - two fixtures
 from simulations.tasks import cross_entropy
 from simulations.training import LocalSGD, buffers, engine_for, load_state, predict, prepared, state_of, train_clients
 from simulations.training.engine import PlainEngine
-from simulations.training.model import Masks, dropouts
+from simulations.training.networks import Masks, dropouts
 from simulations.training.stacked import StackedEngine
 
 # dropout

@@ -10,6 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 import planted
 from gradlens.detectors import DETECTORS, calibrate, detect
+from gradlens.errors import InputError
 from gradlens.evaluation import (
     average_precision,
     bootstrap,
@@ -20,7 +21,6 @@ from gradlens.evaluation import (
     rounds_to_detection,
     with_truth,
 )
-from gradlens.log import InputError
 
 INF = np.inf
 

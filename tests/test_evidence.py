@@ -12,9 +12,9 @@ import gradlens
 from gradlens import AGGREGATORS, DETECTORS, STATISTICS, CannotSay, Evidence, InputError, LogWriter, ModelSpec, Recorder
 from gradlens.aggregators import filtered, mean
 from gradlens.evaluation import auc
-from gradlens.ingest import with_csv_truth
+from gradlens.ingestion import with_csv_truth
 from gradlens.integrations import Answer, kept
-from gradlens.log import Round, UpdateLog, evidence
+from gradlens.log import Round, UpdateLog, levels
 from gradlens.log.writer import read_header
 from planted import CLIENTS, CULPRIT, MODEL, PLANTED, STATE, clean_log
 
@@ -33,16 +33,16 @@ BIG = {  # two layers that are sketched at 512 numbers
 @pytest.fixture
 def by_rows(monkeypatch):
     """A final weight of 24 numbers is too large to be recorded whole."""
-    monkeypatch.setattr(evidence, "WHOLE", 20)
-    evidence._reduction.cache_clear()
+    monkeypatch.setattr(levels, "WHOLE", 20)
+    levels._reduction.cache_clear()
     yield Evidence("sketch", width=4, seed=1)
-    evidence._reduction.cache_clear()
+    levels._reduction.cache_clear()
 
 
 @pytest.fixture
 def as_one(by_rows, monkeypatch):
     """It has too many rows, too."""
-    monkeypatch.setattr(evidence, "ROWS", 3)
+    monkeypatch.setattr(levels, "ROWS", 3)
     return by_rows
 
 
@@ -213,7 +213,7 @@ def test_a_sketch_is_asked_for_what_it_can_say_and_for_nothing_else(name, reques
         ("as_one", NEED_NUMBERS | NEED_A_FINAL_LAYER | NEED_ITS_ROWS),
     ):
         level = request.getfixturevalue(fixture) if fixture else Evidence("sketch", width=8, seed=1)
-        evidence._reduction.cache_clear()
+        levels._reduction.cache_clear()
         reason = asked(name)(level.of_log(log))
         assert bool(reason) == (name in abstains | NEED_MORE_THAN_A_LOG), (fixture, reason)
         if name in NEED_NUMBERS:

@@ -10,7 +10,8 @@ from torch import nn
 import gradlens
 from gradlens.aggregators import AGGREGATORS, filtered, step
 from gradlens.detectors import DETECTORS
-from gradlens.log import InputError, LogWriter
+from gradlens.errors import InputError
+from gradlens.log import LogWriter
 from gradlens.run import VERDICT_COLUMNS
 from simulations import federated
 from simulations.cohorts import cohorts, malicious_clients, participants

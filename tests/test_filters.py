@@ -22,7 +22,8 @@ from gradlens.aggregators import (
 )
 from gradlens.detectors import DETECTORS, Verdict, score_by
 from gradlens.detectors.verdict import verdict_on
-from gradlens.log import InputError, Round, UpdateLog
+from gradlens.errors import InputError
+from gradlens.log import Round, UpdateLog
 from gradlens.run import VERDICT_COLUMNS
 from gradlens.scorers import robust_zscore
 from gradlens.statistics import layer_norms

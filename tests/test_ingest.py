@@ -21,7 +21,7 @@ import pytest
 import gradlens
 from conftest import ROOT, STATE
 from gradlens import InputError
-from gradlens.ingest import PATTERNS, ingest, with_csv_truth
+from gradlens.ingestion import PATTERNS, ingest, with_csv_truth
 from test_cli import command  # noqa: F401 - a fixture
 from test_server import local, moved
 

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from gradlens import Run, report
 from gradlens.log import LogWriter, Round
 from gradlens.plots import plot_weights
-from gradlens.report.live import by_client, live, live_section
+from gradlens.reporting.live import by_client, live, live_section
 from gradlens.run import VERDICT_COLUMNS
 from planted import MODEL, STATE
 from test_report import Page, is_self_contained

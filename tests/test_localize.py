@@ -16,13 +16,12 @@ from sklearn.metrics import roc_auc_score
 
 import planted
 from gradlens.detectors import DETECTORS, detect
-from gradlens.localize import LOCATED_BY, PHASES, localize, localize_rounds, localize_sweep, unusual
-from gradlens.log import CannotSay, InputError, LogWriter, UpdateLog
+from gradlens.errors import CannotSay, InputError
+from gradlens.localization import LOCATED_BY, PHASES, effects, localize, localize_rounds, localize_sweep, unusual
+from gradlens.log import LogWriter, UpdateLog
 from gradlens.run import Run
 from gradlens.scorers import robust_zscore
 from gradlens.statistics import STATISTICS, accumulated_norms, final_bias, final_rows, layer_cosines, layer_norms
-
-evidence = sys.modules["gradlens.localize.evidence"]  # `gradlens.localize` is the function
 
 COLUMNS = ["layer", "statistic", "unit", "auc", "low", "high", "p", "seeds"]
 COLUMNS += ["effect", "control_auc", "control_effect", "labels"]
@@ -206,7 +205,7 @@ def test_interval_is_that_of_resampled_runs_and_rounds(seeds):
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 4)), min_size=2, max_size=30))
 def test_pairs_won_are_counted_round_by_round_and_a_tie_counts_half(updates):
     scores, malicious, when = (np.array(each) for each in zip(*updates, strict=True))
-    wins = evidence._wins(scores[:, None].astype(float), malicious, when, 5).reshape(5, 5)
+    wins = effects._wins(scores[:, None].astype(float), malicious, when, 5).reshape(5, 5)
     for first in range(5):
         for second in range(5):
             bad, good = scores[malicious & (when == first)], scores[~malicious & (when == second)]
@@ -415,9 +414,9 @@ def test_p_permutes_clients_not_updates():
 
 def test_holm_by_hand():
     """p of .01, .04, .03 become 3 x .01, then 2 x .03, then the larger of that and 1 x .04."""
-    np.testing.assert_allclose(evidence._holm(np.array([0.01, 0.04, 0.03])), [0.03, 0.06, 0.06])
-    np.testing.assert_allclose(evidence._holm(np.array([0.5, 0.9])), [1, 1])
-    assert evidence._holm(np.zeros(0)).shape == (0,)
+    np.testing.assert_allclose(effects._holm(np.array([0.01, 0.04, 0.03])), [0.03, 0.06, 0.06])
+    np.testing.assert_allclose(effects._holm(np.array([0.5, 0.9])), [1, 1])
+    assert effects._holm(np.zeros(0)).shape == (0,)
 
 
 def test_holm_counts_the_layers_not_the_units():
@@ -608,7 +607,7 @@ def recorded_sweep(tmp_path):
 
 @pytest.mark.parametrize("locate", [localize_sweep, localize_rounds])
 def test_an_executor_changes_nothing(recorded_sweep, locate, monkeypatch):
-    monkeypatch.setattr(sys.modules["gradlens.localize.sweep"], "TOGETHER", 1)
+    monkeypatch.setattr(sys.modules["gradlens.localization.over_sweeps"], "TOGETHER", 1)
     expected = locate(Sweep.planted(), FIVE, permutations=9)
     with ThreadPoolExecutor(2) as executor:
         found = locate(recorded_sweep, FIVE, permutations=9, executor=executor)

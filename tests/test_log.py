@@ -6,7 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import STATE, random_round
-from gradlens.log import CannotSay, InputError, Layer, ModelSpec, Round, UpdateLog, history, record, whole_number
+from gradlens.errors import CannotSay, InputError
+from gradlens.log import Layer, ModelSpec, Round, UpdateLog
+from gradlens.log import log as log_module
+from gradlens.log import round as round_module
+from gradlens.settings import whole_number
 
 
 @pytest.fixture
@@ -149,7 +153,7 @@ def test_one_client_changes_nobody_elses_entries(value):
 
 
 def test_a_round_of_many_clients_forms_no_pairs(monkeypatch):
-    monkeypatch.setattr(record, "PAIRWISE", 3)
+    monkeypatch.setattr(round_module, "PAIRWISE", 3)
     round_ = random_round(0)
     with pytest.raises(CannotSay, match="4 clients: nothing pairwise"):
         _ = round_.gram["fc2.bias"]
@@ -294,7 +298,7 @@ def test_above_the_budget_sums_are_sketched_and_inner_products_hold(monkeypatch,
         updates = {k: rng.normal(size=(6, *v.shape)).astype(np.float32) for k, v in state.items()}
         rounds.append(Round(index, list("abcdef"), np.ones(6), updates, state))
     full = UpdateLog(model, rounds).accumulated
-    monkeypatch.setattr(history, "BUDGET", 1_000)
+    monkeypatch.setattr(log_module, "BUDGET", 1_000)
     sketched = UpdateLog(model, rounds).accumulated
     assert (full.sketched, sketched.sketched) == (False, True)
     assert sketched.sums["w"].shape == (6, 512)
@@ -334,7 +338,7 @@ def test_a_log_touches_one_round_at_a_time(model):
     for prefix in log.prefixes():
         assert len(prefix[-1].clients) == 4
     assert made == list(range(1_000))
-    assert len(log._memory.recent) == history.RECENT
+    assert len(log._memory.recent) == log_module.RECENT
 
 
 def test_who_is_comparable_stays_so_in_a_part(model):

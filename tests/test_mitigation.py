@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from gradlens.mitigation import (
     adjust_extreme_weights,
     aggregate_ranks,

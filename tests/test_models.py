@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
-from gradlens.log import InputError, ModelSpec
+from gradlens.errors import InputError
+from gradlens.log import ModelSpec
 from simulations.randomness import Stream, address
 from simulations.tasks import MODELS, Task, build_model, cross_entropy, load_task
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from conftest import ROOT
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations import Scenario, load_sweep, run_sweep, sweep
 
 BASE = Scenario(

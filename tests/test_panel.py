@@ -8,8 +8,9 @@ from scipy import stats
 
 import planted
 from gradlens.detectors import calibrate
-from gradlens.detectors.panel import PARTS, Fit, Observed, Panel, Reference, panel
-from gradlens.log import InputError, Round, UpdateLog
+from gradlens.detectors.panels import PARTS, Fit, Observed, Panel, Reference, panel
+from gradlens.errors import InputError
+from gradlens.log import Round, UpdateLog
 from gradlens.scorers import robustly_scaled
 from gradlens.statistics import layer_cosines, layer_norms
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.partition import (
     PARTITIONS,
     dirichlet,

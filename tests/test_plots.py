@@ -11,8 +11,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
+from gradlens.errors import InputError
 from gradlens.evaluation import auc, roc_points
-from gradlens.log import InputError, ModelSpec, Round, UpdateLog
+from gradlens.log import ModelSpec, Round, UpdateLog
 from gradlens.plots import (
     clients_by_bias,
     conditions,

@@ -11,8 +11,11 @@ from hypothesis.extra.numpy import arrays
 import planted
 from conftest import STATE, random_round
 from gradlens.aggregators import multi_krum
-from gradlens.log import InputError, ModelSpec, Round, UpdateLog, history, kernels, record
-from gradlens.log.record import LazyLayers
+from gradlens.errors import InputError
+from gradlens.log import ModelSpec, Round, UpdateLog, kernels
+from gradlens.log import log as log_module
+from gradlens.log import round as round_module
+from gradlens.log.round import LazyLayers
 from gradlens.statistics import final_bias
 
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -78,7 +81,7 @@ def test_above_the_budget_nothing_is_held(monkeypatch, rng):
     held = round_of(matrix)
     expected = {"median": held.median["w"], "trimmed": held.trimmed_mean("w", 2)}
     assert "ordered" in held.__dict__
-    monkeypatch.setattr(record, "ORDERED", 1_000)
+    monkeypatch.setattr(round_module, "ORDERED", 1_000)
     round_ = round_of(matrix)
     np.testing.assert_array_equal(round_.median["w"], expected["median"])
     np.testing.assert_array_equal(round_.trimmed_mean("w", 2), expected["trimmed"])
@@ -313,7 +316,7 @@ def test_sums_that_were_interrupted_are_formed_anew(model, monkeypatch):
     rounds = [random_round(i) for i in range(4)]
     log, calls = UpdateLog(model, rounds), []
     _ = log[:3].accumulated
-    honest = history._clipped
+    honest = log_module._clipped
 
     def failing(*args):
         calls.append(args)
@@ -322,7 +325,7 @@ def test_sums_that_were_interrupted_are_formed_anew(model, monkeypatch):
         return honest(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(history, "_clipped", failing)
+        patched.setattr(log_module, "_clipped", failing)
         with pytest.raises(Interrupted):
             _ = log.accumulated
     for name, array in UpdateLog(model, rounds).accumulated.sums.items():

@@ -16,7 +16,8 @@ import pytest
 
 import gradlens.log.files
 from conftest import ROOT, STATE, random_round
-from gradlens.log import Evidence, InputError, LogWriter, ModelSpec, Round, verify
+from gradlens.errors import InputError
+from gradlens.log import Evidence, LogWriter, ModelSpec, Round, verify
 from gradlens.log.files import read_updates
 from gradlens.log.writer import read_round
 from gradlens.run import VERDICT_COLUMNS, Run, Sweep, open_run

@@ -13,17 +13,18 @@ import pandas as pd
 import pytest
 
 from gradlens import DETECTORS, Run, Sweep, calibrate, report
+from gradlens.errors import InputError
 from gradlens.evaluation import evaluate
-from gradlens.localize import PHASES
-from gradlens.log import InputError, LogWriter, ModelSpec, Round
+from gradlens.localization import PHASES
+from gradlens.log import LogWriter, ModelSpec, Round
 from gradlens.log.files import write_table
-from gradlens.report.analysis import analyse, attack_table, attacked_runs, labelled, outcome, thresholds_of, usual
-from gradlens.report.findings import distinct_controls, sweep_findings
-from gradlens.report.page import finding, listed, measured, number, render, section, table, text, unbroken, write
-from gradlens.report.pictures import localization_picture
-from gradlens.report.provenance import plain_value
-from gradlens.report.single import examine, run_findings, suspects
-from gradlens.report.sweep import filtered_pairs, removed, representative, scores_figure, training_table
+from gradlens.reporting.analysis import analyse, attack_table, attacked_runs, labelled, outcome, thresholds_of, usual
+from gradlens.reporting.findings import distinct_controls, sweep_findings
+from gradlens.reporting.page import finding, listed, measured, number, render, section, table, text, unbroken, write
+from gradlens.reporting.pictures import localization_picture
+from gradlens.reporting.provenance import plain_value
+from gradlens.reporting.run_report import examine, run_findings, suspects
+from gradlens.reporting.sweep_report import filtered_pairs, removed, representative, scores_figure, training_table
 from planted import MODEL, STATE
 
 VOID = {"meta", "br", "img", "link", "hr"}

@@ -9,7 +9,7 @@ import pytest
 
 from gradlens.aggregators import AGGREGATORS, filtered
 from gradlens.detectors import DETECTORS, calibrate
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.scenario import SCENARIOS, Scenario, live_filter, load_sweep, sweep, varied
 
 ATTACKED = {"attack": {"trigger": {"size": 3}}, "num_malicious": 4, "poison_rate": 0.3}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.attacks import SCHEDULES, Schedule, Turn
 from simulations.attacks.schedules import (
     alternating,

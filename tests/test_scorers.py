@@ -19,7 +19,7 @@ from sklearn.ensemble import IsolationForest
 from sklearn.neighbors import LocalOutlierFactor
 from sklearn.svm import OneClassSVM
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from gradlens.scorers import (
     SCORERS,
     agglomerative_margin,

@@ -15,8 +15,8 @@ import gradlens
 from conftest import ROOT, STATE
 from gradlens import DETECTORS, InputError, Recorder, filtered
 from gradlens.aggregators import FilterStopped, mean
+from gradlens.errors import EvidenceLost
 from gradlens.log import files
-from gradlens.server import EvidenceLost
 
 COUNT = "norm.count"
 SKETCH = gradlens.Evidence("sketch", width=4, seed=1)  # of fc1.weight, the only layer of more than 4 numbers before fc2

@@ -11,7 +11,8 @@ from hypothesis.extra.numpy import arrays
 
 import planted
 from conftest import random_round
-from gradlens.log import CannotSay, InputError, UpdateLog
+from gradlens.errors import CannotSay, InputError
+from gradlens.log import UpdateLog
 from gradlens.statistics import (
     STATISTICS,
     accumulated_norms,

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planted
-from gradlens.log import CannotSay, InputError, ModelSpec, Round, UpdateLog
-from gradlens.log import history as log_history
-from gradlens.statistics import history, prediction
-from gradlens.statistics.history import (
+from gradlens.errors import CannotSay, InputError
+from gradlens.log import ModelSpec, Round, UpdateLog
+from gradlens.log import log as log_history
+from gradlens.statistics import over_rounds, prediction
+from gradlens.statistics.over_rounds import (
     accomplices,
     accumulated_neighbours,
     accumulated_norms,
@@ -433,8 +434,8 @@ def test_what_has_no_unit_stays_when_all_updates_grow(seed, factor, each):
 
 def test_one_gram_serves_all_who_ask_of_one_log(monkeypatch):
     formed = []
-    original = history._formed
-    monkeypatch.setattr(history, "_formed", lambda *a: formed.append(1) or original(*a))
+    original = over_rounds._formed
+    monkeypatch.setattr(over_rounds, "_formed", lambda *a: formed.append(1) or original(*a))
     log = sampled_log(5)
     for prefix in [*log.prefixes()][2:]:
         for statistic in (accumulated_spectral, accumulated_neighbours, label_drift_residual):
@@ -471,7 +472,7 @@ def test_above_the_budget_they_work_on_sketches(monkeypatch):
         for i in range(5)
     ]
     whole = {statistic: statistic(UpdateLog(ModelSpec.of(state), rounds)) for statistic in EVERY}
-    for module in (log_history, history, prediction):
+    for module in (log_history, over_rounds, prediction):
         monkeypatch.setattr(module, "BUDGET", 30_000)
     for statistic, table in whole.items():
         found = statistic(UpdateLog(ModelSpec.of(state), rounds))

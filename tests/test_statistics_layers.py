@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import planted
-from gradlens.log import CannotSay, InputError
+from gradlens.errors import CannotSay, InputError
 from gradlens.statistics import (
     aggregate_cosines,
     global_cosines,

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import gradlens
-from gradlens.log import InputError, LogWriter
+from gradlens.errors import InputError
+from gradlens.log import LogWriter
 from simulations import federated, run_sweep
 from simulations.federated import attack_goal, attack_success, run
 from simulations.scenario import Scenario, sweep
 from simulations.tasks import build_model, load_task
 
-sweep_module = import_module("simulations.sweep")  # `simulations.sweep` is the function
+sweep_module = import_module("simulations.sweeps")
 BASE = Scenario(rounds=2, num_malicious=3)
 CELLS = sweep(
     BASE,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.tasks import Task, build_model, cross_entropy, images, load_task
 
 

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.tasks import load_task
 from simulations.tasks.text import CHARACTER_STRIDE, CHARACTERS, ENOUGH, VOCABULARY, WORD_STRIDE, WORDS
 

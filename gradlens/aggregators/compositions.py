@@ -12,20 +12,12 @@ import numpy as np
 from scipy import sparse
 
 from gradlens.aggregators.filters import filtered
-from gradlens.aggregators.rules import (
-    RULES,
-    Aggregator,
-    averaged,
-    clip_factors,
-    count_of,
-    mean,
-    rows_of,
-    scaled,
-    stood_of,
-)
+from gradlens.aggregators.rules import RULES, Aggregator, averaged, clip_factors, mean, rows_of, scaled, stood_of
 from gradlens.detectors import flame as flame_detector
 from gradlens.detectors.distances import inner_products
-from gradlens.log import InputError, UpdateLog, whole_number
+from gradlens.errors import InputError
+from gradlens.log import UpdateLog
+from gradlens.settings import whole_number, whole_number_or_none
 
 __all__ = [
     "bucketing",
@@ -111,7 +103,7 @@ def nearest_neighbour_mixing(rule: str | Aggregator = "mean", num_malicious: int
     Byzantine ML under Heterogeneity", AISTATS, arXiv:2302.01772, algorithm 2.
     """
     name = "nearest_neighbour_mixing"
-    return NearestNeighbourMixing(_rule(name, rule), count_of(f"{name}: num_malicious", num_malicious))
+    return NearestNeighbourMixing(_rule(name, rule), whole_number_or_none(f"{name}: num_malicious", num_malicious))
 
 
 def bucketing(rule: str | Aggregator = "mean", size: int = 2, seed: int = 0) -> Aggregator:

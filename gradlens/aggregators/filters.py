@@ -8,7 +8,8 @@ import pandas as pd
 
 from gradlens.aggregators.rules import Aggregator, Mean, clip_factors, scaled
 from gradlens.detectors import Detector, Verdict
-from gradlens.log import InputError, Round, UpdateLog
+from gradlens.errors import InputError
+from gradlens.log import Round, UpdateLog
 from gradlens.log.writer import VERDICT_COLUMNS
 
 __all__ = ["ACTIONS", "Decision", "FilterStopped", "FilteredAggregator", "filtered"]

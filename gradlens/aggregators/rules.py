@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from gradlens.log import InputError, Round, UpdateLog, kernels, whole_number
+from gradlens.errors import InputError
+from gradlens.log import Round, UpdateLog, kernels
+from gradlens.settings import whole_number, whole_number_or_none
 
 __all__ = [
     "RULES",
@@ -49,7 +51,7 @@ def trimmed_mean(num_malicious: int | None = None) -> Aggregator:
     Raises: InputError if it is no count.
     Source: Yin et al. 2018, arXiv 1803.01498, definition 2, with beta = num_malicious / number of clients.
     """
-    return TrimmedMean(count_of("trimmed_mean: num_malicious", num_malicious))
+    return TrimmedMean(whole_number_or_none("trimmed_mean: num_malicious", num_malicious))
 
 
 def geometric_median(smoothing: float = 1e-6, iterations: int = 100) -> Aggregator:
@@ -76,7 +78,7 @@ def krum(num_malicious: int | None = None) -> Aggregator:
     num_malicious: n > 2 num_malicious + 2. Raises: InputError if it is no count.
     Source: Blanchard et al. 2017, "Machine Learning with Adversaries", section 4.
     """
-    return Krum(count_of("krum: num_malicious", num_malicious))
+    return Krum(whole_number_or_none("krum: num_malicious", num_malicious))
 
 
 def multi_krum(num_malicious: int | None = None, num_selected: int | None = None) -> Aggregator:
@@ -86,8 +88,8 @@ def multi_krum(num_malicious: int | None = None, num_selected: int | None = None
     open. Raises: InputError if one of them is no count.
     Source: Blanchard et al. 2017, section 4.1, which computes the scores once.
     """
-    counted = count_of("multi_krum: num_malicious", num_malicious)
-    return MultiKrum(counted, count_of("multi_krum: num_selected", num_selected, 1))
+    counted = whole_number_or_none("multi_krum: num_malicious", num_malicious)
+    return MultiKrum(counted, whole_number_or_none("multi_krum: num_selected", num_selected, 1))
 
 
 def bulyan(num_malicious: int | None = None, selection: str = "repeated") -> Aggregator:
@@ -102,7 +104,7 @@ def bulyan(num_malicious: int | None = None, selection: str = "repeated") -> Agg
     """
     if selection not in ("repeated", "once"):
         raise InputError(f"bulyan: selection is 'repeated' or 'once', found {selection!r:.80}")
-    return Bulyan(count_of("bulyan: num_malicious", num_malicious), selection)
+    return Bulyan(whole_number_or_none("bulyan: num_malicious", num_malicious), selection)
 
 
 def rlr(threshold: int | None = None) -> Aggregator:
@@ -114,7 +116,7 @@ def rlr(threshold: int | None = None) -> Aggregator:
     Source: Ozdayi, Kantarcioglu & Gel 2021, "Defending against Backdoors in Federated Learning with Robust Learning
     Rate", AAAI, arXiv:2007.03767, equations 4 and 5, every client counting alike.
     """
-    return RobustLearningRate(count_of("rlr: threshold", threshold, 1))
+    return RobustLearningRate(whole_number_or_none("rlr: threshold", threshold, 1))
 
 
 RULES: Mapping[str, Callable[..., Aggregator]] = {
@@ -405,11 +407,6 @@ def weiszfeld(gram: np.ndarray, smoothing: float, iterations: int) -> np.ndarray
         if (np.abs(weights - before) <= 1e-12 * before).all():
             break
     return weights.astype(np.float32).astype(np.float64)
-
-
-def count_of(setting: str, value: int | None, least: int = 0) -> int | None:
-    """The setting, None left as it is; raises InputError where it is no count."""
-    return None if value is None else whole_number(setting, value, least)
 
 
 def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

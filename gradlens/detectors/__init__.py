@@ -12,8 +12,8 @@ from gradlens.detectors.clusters import deepsight, flame, freqfed, rflbat
 from gradlens.detectors.directions import alignins, fltrust, rlr, signguard
 from gradlens.detectors.distances import dnc, krum, multi_krum, multi_metrics
 from gradlens.detectors.final_layer import auror, bilgin, lfighter, tolpegin
-from gradlens.detectors.history import flanders, fldetector, foolsgold
-from gradlens.detectors.panel import panel
+from gradlens.detectors.panels import panel
+from gradlens.detectors.trajectories import flanders, fldetector, foolsgold
 from gradlens.detectors.verdict import TEXTBOOK, Detector, Verdict, calibrate, detect, score_by
 
 __all__ = ["DETECTORS", "USUAL", "Detector", "Verdict", "calibrate", "detect", "score_by"]

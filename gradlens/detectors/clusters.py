@@ -6,19 +6,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradlens.detectors.distances import (
-    global_products,
-    one_of,
-    positive,
-    relative,
-    share,
-    squared_distances,
-)
+from gradlens.detectors.distances import global_products, relative, squared_distances
 from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import Detector
-from gradlens.log import CannotSay, InputError, Round, UpdateLog, whole_number
+from gradlens.errors import CannotSay, InputError
+from gradlens.log import Round, UpdateLog
 from gradlens.log.kernels import two_leading
 from gradlens.scorers import density_clusters, lloyd
+from gradlens.settings import one_of, positive, share, whole_number
 from gradlens.statistics.final_layer import Predict, ddif, final_weight, neup, threshold_exceedings
 
 __all__ = ["cosine_distances", "deepsight", "flame", "freqfed", "principal_plane", "rflbat"]

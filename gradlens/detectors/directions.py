@@ -7,17 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradlens.detectors.distances import (
-    drawn,
-    global_products,
-    inner_products,
-    numbers_at,
-    positive,
-    share,
-)
+from gradlens.detectors.distances import drawn, global_products, inner_products, numbers_at
 from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import Detector
-from gradlens.log import CannotSay, InputError, Round, UpdateLog, whole_number
+from gradlens.errors import CannotSay, InputError
+from gradlens.log import Round, UpdateLog
+from gradlens.settings import positive, share, whole_number
 
 __all__ = ["alignins", "fltrust", "rlr", "signguard"]
 

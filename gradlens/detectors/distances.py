@@ -9,8 +9,10 @@ import pandas as pd
 
 from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import Detector
-from gradlens.log import CannotSay, InputError, Round, UpdateLog, whole_number
-from gradlens.log.record import PAIRWISE
+from gradlens.errors import CannotSay
+from gradlens.log import Round, UpdateLog
+from gradlens.log.round import PAIRWISE
+from gradlens.settings import one_of, positive, share, whole_number
 
 __all__ = ["dnc", "krum", "multi_krum", "multi_metrics"]
 
@@ -342,24 +344,3 @@ def _malicious(round_: Round, num_malicious: int | None) -> int:
         needed = 2 * malicious + 3
         raise CannotSay(f"num_malicious {malicious} needs {needed} comparable clients, found {clients}")
     return malicious
-
-
-def positive(setting: str, value: Any) -> float:
-    """The value as a float; raises InputError where it is no number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < math.inf:
-        raise InputError(f"{setting} must be a number above 0, found {value!r:.80}")
-    return float(value)
-
-
-def share(setting: str, value: Any) -> float:
-    """The value as a float; raises InputError where it is not above 0 and at most 1."""
-    if positive(setting, value) > 1:
-        raise InputError(f"{setting} must be a share above 0 and at most 1, found {value!r:.80}")
-    return float(value)
-
-
-def one_of(setting: str, value: Any, *allowed: str) -> str:
-    """The value; raises InputError where it is not among those allowed."""
-    if value not in allowed:
-        raise InputError(f"{setting} must be one of {', '.join(allowed)}, found {value!r:.80}")
-    return value

@@ -3,11 +3,12 @@
 import numpy as np
 
 from gradlens.detectors.clusters import APART, ROUNDING, cosine_distances, evidence_of, principal_plane
-from gradlens.detectors.distances import one_of, positive
 from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import TEXTBOOK, Detector
-from gradlens.log import InputError, UpdateLog, whole_number
+from gradlens.errors import InputError
+from gradlens.log import UpdateLog
 from gradlens.scorers import robustly_scaled, two_means
+from gradlens.settings import one_of, positive, whole_number
 from gradlens.statistics.final_layer import final_bias_deviation, final_weight
 
 __all__ = ["auror", "bilgin", "lfighter", "tolpegin"]

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from gradlens.detectors.verdict import Detector, Verdict, verdict_on
-from gradlens.log import CannotSay, InputError, UpdateLog
+from gradlens.errors import CannotSay, InputError
+from gradlens.log import UpdateLog
 
 
 @dataclass(frozen=True, eq=False)

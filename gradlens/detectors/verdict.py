@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
-from gradlens.log import CannotSay, InputError, Round, UpdateLog
+from gradlens.errors import CannotSay, InputError
+from gradlens.log import Round, UpdateLog
 from gradlens.scorers import Scorer, robust_zscore
 from gradlens.statistics import Statistic
 

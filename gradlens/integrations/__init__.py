@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gradlens.aggregators.rules import capped
-from gradlens.log.received import Unfit, printable, shown
+from gradlens.log.intake import Unfit, printable, shown
 from gradlens.server import Recorder
 
 __all__ = ["Answer", "Clients", "Kept", "kept", "numbers", "read_safely"]

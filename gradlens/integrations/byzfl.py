@@ -18,7 +18,7 @@ from gradlens.aggregators import Aggregator, mean
 from gradlens.aggregators.rules import rows_of
 from gradlens.integrations import Answer, State, kept, read_safely
 from gradlens.log import UpdateLog
-from gradlens.log.received import Unfit, as_array
+from gradlens.log.intake import Unfit, as_array
 from gradlens.server import Recorder
 
 __all__ = ["PreAggregator", "wrapped"]

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from gradlens.integrations import Answer, Clients, Kept, State, kept, numbers, read_safely
-from gradlens.log.received import Unfit, shown
+from gradlens.log.intake import Unfit, shown
 from gradlens.server import Recorder
 
 __all__ = ["GradlensStrategy"]

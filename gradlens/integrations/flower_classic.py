@@ -14,9 +14,9 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy
 
+from gradlens.errors import InputError
 from gradlens.integrations import Answer, Clients, Kept, State, kept, numbers, read_safely
-from gradlens.log import InputError
-from gradlens.log.received import Unfit, shown
+from gradlens.log.intake import Unfit, shown
 from gradlens.server import Recorder
 
 __all__ = ["ClassicStrategy"]

@@ -23,10 +23,12 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from gradlens.aggregators import AGGREGATORS, Aggregator, FilteredAggregator, filtered, step
 from gradlens.detectors import DETECTORS
+from gradlens.errors import InputError
 from gradlens.integrations import numbers, read_safely
-from gradlens.log import InputError, UpdateLog, named_in
-from gradlens.log.received import Unfit, as_array
+from gradlens.log import UpdateLog
+from gradlens.log.intake import Unfit, as_array
 from gradlens.server import Recorder
+from gradlens.settings import named_in
 
 __all__ = ["GradlensAggregator"]
 

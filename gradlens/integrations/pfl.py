@@ -19,9 +19,9 @@ from pfl.metrics import Metrics
 from pfl.postprocessor.base import Postprocessor
 from pfl.stats import MappedVectorStatistics
 
+from gradlens.errors import InputError
 from gradlens.integrations import State
-from gradlens.log import InputError
-from gradlens.log.received import as_array
+from gradlens.log.intake import as_array
 from gradlens.server import Recorder
 
 __all__ = ["PflRecorder"]

@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from gradlens.log.layers import LazyLayers
+from gradlens.errors import InputError
 from gradlens.log.manifest import beside
-from gradlens.log.model import InputError, Layer, ModelSpec
-from gradlens.log.record import Round
+from gradlens.log.model import Layer, ModelSpec
+from gradlens.log.round import Round
 from gradlens.log.sketches import POWERS
+from gradlens.log.sources import LazyLayers
 
 BATCH_BYTES = 1_000_000_000  # a round up to this size is one record batch, read as views
 

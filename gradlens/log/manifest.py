@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradlens.log.model import InputError
+from gradlens.errors import InputError
 
 FORMAT = 1
 REDUCED = 2  # of a run that does not record everything: what reads format 1 alone must not take it for whole

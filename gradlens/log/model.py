@@ -1,37 +1,16 @@
-"""What a model is made of: `Layer`, `ModelSpec`; and the two ways to say no: `InputError`, `CannotSay`."""
+"""What a model is made of: `Layer`, `ModelSpec`."""
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import numpy as np
 
-Entry = TypeVar("Entry")
+from gradlens.errors import InputError
+
 DTYPES = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8")
-
-
-class InputError(ValueError):
-    """What a caller got wrong, in one line: what was expected, what was found, where, what to do."""
-
-
-def whole_number(setting: str, value: Any, least: int = 0) -> int:
-    """The value of a setting as an int; raises InputError where it is no whole number, or less than `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise InputError(f"{setting} must be a whole number of at least {least}, found {value!r:.80}")
-    return int(value)
-
-
-def named_in(table: Mapping[str, Entry], setting: str, name: str) -> Entry:
-    """The entry of a table that a setting names; raises InputError that lists the names where there is none of it."""
-    if name not in table:
-        raise InputError(f"{setting}: expected one of {', '.join(table)}, found {name!r:.80}")
-    return table[name]
-
-
-class CannotSay(Exception):  # noqa: N818 - an answer, not a fault
-    """Why there is no answer: the cohort is too small, the model has no such layer, the history too short."""
 
 
 @dataclass(frozen=True)

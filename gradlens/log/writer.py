@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from gradlens.log.evidence import Evidence, Reduction
+from gradlens.errors import InputError
 from gradlens.log.files import (
     read_state,
     read_updates,
@@ -24,7 +24,8 @@ from gradlens.log.files import (
     write_table,
     write_updates,
 )
-from gradlens.log.history import UpdateLog, fitted
+from gradlens.log.levels import Evidence, Reduction
+from gradlens.log.log import UpdateLog, fitted
 from gradlens.log.manifest import (
     CLOSED,
     FOLDERS,
@@ -39,8 +40,8 @@ from gradlens.log.manifest import (
     sha256,
     stem,
 )
-from gradlens.log.model import InputError, ModelSpec
-from gradlens.log.record import Round
+from gradlens.log.model import ModelSpec
+from gradlens.log.round import Round
 
 FULL = Evidence()
 TRUTH_COLUMNS = ("round", "client", "compromised", "poisoned")

@@ -9,7 +9,7 @@ from gradlens.plots.axes import CLEAR, PARTLY
 from gradlens.plots.clients import MOST_CLIENTS, clients_by_bias, label_counts, plot_final_bias, plot_weights
 from gradlens.plots.localization import plot_localization, plot_localization_along
 from gradlens.plots.scores import plot_roc, plot_scores, plot_training
-from gradlens.plots.words import conditions, count, percent, phrase, plain, with_interval
+from gradlens.words import conditions, count, percent, phrase, plain, with_interval
 
 __all__ = [
     "CLEAR",

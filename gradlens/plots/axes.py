@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from gradlens.plots.words import plain
+from gradlens.words import plain
 
 MALICIOUS, BENIGN, THRESHOLD = "#b8400a", "0.62", "0.1"
 DASHES = ["-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1))]

@@ -11,12 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from gradlens.errors import CannotSay
 from gradlens.evaluation import auc
-from gradlens.log import CannotSay, UpdateLog
+from gradlens.log import UpdateLog
 from gradlens.plots.axes import CLEAR, PARTLY, inside, say_instead, titled
-from gradlens.plots.words import count, percent, plain
 from gradlens.scorers import robust_zscore
 from gradlens.statistics import final_bias
+from gradlens.words import count, percent, plain
 
 MOST_CLIENTS = 40  # rows of a heat map that can still be read in print
 MOST_LABELS, MOST_NUMBERS = 40, 20  # columns of a heat map of counts, and those up to which it has numbers

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from gradlens.plots.axes import BELOW, CLEAR, DASHES, PARTLY, inside, is_control, say_instead, titled
-from gradlens.plots.words import conditions, plain
+from gradlens.words import conditions, plain
 
 LOCALIZED = [
     "layer",

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from gradlens.errors import InputError
 from gradlens.evaluation import auc
-from gradlens.log import InputError
 from gradlens.plots.axes import (
     BELOW,
     BENIGN,
@@ -24,7 +24,7 @@ from gradlens.plots.axes import (
     say_instead,
     titled,
 )
-from gradlens.plots.words import count, percent, plain, with_interval
+from gradlens.words import count, percent, plain, with_interval
 
 MEASURES = {"main_accuracy": ("main accuracy", "#0b5394", ""), "asr": ("attack success rate", "#b8400a", "o")}
 

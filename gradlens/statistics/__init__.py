@@ -6,7 +6,6 @@ are not comparable (`Round.comparable`) are NaN, and no reference rests on them.
 
 from collections.abc import Mapping
 
-from gradlens.log import CannotSay
 from gradlens.statistics.cohort import Statistic
 from gradlens.statistics.final_layer import (
     ddif,
@@ -17,15 +16,6 @@ from gradlens.statistics.final_layer import (
     final_spectrum,
     neup,
     threshold_exceedings,
-)
-from gradlens.statistics.history import (
-    accomplices,
-    accumulated_neighbours,
-    accumulated_norms,
-    accumulated_spectral,
-    consistency,
-    label_drift_residual,
-    persistence,
 )
 from gradlens.statistics.layers import (
     aggregate_cosines,
@@ -39,11 +29,19 @@ from gradlens.statistics.layers import (
     sign_agreement,
     spectral,
 )
+from gradlens.statistics.over_rounds import (
+    accomplices,
+    accumulated_neighbours,
+    accumulated_norms,
+    accumulated_spectral,
+    consistency,
+    label_drift_residual,
+    persistence,
+)
 from gradlens.statistics.prediction import prediction_residual
 
 __all__ = [
     "STATISTICS",
-    "CannotSay",
     "Statistic",
     "accomplices",
     "accumulated_neighbours",

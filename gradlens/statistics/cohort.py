@@ -7,7 +7,8 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from gradlens.log import CannotSay, Round, UpdateLog
+from gradlens.errors import CannotSay
+from gradlens.log import Round, UpdateLog
 
 Statistic = Callable[[UpdateLog], pd.DataFrame]  # index client, columns features; raises CannotSay
 

@@ -6,7 +6,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from gradlens.log import CannotSay, InputError, Round, UpdateLog
+from gradlens.errors import CannotSay, InputError
+from gradlens.log import Round, UpdateLog
 from gradlens.statistics.cohort import cohort, deviations, table, units
 
 Predict = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # a model's state -> probabilities [sample, class]

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import pandas as pd
 
-from gradlens.log import CannotSay, InputError, Layer, Round, UpdateLog, whole_number
+from gradlens.errors import CannotSay, InputError
+from gradlens.log import Layer, Round, UpdateLog
 from gradlens.log.kernels import two_leading
+from gradlens.settings import whole_number
 from gradlens.statistics.cohort import cohort, table
 
 ROUNDING = 1e-12  # of squared norms; below it, a difference of equal numbers

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from gradlens.log import CannotSay, Round, UpdateLog, whole_number
-from gradlens.log.history import BUDGET, _sketch
-from gradlens.log.record import BLOCK
+from gradlens.errors import CannotSay
+from gradlens.log import Round, UpdateLog
+from gradlens.log.log import BUDGET, _sketch
+from gradlens.log.round import BLOCK
+from gradlens.settings import whole_number
 from gradlens.statistics.cohort import ROUNDING, cohort, table
 
 

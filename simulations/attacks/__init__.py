@@ -32,7 +32,7 @@ from simulations.attacks.data import (
     trigger,
     writer_class,
 )
-from simulations.attacks.local import constrain_and_scale, hiding, neurotoxin, norm_bound, own_training
+from simulations.attacks.local_training import constrain_and_scale, hiding, neurotoxin, norm_bound, own_training
 from simulations.attacks.schedules import SCHEDULES, Schedule, Turn
 from simulations.attacks.sending import (
     a_little_is_enough,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradlens.log import InputError, ModelSpec
+from gradlens.errors import InputError
+from gradlens.log import ModelSpec
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from pydantic import Field, validate_call
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.attacks.attack import Attack, Pool, imported
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, validate_call
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 
 Index = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]

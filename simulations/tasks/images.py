@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.tasks.task import Task, first_line, frozen, selection
 
 DATA = "GRADLENS_DATA"

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.tasks.images import digits, hugging_face
 from simulations.tasks.task import Task, first_line, frozen
 from simulations.tasks.text import shakespeare_chars, shakespeare_words

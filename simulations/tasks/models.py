@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.randomness import GENERATOR, Stream, address
 from simulations.tasks.task import Task
 

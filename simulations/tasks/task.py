@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.randomness import Stream, address
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

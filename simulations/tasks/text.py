@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.tasks.images import DATA, data_folder
 from simulations.tasks.task import Task, frozen, selection
 

@@ -4,8 +4,7 @@
 """
 
 from simulations.training.engine import ENGINES, Engine, engine_for
-from simulations.training.local import Dataset, LocalSGD, Observer, torch_reference, train_clients
-from simulations.training.model import (
+from simulations.training.networks import (
     State,
     buffers,
     device_for,
@@ -17,6 +16,7 @@ from simulations.training.model import (
     state_of,
     tensors,
 )
+from simulations.training.plain import Dataset, LocalSGD, Observer, torch_reference, train_clients
 
 __all__ = [
     "ENGINES",

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.attacks import Reference, Training
 from simulations.tasks import Loss
 from simulations.training.compiled import has_compiler
 from simulations.training.convolution import SMALL
-from simulations.training.local import AS_EVERYBODY, Dataset, LocalSGD, Workspace, train_on
-from simulations.training.model import State, buffers, prepared, state_of
+from simulations.training.networks import State, buffers, prepared, state_of
+from simulations.training.plain import AS_EVERYBODY, Dataset, LocalSGD, Workspace, train_on
 from simulations.training.stacked import StackedEngine, has_convolutions, unstackable
 
 Engine = Callable[..., dict[str, np.ndarray]]

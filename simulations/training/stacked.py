@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations.attacks import Reference, Tensors, Training
 from simulations.tasks import Loss
 from simulations.training.compiled import traced
 from simulations.training.convolution import with_patches
-from simulations.training.local import AS_EVERYBODY, NOTHING, Dataset, LocalSGD
-from simulations.training.model import Masks, Slot, State, dropouts, prepared, tensors, trained, worker_threads
+from simulations.training.networks import Masks, Slot, State, dropouts, prepared, tensors, trained, worker_threads
+from simulations.training.plain import AS_EVERYBODY, NOTHING, Dataset, LocalSGD
 
 WIDTH = 2**24  # parameters in one stack at most; more clients train in several
 BLOCK = 2**22  # numbers of samples gathered at once

@@ -15,7 +15,8 @@ from workloads import shapes_of, updates_of
 
 from gradlens.aggregators import AGGREGATORS, Aggregator
 from gradlens.detectors import DETECTORS
-from gradlens.log import CannotSay, ModelSpec, Round, UpdateLog
+from gradlens.errors import CannotSay
+from gradlens.log import ModelSpec, Round, UpdateLog
 from gradlens.statistics import STATISTICS
 
 Question = Callable[[UpdateLog], Any]

@@ -24,7 +24,8 @@ import numpy as np
 from workloads import LAYERS, shapes_of
 
 from gradlens.detectors import DETECTORS
-from gradlens.log import CannotSay, ModelSpec, Round, UpdateLog
+from gradlens.errors import CannotSay
+from gradlens.log import ModelSpec, Round, UpdateLog
 from gradlens.log.files import read_updates, write_updates
 from gradlens.statistics import STATISTICS
 

@@ -13,9 +13,9 @@ import pytest
 
 import gradlens
 from gradlens import cli
-from gradlens.log import InputError
+from gradlens.errors import InputError
 from simulations import Scenario, run_sweep, sweep
-from simulations.sweep import dask_executor
+from simulations.sweeps import dask_executor
 
 pytest.importorskip("distributed")
 CELLS = sweep(Scenario(rounds=25, attack="trigger"), num_malicious=[0, 3], seed=[0, 1, 2])

@@ -1,0 +1,13 @@
+"""The ways to say no: `InputError` for a caller's mistake, `CannotSay` for a question without an answer."""
+
+
+class InputError(ValueError):
+    """Bad input, in one line: what was expected, what was found, where, and what to do."""
+
+
+class CannotSay(Exception):  # noqa: N818 - an answer, not a fault
+    """Why there is no answer: the cohort is too small, the model has no such layer, the history is too short."""
+
+
+class EvidenceLost(RuntimeWarning):
+    """A round could not be recorded; aggregation goes on."""

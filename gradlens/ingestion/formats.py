@@ -1,0 +1,142 @@
+"""Files of models that others wrote, by their endings: how much one would take is asked before it is read."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile, is_zipfile
+
+import numpy as np
+
+from gradlens.errors import InputError
+from gradlens.log.intake import State, Unfit, shown
+
+WRAPPED = ("state_dict", "model_state_dict")  # where a checkpoint holds more than the model
+SAFETENSORS = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
+    "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A file that may hold a model; nothing of it is read before it is asked for."""
+
+    path: Path
+
+    @property
+    def size(self) -> int:
+        """How many bytes its content takes, as the file itself says; raises Unfit where that cannot be told.
+
+        `.npz` and `.pt` are zip files: what their members unpack to stands in the directory at the end. Neither numpy
+        nor torch unpacks more of a member than stands there.
+        """
+        try:
+            size = self.path.stat().st_size
+            if is_zipfile(self.path):
+                with ZipFile(self.path) as file:
+                    return max(size, sum(member.file_size for member in file.infolist()))
+            return size
+        except Exception as error:  # whatever bytes do to the reader
+            raise Unfit(_unreadable(self.path, error)) from error
+
+    def read(self, most: int | None = None) -> State:
+        """The model. Raises Unfit where it cannot be read, or takes more than so many bytes, None: of any size.
+
+        Raises InputError where a package is missing that reads it.
+        """
+        if most is not None and self.size > most:
+            raise Unfit(_too_large(self.path, self.size, most))
+        return READERS[self.path.suffix](self.path, most)
+
+
+def _torch_file(path: Path, most: int | None) -> State:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise InputError(_needs(path, "torch", "simulations")) from error
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before torch 1.6, or no such file at all
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever bytes do to the reader
+        raise Unfit(_unreadable(path, error)) from error
+    state = _unwrapped(loaded)
+    if not isinstance(state, Mapping):
+        return state
+    size = 0
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            size += value.numel() * value.element_size()  # a single number can be shown as a tensor of any size
+        elif not isinstance(value, bool | int | float):  # lists that hold each other have no end
+            raise Unfit(f"layer {shown(name)} must be a tensor, found {type(value).__name__}")
+    if most is not None and size > most:
+        raise Unfit(_too_large(path, size, most))
+    return state
+
+
+def _npz_file(path: Path, _: int | None) -> State:
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except Exception as error:  # whatever bytes do to the reader
+        raise Unfit(_unreadable(path, error)) from error
+
+
+def _safetensors_file(path: Path, _: int | None) -> State:
+    try:
+        from safetensors import deserialize  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise InputError(_needs(path, "safetensors", "files")) from error
+    try:
+        return {name: _tensor(view) for name, view in sorted(deserialize(path.read_bytes()))}
+    except Exception as error:  # whatever bytes do to the reader
+        raise Unfit(_unreadable(path, error)) from error
+
+
+READERS: Mapping[str, Callable[[Path, int | None], State]] = {
+    ".pt": _torch_file,
+    ".pth": _torch_file,
+    ".npz": _npz_file,
+    ".safetensors": _safetensors_file,
+}
+
+
+def _tensor(view: Mapping[str, Any]) -> np.ndarray:
+    """A tensor of safetensors, little-endian bytes; bfloat16, the upper half of a float32, as float32."""
+    if view["dtype"] == "BF16":
+        upper = np.frombuffer(view["data"], "<u2").astype(np.uint32)
+        return (upper << 16).view(np.float32).reshape(view["shape"])
+    if view["dtype"] not in SAFETENSORS:
+        raise ValueError(f"numbers of type {view['dtype']} are not read")
+    dtype = np.dtype(SAFETENSORS[view["dtype"]]).newbyteorder("<")
+    return np.frombuffer(view["data"], dtype).reshape(view["shape"])
+
+
+def _unwrapped(loaded: Any) -> State:
+    for name in WRAPPED:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
+            return loaded[name]
+    return loaded
+
+
+def _needs(path: Path, package: str, extra: str) -> str:
+    return f"{path}: {package} is needed to read it: pip install 'gradlens-forensics[{extra}]'"
+
+
+def _too_large(path: Path, size: int, most: int) -> str:
+    return f"{shown(path.name)} would take {size:,} bytes, a client's model takes at most {most:,} here"
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"{shown(path.name)} cannot be read: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what went wrong."""
+    if match := re.search(r"GLOBAL (\S+)", str(error)):  # how torch says it
+        return f"it is a pickle that asks for {shown(match[1])}"
+    lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return shown(lines[0])[1:-1]

@@ -1,0 +1,260 @@
+"""What a sweep shows, in sentences written from its tables; what was not found is said as not found."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gradlens.evaluation import evaluate
+from gradlens.plots import CLEAR, PARTLY, count, percent
+from gradlens.reporting.analysis import COSTLY, PHASES, WORKED, Analysis
+from gradlens.reporting.analysis import PARTLY as GAINED_PARTLY
+from gradlens.reporting.page import Block, finding, listed, number, rows_of
+from gradlens.reporting.sweep_report import (
+    attacked_rounds,
+    best_of,
+    by_place,
+    figures_of,
+    filtered_pairs,
+    is_costly,
+    place,
+    poisoners,
+    shown,
+    surely,
+    whole_layers,
+)
+
+MOST = 6  # points of a list
+
+
+def sweep_findings(a: Analysis, chosen: Mapping[str, Any]) -> list[Block]:
+    """All findings on a sweep, in the order of its sections."""
+    found = [worked(a), failed(a), where(a, chosen), where_in_all(a), who(a, chosen), named(a, chosen), how_sure(a)]
+    return [each for each in [*found, when(a, chosen), filters(a), left_out(a)] if each]
+
+
+def worked(a: Analysis) -> Block:
+    """Which attacks worked."""
+    bare = ranked(a.outcomes[a.outcomes["filter"].eq("")])
+    good, part = ([row for row in bare if row.outcome == said] for said in ("worked", "worked in part"))
+    limit = f"an ASR at least {100 * WORKED:.0f} points above the attack-free control"
+    sentence = f"{len(good)} of {count(len(bare), 'attacked condition')} worked ({limit}), {len(part)} more in part."
+    if unknown := sum(row.outcome == "not measured" for row in bare):
+        sentence += f" {unknown} cannot be judged: an ASR is missing, of the runs or of the controls."
+    if costly := sum(is_costly(row) for row in good):
+        sentence += f" {costly} of those that worked cost over {100 * COSTLY:.0f} points of main accuracy."
+    quiet_first = sorted(good or part, key=is_costly)
+    return finding("Attack", sentence, points([outcome_line(row) for row in quiet_first], "section 1"))
+
+
+def failed(a: Analysis) -> Block | None:
+    """Which attacks failed."""
+    bad = [row for row in ranked(a.outcomes) if row.outcome == "failed" and not row.filter]
+    if not bad:
+        return None
+    limit = f"less than {100 * GAINED_PARTLY:.0f} points above the control, or not surely above it"
+    sentence = f"{count(len(bad), 'attack')} failed ({limit}): no detector is to blame for missing what had no effect."
+    return finding("Failed", sentence, points([outcome_line(row) for row in bad], "section 1"))
+
+
+def ranked(outcomes: pd.DataFrame) -> list[Any]:
+    """The outcomes, the largest gain first."""
+    return rows_of(outcomes.sort_values("difference", ascending=False, kind="stable"))
+
+
+def outcome_line(row: Any) -> str:
+    """ "label_flip, 1 malicious, lr 0.02: failed (ASR 0.03, control 0.02; main accuracy 0.91, control 0.91)"."""
+    accuracy = f"main accuracy {number(row.accuracy)}, control {number(row.control_accuracy)}"
+    success = f"ASR {number(row.asr)}, control {number(row.control_asr)}"
+    return f"{row.condition}: {row.outcome} ({success}; {accuracy})"
+
+
+def points(lines: Sequence[str], where_else: str) -> list[str]:
+    """The first lines, the rest counted."""
+    more = len(lines) - MOST
+    return [*lines[:MOST], *([f"and {more} more, in {where_else}"] if more > 0 else [])]
+
+
+def where(a: Analysis, chosen: Mapping[str, Any]) -> Block | None:
+    """The layer that gives the strongest attack away, early and late, and what the control gives there."""
+    own = whole_layers(a, control=False)
+    best = {row.phase: row for row in best_of(own[own["condition"].eq(chosen["condition"])], 1)}
+    if not best:
+        return finding("Where", f"Not found: no statistic could say where {chosen['condition']} differs.")
+    top = max(best.values(), key=lambda row: row.auc)
+    rows, free = by_place(own), by_place(whole_layers(a, control=True))
+    parts = []
+    for phase in PHASES:
+        spot = (top.condition, phase, top.layer, top.statistic)
+        if spot in rows:
+            beside = f", control {number(free[spot][0].auc)}" if spot in free else ""
+            parts.append(f"AUC {shown(rows[spot][0])} in the {'later rounds' if phase == 'later' else phase}{beside}")
+    if top.auc < PARTLY:
+        sentence = (
+            f"Not found: under {chosen['condition']} no layer separates malicious from benign updates; the best is"
+        )
+    else:
+        strength = "separates" if top.auc >= CLEAR else "separates in part"
+        sentence = f"Under {chosen['condition']}, {chosen['why']}, the anomaly {strength} best in"
+    return finding("Where", f"{sentence} {top.layer} by {top.statistic}: {'; '.join(parts)}; {surely(top.p)}.")
+
+
+def where_in_all(a: Analysis) -> Block | None:
+    """In how many conditions some layer separates significantly, by outcome, and on the controls by chance."""
+    verdict = {row.condition: row.outcome for row in rows_of(a.outcomes) if not row.filter}
+    significant = {place(row)[0] for row in rows_of(whole_layers(a, control=False)) if row.p < 0.05}
+    by_chance = {place(row)[0] for row in rows_of(whole_layers(a, control=True)) if row.p < 0.05}
+    good = [name for name, said in verdict.items() if said.startswith("worked")]
+    bad = [name for name, said in verdict.items() if said == "failed"]
+    if len(good) + len(bad) < 2:
+        return None
+    found, idle = (sum(name in significant for name in names) for names in (good, bad))
+    tests = distinct_controls(a, list(verdict))
+    sentence = (
+        f"Some layer separates with p < 0.05 in {found} of {count(len(good), 'condition')} whose attack worked at "
+        f"least in part, in {idle} of {len(bad)} whose attack failed, and by chance in "
+        f"{sum(not by_chance.isdisjoint(names) for names in tests)} of the {len(tests)} different controls."
+    )
+    best = best_of(whole_layers(a, control=False), 1)
+    often = Counter(row.layer for row in best if row.condition in good and row.p < 0.05).most_common(3)
+    lines = (
+        [f"Best layer most often: {listed([f'{layer} ({number} times)' for layer, number in often])}"] if often else []
+    )
+    missed = [name for name in good if name not in significant]
+    lines += [f"Not found: {name} {verdict[name]}, and no layer separates" for name in missed]
+    return finding("Over all", sentence, points(lines, "section 2"))
+
+
+def distinct_controls(a: Analysis, conditions: Sequence[str]) -> list[list[str]]:
+    """Conditions grouped by what their control tests: the same attack-free runs with the same clients named."""
+    tests: dict[frozenset[Any], list[str]] = {}
+    for name in conditions:
+        runs = a.runs.loc[a.runs["condition"].eq(name), "control"]
+        named = zip(runs, (frozenset(poisoners(a.sweep.run(str(run)))) for run in runs.index), strict=True)
+        tests.setdefault(frozenset(named), []).append(name)
+    return list(tests.values())
+
+
+def who(a: Analysis, chosen: Mapping[str, Any]) -> Block:
+    """The best detector under the strongest attack, and where no detector separates though an attack worked."""
+    own, free = (figures_of(a, chosen["condition"], control=control) for control in (False, True))
+    name = chosen["detector"]
+    auc, caught = own["auc"][name], own["tpr_5"][name]
+    sentence = (
+        f"{name} tells malicious from benign updates best: AUC {shown(auc)}, with the same labels on the attack-free "
+        f"control {shown(free['auc'][name])}; it catches {shown(caught, share=True)} of the malicious updates at 5 % "
+        f"false positives ({count(auc.seeds, 'seed')})."
+    )
+    if not auc.value >= PARTLY:
+        sentence = (
+            f"Not found: no detector separates under {chosen['condition']}; the best is {name} with AUC {shown(auc)}."
+        )
+    hidden = []
+    for row in ranked(a.outcomes):
+        if row.outcome.startswith("worked") and not row.filter:
+            aucs = figures_of(a, row.condition, control=False)["auc"]
+            best = max(aucs.values(), key=lambda each: np.nan_to_num(each.value, nan=-1.0))
+            if not best.value >= PARTLY:
+                hidden.append(f"Not found: {row.condition} {row.outcome}; best AUC {shown(best)} ({best.detector})")
+    return finding("Who", sentence, points(hidden, "section 3"))
+
+
+def named(a: Analysis, chosen: Mapping[str, Any]) -> Block:
+    """The clients that the best detector flags most in the representative run."""
+    raw = a.raw[a.raw["run"].eq(chosen["run"]) & a.raw["detector"].eq(chosen["detector"]) & a.raw["abstained"].eq("")]
+    poisoned = poisoners(a.sweep.run(chosen["run"]))
+    shares = raw.groupby("client")["flag"].agg(["sum", "size"]).sort_values("sum", ascending=False, kind="stable")
+    often = [row for row in rows_of(shares) if row.sum > row.size / 2]
+    lines = [
+        f"{row.Index}: flagged in {row.sum} of {row.size} rounds, {'malicious' if row.Index in poisoned else 'benign'}"
+        for row in often
+    ]
+    missed = [client for client in poisoned if client not in {row.Index for row in often}]
+    if missed:
+        lines.append(f"malicious and not flagged in most rounds: {listed(missed)}")
+    right = sum(row.Index in poisoned for row in often)
+    sentence = (
+        f"In run {chosen['run']} of that condition, {chosen['detector']} flags {count(len(often), 'client')} in most "
+        f"rounds, {right} of them among the {len(poisoned)} malicious."
+    )
+    return finding("Flagged", sentence, points(lines, "section 3"))
+
+
+def how_sure(a: Analysis) -> Block:
+    """The null of the thresholds, and what they flag where nobody attacks."""
+    nulls = Counter(str(null) for null in a.thresholds["null"])
+    rates = [row for row in rows_of(a.alarms[a.alarms["metric"].eq("fpr")]) if np.isfinite(row.value)]
+    flagged = f"from {percent(min(r.value for r in rates))} to {percent(max(r.value for r in rates))}" if rates else "–"
+    nominal = sum(number for null, number in nulls.items() if null.startswith("nominal"))
+    if nominal:
+        head = (
+            f"There are too few attack-free runs of other seeds, so {'all' if nominal == nulls.total() else nominal} "
+        )
+        head += "thresholds rest on each cohort itself and their false-positive rate is only nominal"
+    else:
+        null = nulls.most_common(1)[0][0]
+        head = f"Thresholds rest on attack-free runs of other seeds in the same setting (null: {null})"
+    sentence = (
+        f"{head}. Asked for {percent(a.fpr)} false positives, the detectors flag {flagged} of attack-free updates"
+    )
+    abstained = a.figures[a.figures["metric"].eq("abstained")]["value"].max()
+    silent = f"; a detector abstained on up to {percent(float(abstained))} of the updates" if abstained > 0 else ""
+    return finding("How sure", f"{sentence}{silent}.")
+
+
+def when(a: Analysis, chosen: Mapping[str, Any]) -> Block:
+    """Since which round, and whether the anomaly fades."""
+    run, name = a.sweep.run(chosen["run"]), chosen["detector"]
+    first = attacked_rounds(run)[0]
+    part = chosen["scores"][~chosen["scores"]["control"] & chosen["scores"]["detector"].eq(name)]
+    own = part[part["run"].eq(chosen["run"])]
+    caught = own[own["malicious"] & own["flag"].astype(bool)]
+    sentence = f"In run {chosen['run']} the attack begins in round {first}; {name} "
+    if len(caught):
+        sentence += f"first flags a malicious client in round {caught['round'].min()}"
+    else:
+        sentence += "never flags a malicious client"
+    phases = evaluate(part, by=["phase"])
+    aucs = {row.phase: row for row in rows_of(phases[phases["metric"].eq("auc")])}
+    if len(aucs) == 2:
+        early, late = (aucs[phase] for phase in PHASES)
+        change = late.value - early.value
+        verb = "fades" if change < -0.1 else "grows" if change > 0.1 else "stays"
+        sentence += f". The anomaly {verb}: AUC {shown(early)} in the {PHASES[0]}, {shown(late)} later"
+    return finding("When", sentence + ".")
+
+
+def filters(a: Analysis) -> Block:
+    """What the filter made of the attacks."""
+    pairs = filtered_pairs(a)
+    if not pairs:
+        return finding("Filter", "Not tested: no condition was run both with and without a filter.")
+    lines = []
+    for base, rows in pairs.items():
+        bare = rows[0]
+        for row in rows[1:]:
+            beside = f"with {row.filter}, control {number(row.control_asr)}"
+            change = f"ASR {number(bare.asr)} without, {number(row.asr)} {beside}"
+            if np.isnan(bare.difference):
+                verb = "cannot be judged"
+            elif bare.difference < GAINED_PARTLY:
+                verb = "nothing to stop"
+            elif row.difference < GAINED_PARTLY:
+                verb = "stopped"
+            else:
+                verb = "weakened" if row.asr < bare.asr - GAINED_PARTLY else "not stopped"
+            accuracy = f"main accuracy {number(bare.accuracy)} without, {number(row.accuracy)} with"
+            lines.append(f"{base}: {verb}; {change}; {accuracy}")
+    stopped = sum(": stopped;" in line for line in lines)
+    attacks = sum(": nothing to stop;" not in line and ": cannot be judged;" not in line for line in lines)
+    sentence = f"The filter stopped {stopped} of {count(attacks, 'attack')} that had an effect without it."
+    return finding("Filter", sentence, points(lines, "section 6"))
+
+
+def left_out(a: Analysis) -> Block | None:
+    """What of the sweep is not in the report."""
+    if not a.left_out:
+        return None
+    return finding("Left out", "Not everything in the folder could be used.", points(a.left_out, "section 7"))

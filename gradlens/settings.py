@@ -1,0 +1,51 @@
+"""Checks of settings, one for each kind of value; each returns the value or raises an `InputError` of one line."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gradlens.errors import InputError
+
+Entry = TypeVar("Entry")
+
+
+def whole_number(setting: str, value: Any, least: int = 0) -> int:
+    """The value of a setting as an int; raises InputError where it is no whole number, or less than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise InputError(f"{setting} must be a whole number of at least {least}, found {value!r:.80}")
+    return int(value)
+
+
+def whole_number_or_none(setting: str, value: Any, least: int = 0) -> int | None:
+    """As `whole_number`, with None left as it is."""
+    return None if value is None else whole_number(setting, value, least)
+
+
+def positive(setting: str, value: Any) -> float:
+    """The value of a setting as a float; raises InputError where it is no finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < math.inf:
+        raise InputError(f"{setting} must be a number above 0, found {value!r:.80}")
+    return float(value)
+
+
+def share(setting: str, value: Any) -> float:
+    """The value of a setting as a float; raises InputError where it is not above 0 and at most 1."""
+    if positive(setting, value) > 1:
+        raise InputError(f"{setting} must be a share above 0 and at most 1, found {value!r:.80}")
+    return float(value)
+
+
+def one_of(setting: str, value: Any, *allowed: str) -> str:
+    """The value of a setting; raises InputError where it is not among those allowed."""
+    if value not in allowed:
+        raise InputError(f"{setting} must be one of {', '.join(allowed)}, found {value!r:.80}")
+    return value
+
+
+def named_in(table: Mapping[str, Entry], setting: str, name: str) -> Entry:
+    """The entry of a table that a setting names; raises InputError that lists the names where there is none of it."""
+    if name not in table:
+        raise InputError(f"{setting}: expected one of {', '.join(table)}, found {name!r:.80}")
+    return table[name]

@@ -1,0 +1,232 @@
+"""Many scenarios into one folder, in this process or over an executor; a second call runs only what is missing."""
+
+import fcntl
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Executor, Future, as_completed
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from gradlens.errors import InputError
+from gradlens.log.files import replace_with, write_table
+from gradlens.log.manifest import MANIFEST, RUN, read_manifest
+from gradlens.processes import processes
+from gradlens.run import CONTROL_COLUMNS, CONTROLS, SWEEP, Run, Sweep
+from simulations.attacks import ATTACKS
+from simulations.federated import attack_goal, attack_success, run, tested
+from simulations.scenario import Component, Scenario, varied
+from simulations.tasks import build_model
+from simulations.training import one_thread
+
+Job = tuple[Callable[..., Any], tuple[Any, ...]]
+PATIENCE = 180.0  # seconds; the lock of a machine that fell out is held for up to 90 by a network file system
+
+
+def run_sweep(
+    scenarios: Iterable[Scenario],
+    folder: Path | str,
+    *,
+    axes: Sequence[str] | None = None,
+    workers: int = 1,
+    executor: Executor | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """Runs every scenario into `folder`/digest, and measures each attack on the models of its control as well.
+
+    Closed runs are kept, open ones go on where they stopped; what an interruption leaves is never lost.
+    axes: the settings to tell runs apart by (default: those that vary). workers: processes, started afresh with
+    one torch thread each; 1: this process. executor: any other one, e.g. of `dask_executor`; its workers must see
+    the same files under the same paths. There a run that another process still records is waited for as long as it
+    gets on: a worker that was given up may be ending yet. A script that asks for processes needs the usual
+    `if __name__ == "__main__"`.
+    Raises InputError where a scenario cannot run, or the folder is that of a single run.
+    """
+    scenarios, folder = list(dict.fromkeys(scenarios)), Path(folder).absolute()
+    if not scenarios:
+        raise InputError("sweep: expected at least one scenario, found none")
+    if workers < 1:
+        raise InputError(f"sweep: expected at least one worker, found {workers}")
+    if any((folder / name).exists() for name in (RUN, MANIFEST)):
+        raise InputError(f"{folder}: expected the folder of a sweep, found a run")
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_with(folder / SWEEP, json.dumps(_index(scenarios, varied(scenarios) if axes is None else axes)).encode())
+    pending = [scenario for scenario in scenarios if not _is_done(folder / scenario.digest)]
+    with _executing(executor, min(workers, len(pending))) as pool:
+        patience = 0.0 if executor is None else PATIENCE
+        _do([(_run, (each, folder / each.digest, patience)) for each in pending], pool, "runs", progress)
+        if missing := [each.digest for each in pending if not _is_done(folder / each.digest)]:
+            raise InputError(f"{folder / missing[0]}: not there after it ran; do the workers see the same files?")
+        _measure_controls(scenarios, folder, pool, progress)
+    return Sweep.open(folder)
+
+
+def _index(scenarios: Sequence[Scenario], axes: Sequence[str]) -> dict[str, Any]:
+    digests = {scenario.digest for scenario in scenarios}
+    controls = {each.digest: each.control.digest for each in scenarios if not each.is_control}
+    return {
+        "format": 1,
+        "axes": list(axes),
+        "runs": {each.digest: {axis: each.label(axis) for axis in axes} for each in scenarios},
+        "controls": {attacked: control for attacked, control in controls.items() if control in digests},
+    }
+
+
+def _is_done(path: Path) -> bool:
+    begun = (path / MANIFEST).is_file() and read_manifest(path).lines  # none where it was stopped at its very start
+    return bool(begun) and Run.open(path).is_closed
+
+
+def _executing(executor: Executor | None, workers: int) -> AbstractContextManager[Executor | None]:
+    """The executor to use, shut down at the end if it is our own; None for this process."""
+    if executor is not None or workers <= 1:
+        return nullcontext(executor)
+    return processes(workers)
+
+
+@contextmanager
+def dask_executor(address: str, timeout: float = 10.0) -> Iterator[Executor]:
+    """The workers of the Dask scheduler at an address, "tcp://host:port", as an executor.
+
+    A task whose worker was lost is done again by another one, three times at most. The workers need this package
+    and see the same files under the same paths.
+    Raises InputError where dask is not installed, no scheduler answers within `timeout` seconds, or it is lost.
+    """
+    if not re.fullmatch(r"(tcp|tls|ws|wss|ucx)://\S+:\d+", address):
+        raise InputError(f"dask: expected the address of a scheduler, tcp://HOST:PORT, found {address!r}")
+    try:
+        from distributed import Client, KilledWorker
+    except ImportError as error:
+        raise InputError("dask: expected dask.distributed, found none; pip install 'dask[distributed]'") from error
+    with _quiet("distributed", "tornado.application"):
+        try:
+            client = Client(address, timeout=timeout, set_as_default=False)
+        except OSError as error:
+            raise InputError(f"dask: no scheduler answers at {address} ({_first_line(error)})") from error
+        try:
+            if not client.scheduler_info()["workers"]:
+                tqdm.write(f"dask: the scheduler at {address} has no worker yet; waiting for one", file=sys.stderr)
+            yield client.get_executor(pure=False)  # a run is done for the files that it leaves
+        except KilledWorker as error:
+            raise InputError(f"dask: several workers were lost with the same run, memory? ({error.task})") from error
+        except CancelledError as error:
+            raise InputError(f"dask: the scheduler at {address} was lost; what was finished is kept") from error
+        finally:
+            client.close()
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Without what libraries log; what goes wrong comes as an exception as well."""
+    known = logging.root.manager.loggerDict
+    loggers = [logging.getLogger(each) for each in known if any(f"{each}.".startswith(f"{name}.") for name in names)]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _run(scenario: Scenario, path: Path, patience: float) -> None:
+    """Runs a scenario; who else records into its folder is waited for until nothing comes for `patience` seconds."""
+    manifest, size, until = path / MANIFEST, -1, 0.0
+    while patience and _is_held(manifest):
+        if (found := manifest.stat().st_size) != size:
+            size, until = found, time.monotonic() + patience
+        if time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    run(scenario, path)
+
+
+def _is_held(manifest: Path) -> bool:
+    """Whether a writer that is alive holds the lock of a run."""
+    try:
+        with open(manifest, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _do(jobs: Sequence[Job], executor: Executor | None, name: str, progress: bool) -> list[Any]:
+    """The results of all jobs, in their order; at the first failure what has not begun is called off."""
+    bar = tqdm(total=len(jobs), desc=name, unit="", disable=None if progress and jobs else True)
+    with bar:
+        if executor is None:
+            return [_counted(bar, function(*arguments)) for function, arguments in jobs]
+        futures: list[Future[Any]] = [executor.submit(function, *arguments) for function, arguments in jobs]
+        try:
+            for future in as_completed(futures):
+                _counted(bar, future.result())
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        return [future.result() for future in futures]
+
+
+def _counted(bar: Any, result: Any) -> Any:
+    bar.update()
+    return result
+
+
+def _measure_controls(scenarios: Sequence[Scenario], folder: Path, executor: Executor | None, progress: bool) -> None:
+    """Writes `controls.arrow`: run, control, round, asr of the run's attack on its control's global models."""
+    digests = {scenario.digest for scenario in scenarios}
+    attacked = [each for each in scenarios if not each.is_control and each.control.digest in digests]
+    questions = dict.fromkeys((each.control, _poisoning(each)) for each in attacked)
+    known = _known(folder, attacked)
+    asked = [question for question in questions if question not in known]
+    jobs: list[Job] = [(control_success, (control, folder / control.digest, text)) for control, text in asked]
+    known |= dict(zip(asked, _do(jobs, executor, "controls", progress), strict=True))
+    rows = [
+        (each.digest, each.control.digest, index, asr)
+        for each in attacked
+        for index, asr in enumerate(known[each.control, _poisoning(each)])
+    ]
+    if rows:
+        write_table(folder / CONTROLS, pd.DataFrame(rows, columns=list(CONTROL_COLUMNS)))
+
+
+def control_success(control: Scenario, path: Path, attack: str) -> list[float]:
+    """The success of an attack (the JSON of its parts) after each round of a run in which nobody attacked."""
+    goal = attack_goal(control.replace(attack=json.loads(attack), num_malicious=1))
+    model = build_model(tested(control), control.model)
+    with one_thread():
+        return [attack_success(goal, model, state) for state in Run.open(path).states()]
+
+
+def _poisoning(scenario: Scenario) -> str:
+    """What of an attack decides its success on a given model, as JSON: the parts that have a target."""
+    parts: Component = scenario.attack
+    return json.dumps({n: each for n, each in parts.items() if ATTACKS[n](**each).poisons})
+
+
+def _known(folder: Path, attacked: Sequence[Scenario]) -> dict[tuple[Scenario, str], list[float]]:
+    """What an earlier call has measured already."""
+    if not (folder / CONTROLS).is_file():
+        return {}
+    table = Sweep.open(folder).controls.sort_values("round")
+    found = {str(name): rows["asr"].tolist() for name, rows in table.groupby("run")}
+    return {
+        (each.control, _poisoning(each)): found[each.digest]
+        for each in attacked
+        if len(found.get(each.digest, [])) == each.rounds
+    }

@@ -1,0 +1,220 @@
+"""The plain engine: one client after another, or on a few threads, each client on one.
+
+For small models a step costs more in calls than in arithmetic, so an epoch's data are gathered once and cut into
+views, and gradients are taken and applied without an optimizer object.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradlens.errors import InputError
+from simulations.attacks import Reference, Tensors, Training
+from simulations.tasks import Loss, cross_entropy
+from simulations.training.networks import Masks, State, dropouts, prepared, tensors, trained, worker_threads
+
+Dataset = tuple[torch.Tensor, torch.Tensor]  # x [sample, ...], labels int64 [sample]
+Observer = Callable[[torch.Tensor, torch.Tensor], None]  # (outputs [sample, ...], labels) of one step
+
+AS_EVERYBODY = Training()
+NOTHING = Reference({}, {}, None, None)
+
+
+@dataclass(frozen=True)
+class LocalSGD:
+    """How a client trains: epochs over its data, batch size (the last batch may be smaller), rate, momentum, decay."""
+
+    epochs: int = 1
+    batch_size: int = 16
+    learning_rate: float = 0.1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def of(self, training: Training) -> "LocalSGD":
+        """The settings of clients that train differently."""
+        return replace(
+            self, epochs=training.epochs or self.epochs, learning_rate=training.learning_rate or self.learning_rate
+        )
+
+
+def train_clients(
+    model: nn.Module,
+    global_model: State,
+    datasets: Sequence[Dataset],
+    rngs: Sequence[np.random.Generator],
+    settings: LocalSGD,
+    *,
+    loss: Loss = cross_entropy,
+    training: Training = AS_EVERYBODY,
+    references: Sequence[Reference] = (),
+    workers: int = 1,
+    observe: Observer | None = None,
+) -> dict[str, np.ndarray]:
+    """Every client's update after local training from the same global model, layer -> [client, *shape].
+
+    rngs: one generator per client, which draws the order of its samples in each epoch, and in a child of it the
+    dropout masks. training, references: how these clients train differently, and what each then may look at.
+    workers: threads, which change no bit. observe: called in every step with the outputs before it and the labels.
+    The model itself stays as it is; its dtype (float32, float64 in tests) is that of the training and the updates.
+    """
+    first = prepared(model, datasets[0][0][:2], next(iter(tensors(model).values())).device) if datasets else model
+    spaces = [Workspace(first, global_model)]
+    spaces += [Workspace(prepared(first, datasets[0][0][:2]), global_model) for _ in range(workers - 1) if datasets]
+    return train_on(spaces, datasets, rngs, settings, loss, training, references, observe)
+
+
+class Workspace:
+    """A model that one thread trains, and the global one that each client starts from."""
+
+    def __init__(self, model: nn.Module, global_model: State) -> None:
+        self.model = model
+        self.layers = tensors(model)
+        self.parameters = trained(model)
+        self.dropouts = list(dropouts(model).values())
+        self.start = {name: torch.empty_like(layer, requires_grad=False) for name, layer in self.layers.items()}
+        self.load(global_model)
+
+    def load(self, global_model: State) -> None:
+        """Takes another global model to start from."""
+        for name, layer in self.start.items():
+            layer.copy_(torch.tensor(global_model[name]))
+
+    def restart(self) -> None:
+        """Puts the model at the global one."""
+        self.model.train()
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                layer.copy_(self.start[name])
+
+    def update(self, name: str) -> torch.Tensor:
+        """Local - global of one layer."""
+        return (self.layers[name].detach() - self.start[name]).cpu()
+
+
+def train_on(
+    spaces: Sequence[Workspace],
+    datasets: Sequence[Dataset],
+    rngs: Sequence[np.random.Generator],
+    settings: LocalSGD,
+    loss: Loss,
+    training: Training = AS_EVERYBODY,
+    references: Sequence[Reference] = (),
+    observe: Observer | None = None,
+) -> dict[str, np.ndarray]:
+    """`train_clients` in working spaces that are there already, one per thread."""
+    layers = spaces[0].layers
+    updates = {
+        name: np.empty((len(datasets), *layer.shape), torch.empty(0, dtype=layer.dtype).numpy().dtype)
+        for name, layer in layers.items()
+    }
+    free: SimpleQueue[Workspace] = SimpleQueue()
+    for space in spaces:
+        free.put(space)
+
+    def train(client: int) -> None:
+        space = free.get()
+        try:
+            reference = references[client] if references else NOTHING
+            _train(space, datasets[client], rngs[client], settings.of(training), loss, training, reference, observe)
+            for name in layers:
+                updates[name][client] = space.update(name).numpy()
+        finally:
+            free.put(space)
+
+    if len(spaces) == 1:
+        for client in range(len(datasets)):
+            train(client)
+    else:
+        with worker_threads(len(spaces)) as threads:
+            list(threads.map(train, range(len(datasets))))
+    return updates
+
+
+def torch_reference(
+    previous: Tensors, honest: Tensors, final_weight: str | None, final_bias: str | None, like: nn.Module
+) -> Reference:
+    """What a training hook may look at, in the model's dtype and on its device."""
+    one = next(like.parameters())
+
+    def cast(each: Tensors) -> Tensors:
+        return {name: tensor.to(one.device, one.dtype) for name, tensor in each.items()}
+
+    return Reference(cast(previous), cast(honest), final_weight, final_bias)
+
+
+def _train(
+    space: Workspace,
+    dataset: Dataset,
+    rng: np.random.Generator,
+    settings: LocalSGD,
+    loss: Loss,
+    training: Training,
+    reference: Reference,
+    observe: Observer | None,
+) -> None:
+    """Trains the model of the space, from the global one, on one client's data."""
+    space.restart()
+    masks, names = Masks(space.dropouts, rng), list(space.parameters)
+    parameters = list(space.parameters.values())
+    velocities: Sequence[torch.Tensor] = ()
+    steps = settings.epochs * -(-len(dataset[1]) // settings.batch_size)
+    for number, (x, y) in enumerate(batches(dataset, rng, settings, parameters[0].device), 1):
+        for slot, mask in zip(space.dropouts, masks.draw(len(y)), strict=True):
+            setattr(slot.layer, slot.name, mask.to(parameters[0]))
+        out = _answers(space.model, x)
+        if observe is not None:
+            observe(out.detach(), y)
+        value = loss(out, y).mean()
+        if training.penalty is not None:
+            so_far = {name: each - space.start[name] for name, each in space.parameters.items()}
+            value = training.alpha * value + (1 - training.alpha) * training.penalty(so_far, reference)
+        gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+        with torch.no_grad():
+            if settings.weight_decay:
+                gradients = [g.add(p, alpha=settings.weight_decay) for g, p in zip(gradients, parameters, strict=True)]
+            if training.gradient is not None:
+                changed = training.gradient(dict(zip(names, gradients, strict=True)), reference)
+                gradients = [changed[name] for name in names]
+            if velocities:
+                gradients = [v.mul_(settings.momentum).add_(g) for v, g in zip(velocities, gradients, strict=True)]
+            elif settings.momentum:  # copies: autograd may give one tensor to two parameters
+                gradients = [gradient.clone() for gradient in gradients]
+            velocities = gradients if settings.momentum else ()
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.add_(gradient, alpha=-settings.learning_rate)
+            if training.project is not None and (number % training.every == 0 or number == steps):
+                _project(space, training.project, reference)
+
+
+def _answers(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    try:
+        return model(x)
+    except ValueError as error:
+        if len(x) > 1:
+            raise
+        raise InputError(
+            "model: its batch norm cannot train on a batch of a single sample, which is some client's last; choose a "
+            f"batch_size that leaves more ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def _project(space: Workspace, project: Callable[[Tensors, Reference], Tensors], reference: Reference) -> None:
+    so_far = project({name: each - space.start[name] for name, each in space.parameters.items()}, reference)
+    for name, parameter in space.parameters.items():
+        parameter.copy_(space.start[name] + so_far[name])
+
+
+def batches(dataset: Dataset, rng: np.random.Generator, settings: LocalSGD, device: torch.device) -> Iterator[Dataset]:
+    """The batches of a client's local training, in their order."""
+    x, y = (each.to(device) for each in dataset)
+    if not len(y):
+        return
+    images = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    for _ in range(settings.epochs):
+        order = torch.from_numpy(rng.permutation(len(y))).to(device)
+        shuffled = x[order].contiguous(memory_format=images)  # one copy an epoch; a batch is a view of it
+        yield from zip(shuffled.split(settings.batch_size), y[order].split(settings.batch_size), strict=True)
