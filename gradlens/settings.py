@@ -1,7 +1,8 @@
-"""Checks of settings, one for each kind of value; each returns the value or raises an `InputError` of one line."""
+"""Checks of settings, one for each kind of value, and `Configured`, a function with its settings."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -49,3 +50,41 @@ def named_in(table: Mapping[str, Entry], setting: str, name: str) -> Entry:
     if name not in table:
         raise InputError(f"{setting}: expected one of {', '.join(table)}, found {name!r:.80}")
     return table[name]
+
+
+@dataclass(frozen=True, repr=False)
+class Configured:
+    """A function with its settings; compares, hashes and prints like the call that made it.
+
+    Parameters
+    ----------
+    function : callable
+        Takes its arguments first and the settings by keyword; its name, without leading underscores, is printed.
+    settings : tuple of (str, value) pairs
+        In the order in which they are printed.
+
+    Examples
+    --------
+    >>> def powered(base, exponent):
+    ...     return base**exponent
+    >>> square = configured(powered, exponent=2)
+    >>> square
+    powered(exponent=2)
+    >>> square(3)
+    9
+    """
+
+    function: Callable[..., Any]
+    settings: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments, **dict(self.settings))
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings)
+        return f"{self.function.__name__.strip('_')}({settings})"
+
+
+def configured(function: Callable[..., Any], **settings: Any) -> Configured:
+    """The function with these settings."""
+    return Configured(function, tuple(settings.items()))

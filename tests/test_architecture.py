@@ -10,11 +10,13 @@ import pytest
 from conftest import ROOT
 
 # module of gradlens -> the modules of gradlens that it may import
-GROUND = {"errors", "settings", "geometry", "clustering", "words"}
+GROUND = {"errors", "settings", "geometry", "clustering", "words", "names"}
 ARROWS = {
     "errors": set(),
     "settings": {"errors"},
     "words": set(),
+    "names": {"errors"},
+    "examples": {"log"},
     "log": GROUND,
     "processes": GROUND,
     "run": {*GROUND, "log"},
