@@ -78,6 +78,7 @@ class Configured:
     settings: tuple[tuple[str, Any], ...]
 
     def __call__(self, *arguments: Any) -> Any:
+        """What the function returns for these arguments and its settings."""
         return self.function(*arguments, **dict(self.settings))
 
     def __repr__(self) -> str:
