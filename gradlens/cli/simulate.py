@@ -21,7 +21,7 @@ def demo(
 ) -> None:
     """Simulates a sweep of attacks on scikit-learn's digits, analyzes it and writes a report."""
     import simulations
-    from gradlens.cli.analysis import write_report
+    from gradlens.cli.report import write_report
 
     sweep = _simulated(Path(simulations.__file__).parent / "scenarios" / "demo.toml", folder, workers, {})
     path = write_report(sweep, out, workers)
