@@ -22,7 +22,8 @@ from gradlens.aggregators import AGGREGATORS, FilteredAggregator, filtered, mean
 from gradlens.aggregators import Aggregator as Rule
 from gradlens.detectors import DETECTORS, calibrate
 from gradlens.errors import InputError
-from simulations.attacks import ATTACKS, SCHEDULES, Turn, build_attack
+from gradlens.names import hint, named
+from simulations.attacks import ATTACKS, SCHEDULES, Turn, build_attack, ordered
 from simulations.partition import PARTITIONS
 from simulations.tasks import MODELS
 
@@ -37,6 +38,7 @@ COMPONENTS: Mapping[str, Builders] = {
     "aggregator": AGGREGATORS,
     "detector": DETECTORS,
 }
+KINDS = {name: f"{name}s" for name in COMPONENTS}  # what their names are called in `gradlens.names`
 SCENARIOS = Path(__file__).parent / "scenarios"  # the demo and the reproduced experiments, in TOML
 ATTACK_SETTINGS = ("attack", "num_malicious", "poison_rate", "schedule")  # what a control does not have
 
@@ -112,8 +114,8 @@ class Scenario(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.model not in (*MODELS, "own"):
-            raise ValueError(f"model: expected one of {', '.join(MODELS)}, own, found {self.model!r}")
+        if self.model != "own":
+            named("models", MODELS, self.model)
         for name in ("clients_per_round", "num_malicious"):
             if (found := getattr(self, name) or 0) > self.num_clients:
                 raise ValueError(f"{name}: expected at most num_clients = {self.num_clients}, found {found}")
@@ -175,7 +177,7 @@ class Scenario(BaseModel):
     def label(self, name: str) -> str | int | float:
         """A setting as a short word or number for tables: `"trigger+scaling(factor=3)"`, `0.1`, `"all"`."""
         if name not in type(self).model_fields:
-            raise InputError(f"scenario: {name!r} is no setting; expected one of {', '.join(type(self).model_fields)}")
+            raise InputError(f"scenario: {name!r} is no setting{nearest(name, type(self).model_fields)}")
         value = getattr(self, name)
         if name in COMPONENTS:
             return component_label(name, value)
@@ -245,18 +247,28 @@ def normalised(kind: str, value: Any) -> Component:
 
     Raises InputError where a name or a setting is unknown (it names those that exist) or a value is refused.
     """
-    builders, optional = COMPONENTS[kind], kind in ("attack", "detector")
-    if optional and (value is None or value == "none" or value == {}):
+    if kind in ("attack", "detector") and (value is None or value == "none" or value == {}):
         return {}
     parts = {value: {}} if isinstance(value, str) else value
     if not isinstance(parts, Mapping) or not all(isinstance(settings, Mapping) for settings in parts.values()):
         raise InputError(f"{kind}: expected a name or a table name -> settings, found {value!r}")
-    allowed = ", ".join([*builders, "none"] if optional else builders)
-    if unknown := [name for name in parts if name not in builders]:
-        raise InputError(f"{kind}: expected one of {allowed}, found {unknown[0]!r}")
+    for name in parts:
+        builder_of(kind, name)
     if kind != "attack" and len(parts) != 1:
-        raise InputError(f"{kind}: expected exactly one of {allowed}, found {', '.join(parts) or 'nothing'}")
-    return {name: _written_out(kind, name, parts[name]) for name in builders if name in parts}
+        raise InputError(f"{kind}: expected exactly one name, found {', '.join(parts) or 'nothing'}")
+    names = ordered(parts) if kind == "attack" else parts
+    return {name: _written_out(kind, name, parts[name]) for name in names}
+
+
+def builder_of(kind: str, name: str) -> Callable[..., Any]:
+    """What builds a component of this name; raises InputError, with the nearest names, where there is none."""
+    return named(KINDS[kind], COMPONENTS[kind], name, kind)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown setting: those it resembles, else all there are."""
+    names = list(known)
+    return hint(name, names) or (f"; expected one of {', '.join(names)}" if names else "; there are none")
 
 
 CALIBRATION: dict[str, Any] = {"clean_rounds": 0, "fpr": 0.05}
@@ -276,7 +288,7 @@ def filter_settings(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise InputError(f"filter: expected a table of its settings {', '.join(FILTER)}, found {value!r:.80}")
     if unknown := [key for key in value if key not in FILTER]:
-        raise InputError(f"filter: {unknown[0]!r} is no setting; its settings are {', '.join(FILTER)}")
+        raise InputError(f"filter: {unknown[0]!r} is no setting{nearest(unknown[0], FILTER)}")
     plain = {name: each.item() if isinstance(each, np.generic) else each for name, each in value.items()}
     written = FILTER | plain
     if written["out_for"] == UNTIL_CLEARED:
@@ -307,12 +319,12 @@ def live_filter(aggregate: Rule, detector: Component, settings: dict[str, Any]) 
 def build(kind: str, component: Component) -> Any:
     """What the one name of a normalised component stands for, with its settings."""
     ((name, settings),) = component.items()
-    return COMPONENTS[kind][name](**settings)
+    return builder_of(kind, name)(**settings)
 
 
 def component_label(kind: str, component: Component) -> str:
     """A component in short: its names, with the settings that are not at their defaults."""
-    return "+".join(_part_label(COMPONENTS[kind][name], name, part) for name, part in component.items()) or "none"
+    return "+".join(_part_label(builder_of(kind, name), name, part) for name, part in component.items()) or "none"
 
 
 def one_line(error: ValidationError, where: str) -> InputError:
@@ -321,7 +333,7 @@ def one_line(error: ValidationError, where: str) -> InputError:
     cause = first.get("ctx", {}).get("error")
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        reason = f"{name!r} is no setting; expected one of {', '.join(Scenario.model_fields)}"
+        reason = f"{name!r} is no setting{nearest(name, Scenario.model_fields)}"
     elif isinstance(cause, ValueError):
         reason = str(cause)
     else:
@@ -330,11 +342,10 @@ def one_line(error: ValidationError, where: str) -> InputError:
 
 
 def _written_out(kind: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    builder = COMPONENTS[kind][name]
+    builder = builder_of(kind, name)
     known = _defaults(builder)
     if unknown := [key for key in settings if key not in known]:
-        allowed = f"its settings are {', '.join(known)}" if known else "it has none"
-        raise InputError(f"{kind}: {name}: {unknown[0]!r} is no setting; {allowed}")
+        raise InputError(f"{kind}: {name}: {unknown[0]!r} is no setting{nearest(unknown[0], known)}")
     written = {
         key: _checked(f"{kind}: {name}: {key}", settings.get(key, default), default) for key, default in known.items()
     }

@@ -20,7 +20,7 @@ from gradlens.log.files import replace_with, write_table
 from gradlens.log.manifest import MANIFEST, RUN, read_manifest
 from gradlens.processes import processes
 from gradlens.run import CONTROL_COLUMNS, CONTROLS, SWEEP, Run, Sweep
-from simulations.attacks import ATTACKS
+from simulations.attacks import build_attack
 from simulations.federated import attack_goal, attack_success, run, tested
 from simulations.scenario import Component, Scenario, varied
 from simulations.tasks import build_model
@@ -216,7 +216,7 @@ def control_success(control: Scenario, path: Path, attack: str) -> list[float]:
 def _poisoning(scenario: Scenario) -> str:
     """What of an attack decides its success on a given model, as JSON: the parts that have a target."""
     parts: Component = scenario.attack
-    return json.dumps({n: each for n, each in parts.items() if ATTACKS[n](**each).poisons})
+    return json.dumps({n: each for n, each in parts.items() if build_attack({n: each}).poisons})
 
 
 def _known(folder: Path, attacked: Sequence[Scenario]) -> dict[tuple[Scenario, str], list[float]]:

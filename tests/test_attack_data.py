@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradlens.errors import InputError
-from simulations.attacks.attack import Attack, Pool, imported
+from gradlens.names import imported
+from simulations.attacks.attack import Attack, Pool
 from simulations.attacks.data import (
     all_to_one,
     blend,

@@ -19,6 +19,7 @@ from simulations.federated import assemble, attack_goal, attack_success, label_c
 from simulations.randomness import Stream, address
 from simulations.scenario import Scenario
 from simulations.tasks import build_model, load_task
+from simulations.tasks.load import cached_task
 from simulations.training import LocalSGD, one_thread, state_of, train_clients
 
 PLAIN = Scenario(rounds=4)
@@ -348,7 +349,7 @@ def unseen(monkeypatch):
     module.task = lambda samples, seed: replace(load_task("digits", samples, seed), name="unseen", model=Half)
     monkeypatch.setitem(sys.modules, "unseen", module)
     yield "unseen:task"
-    load_task.cache_clear()
+    cached_task.cache_clear()
 
 
 def test_a_trigger_that_the_model_cannot_see_is_refused(tmp_path, unseen):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from gradlens.errors import InputError
 from simulations.tasks import Task, build_model, cross_entropy, images, load_task
+from simulations.tasks.load import cached_task
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +295,7 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "own_fault.py").write_text("raise RuntimeError('first line\\nsecond line')")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
-    load_task.cache_clear()
+    cached_task.cache_clear()
     for name in ("own_tasks", "own_fault"):
         sys.modules.pop(name, None)
 

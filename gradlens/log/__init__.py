@@ -2,9 +2,9 @@
 
 from gradlens.log.levels import Evidence
 from gradlens.log.log import Accumulated, UpdateLog
-from gradlens.log.manifest import Verification, verify
 from gradlens.log.model import Layer, ModelSpec
 from gradlens.log.round import Round
+from gradlens.log.verification import Verification, verify
 from gradlens.log.writer import LogWriter
 
 __all__ = [

@@ -5,9 +5,10 @@ that change what is sent compose into one. Settings are named as in a scenario:
 `{"trigger": {"target_label": 1}, "scaling": {"factor": 3}}`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from gradlens.names import named
 from simulations.attacks.attack import (
     Attack,
     Pool,
@@ -67,6 +68,7 @@ __all__ = [
     "build_attack",
     "compose",
     "label_flip",
+    "ordered",
     "scaling",
     "trigger",
 ]
@@ -108,9 +110,15 @@ ATTACKS: Mapping[str, Callable[..., Attack]] = {  # in the order in which parts 
 
 
 def build_attack(parts: Mapping[str, Mapping[str, Any]]) -> Attack:
-    """The attack made of the named parts, applied in the order of `ATTACKS`; of none: one that does nothing.
+    """The attack made of the named parts; of none: one that does nothing.
 
-    Parts that poison data must agree on the target label; then the samples eligible for all are stamped by all.
-    Raises InputError where parts do not go together.
+    Parts are applied stage by stage (data, training, sending): the built-in ones in the order of `ATTACKS`, then those
+    from outside in the order of their names. Parts that poison data must agree on the target label; then the samples
+    eligible for all are stamped by all. Raises InputError where there is no such part, or parts do not go together.
     """
-    return compose_all([ATTACKS[name](**parts[name]) for name in ATTACKS if name in parts])
+    return compose_all([named("attacks", ATTACKS, name, "attack")(**parts[name]) for name in ordered(parts)])
+
+
+def ordered(parts: Iterable[str]) -> list[str]:
+    """Names of parts in the order in which they are applied."""
+    return [*(name for name in ATTACKS if name in parts), *sorted(name for name in parts if name not in ATTACKS)]

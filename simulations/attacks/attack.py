@@ -4,11 +4,10 @@ An attack is a value that by default does nothing. Its parts see no more than a 
 own data, the global model, and, where a method assumes it, what the other clients of the round send.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -222,18 +221,6 @@ def compose(first: Attack, second: Attack) -> Attack:
         train=_trained(first.train, second.train),
         send=_sent(first, second),
     )
-
-
-def imported(where: str, name: str) -> Callable[..., Any]:
-    """The function that `module:function` names; raises InputError with one line where there is none."""
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: cannot import {name!r}: {' '.join(str(error).split())}") from None
-    if not callable(found):
-        raise InputError(f"{where}: expected a function, {name!r} is of type {type(found).__name__}")
-    return found
 
 
 def _check_data(first: Attack, second: Attack) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 from pydantic import Field, validate_call
 
 from gradlens.errors import InputError
-from simulations.attacks.attack import Attack, Pool, imported
+from gradlens.names import imported
+from simulations.attacks.attack import Attack, Pool
 
 if TYPE_CHECKING:
     from simulations.partition import Split

@@ -12,7 +12,8 @@ from pydantic import Field, validate_call
 
 from gradlens.errors import InputError
 from gradlens.log import ModelSpec
-from simulations.attacks.attack import Attack, Reference, Situation, Tensors, Training, Updates, imported
+from gradlens.names import imported
+from simulations.attacks.attack import Attack, Reference, Situation, Tensors, Training, Updates
 from simulations.attacks.sending import Factor, count, finite, scaling
 
 Penalty = Callable[[Tensors, Reference], torch.Tensor]

@@ -6,16 +6,15 @@ is looked for as a path, then below the one that the environment variable GRADLE
 a scenario may say `fashion_mnist` and hold no path of one machine.
 """
 
-import importlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 
 import numpy as np
 
 from gradlens.errors import InputError
+from gradlens.names import FUNCTION, imported, installed, named
 from simulations.tasks.images import digits, hugging_face
-from simulations.tasks.task import Task, first_line, frozen
+from simulations.tasks.task import Task, frozen
 from simulations.tasks.text import shakespeare_chars, shakespeare_words
 
 TASKS: Mapping[str, Callable[[int | None, int], Task]] = {
@@ -23,33 +22,32 @@ TASKS: Mapping[str, Callable[[int | None, int], Task]] = {
     "shakespeare_chars": shakespeare_chars,
     "shakespeare_words": shakespeare_words,
 }
-FUNCTION = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)")
 
 
-@lru_cache(maxsize=2)
 def load_task(name: str, samples: int | None = None, seed: int = 0) -> Task:
     """A task with `samples` of its training samples, drawn at random without repetition (None: all in their order).
 
     Only the images asked for are decoded, and the last two tasks are remembered. Raises InputError where there
     is no such task, or not as many training samples.
     """
+    if name not in TASKS and FUNCTION.fullmatch(name):
+        imported(f"task {name}", name)  # remembered or not: within `nothing_imported` it is an error
+    return cached_task(name, samples, seed)
+
+
+@lru_cache(maxsize=2)
+def cached_task(name: str, samples: int | None, seed: int) -> Task:
+    """As `load_task`; the last two are remembered."""
     if name in TASKS:
         return TASKS[name](samples, seed)
-    if FUNCTION.fullmatch(name):
+    if FUNCTION.fullmatch(name) or name in installed("tasks"):
         return _own(name, samples, seed)
     return hugging_face(name, samples, seed, ", ".join(TASKS))
 
 
 def _own(name: str, samples: int | None, seed: int) -> Task:
-    """What the function of a name `module:function` gives for (samples, seed), once it is checked."""
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:  # whatever the module does when it is imported
-        raise InputError(f"task {name}: module {module} cannot be imported: {first_line(error)}") from error
-    if not callable(found):
-        raise InputError(f"task {name}: module {module} has no function {function}")
-    task = found(samples, seed)
+    """What a function from outside gives for (samples, seed), once it is checked."""
+    task = named("tasks", TASKS, name, f"task {name}")(samples, seed)
     if not isinstance(task, Task):
         raise InputError(f"task {name}: expected a Task, the function gave a {type(task).__name__}")
     for problem in _problems(task):

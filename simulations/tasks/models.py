@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import max_pool2d
 
 from gradlens.errors import InputError
+from gradlens.names import named
 from simulations.randomness import GENERATOR, Stream, address
 from simulations.tasks.task import Task
 
@@ -17,19 +18,21 @@ def build_model(task: Task, name: str, seed: int = 0) -> nn.Module:
 
     `own` is the task's own model. Raises InputError for an unknown name, or a model that cannot take the task.
     """
-    if name not in MODELS and name != "own":
-        raise InputError(f"model: expected one of {', '.join(MODELS)}, own, found {name!r}")
+    builder = _own if name == "own" else named("models", MODELS, name)
     with GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(address(seed, Stream.MODEL).integers(2**63)))
-        return _own(task) if name == "own" else MODELS[name](task)
+        return _checked(f"model {name}", builder(task))
 
 
 def _own(task: Task) -> nn.Module:
     if task.model is None:
         raise InputError(f"model own: task {task.name} brings no model; expected one of {', '.join(MODELS)}")
-    model = task.model()
+    return _checked(f"model own: task {task.name}", task.model())
+
+
+def _checked(where: str, model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise InputError(f"model own: expected an nn.Module of task {task.name}, found a {type(model).__name__}")
+        raise InputError(f"{where}: expected an nn.Module, found a {type(model).__name__}")
     return model
 
 
