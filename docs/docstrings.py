@@ -1,0 +1,44 @@
+"""Makes docstrings fit for reStructuredText before numpydoc reads them."""
+
+import re
+from typing import Any
+
+SECTION = re.compile(r"^(Parameters|Attributes|Returns|Yields|Raises|Notes|References|Examples)\n-{3,}$", re.MULTILINE)
+SPAN = re.compile(r"(``.+?``|:\w+:`[^`]+`|`[^`]+`)")
+
+
+def prepared(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Escapes what a docstring does not mean as markup: everything where it is plain text, bars in numpydoc."""
+    text = "\n".join(lines)
+    if not SECTION.search(text):
+        lines[:] = plain(text).split("\n")
+        return
+    block = None  # indentation of the directive or literal block that a line may belong to
+    for position, line in enumerate(lines):
+        indentation = len(line) - len(line.lstrip())
+        if block is not None and line.strip() and indentation <= block:
+            block = None
+        if block is None and line.lstrip().startswith((">>>", "...")):
+            continue
+        opens = line.rstrip().endswith("::") or line.lstrip().startswith(".. ")
+        if block is None and not opens:
+            lines[position] = outside_spans(line, r"\|", r"\\|")
+        if opens and block is None:
+            block = indentation
+
+
+def plain(text: str) -> str:
+    """Plain text as reStructuredText: names in backticks are code, nothing else is markup."""
+    text = re.sub(r"^[ ]*([-+*] |\d+\. )?", lambda start: f"\\{start[1]}" if start[1] else "", text, flags=re.MULTILINE)
+    parts = SPAN.split(text)
+    escaped = [re.sub(r"([*|_])", r"\\\1", part) for part in parts[::2]]
+    escaped[1:] = [re.sub(r"^(?=\w)", r"\\ ", part) for part in escaped[1:]]  # `keep`s
+    code = [f"``{part.strip('`')}``" for part in parts[1::2]]
+    return "".join(piece for pair in zip(escaped, [*code, ""], strict=True) for piece in pair)
+
+
+def outside_spans(line: str, pattern: str, replacement: str) -> str:
+    """The line with a pattern replaced wherever it is not inside backticks."""
+    parts = SPAN.split(line)
+    parts[::2] = [re.sub(pattern, replacement, part) for part in parts[::2]]
+    return "".join(parts)
