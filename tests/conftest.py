@@ -1,11 +1,13 @@
 """What the tests of several modules share."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gradlens.cli import main
 from gradlens.log import LogWriter, ModelSpec, Round
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,3 +87,18 @@ def record(tmp_path, model):
 def recorded(record) -> Path:
     """The folder of a closed run of three rounds."""
     return record().folder
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path):
+    """Runs `gradlens ...` in an empty folder; gives exit status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a command adds the folder it is called in
+
+    def run(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gradlens", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run

@@ -16,23 +16,8 @@ import pytest
 import gradlens
 import simulations
 from conftest import STATE, random_round
-from gradlens import cli
+from gradlens.detectors import USUAL
 from gradlens.log import LogWriter
-
-
-@pytest.fixture
-def command(capsys, monkeypatch, tmp_path):
-    """Runs `gradlens ...` in an empty folder; gives exit status, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])  # a command adds the folder it is called in
-
-    def run(*words) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gradlens", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -49,7 +34,9 @@ def planted(tmp_path, model):
     return tmp_path / "planted"
 
 
-COMMANDS = ("demo", "simulate", "inspect", "detect", "localize", "report", "verify", "ingest")
+COMMANDS = (
+    "demo", "simulate", "inspect", "detect", "localize", "report", "replay", "verify", "ingest", "list", "doctor",
+)  # fmt: skip
 
 
 def test_help_names_every_command_and_each_shows_an_example(command):
@@ -62,12 +49,18 @@ def test_help_names_every_command_and_each_shows_an_example(command):
         assert f"Example: gradlens {name}" in " ".join(page.split())
 
 
-def test_every_command_finds_what_lies_where_it_is_called_after_all_libraries(command, planted, tmp_path):
-    """A task of the user's own is imported by simulate and by inspect --plot."""
+def test_the_working_folder_is_searched_only_for_a_module_that_the_command_names(command, planted, tmp_path):
+    (tmp_path / "own_rules.py").write_text(
+        "from gradlens.detectors import DETECTORS\n\ndef mine():\n    return DETECTORS['final_bias']()\n"
+    )
     before = [*sys.path]
-    for _ in range(2):
-        assert command("inspect", planted)[0] == 0
-        assert sys.path == [*before, str(tmp_path)]
+    for words in (["inspect", planted], ["detect", planted], ["verify", planted], ["replay", planted]):
+        assert command(*words)[0] == 0
+        assert sys.path == before
+    status, out, _ = command("detect", planted, "-d", "own_rules:mine", "--csv")
+    assert (status, sys.path) == (0, [*before, str(tmp_path)])
+    assert asked(out) == ["own_rules:mine"]
+    sys.modules.pop("own_rules")
 
 
 def test_inspect_says_what_a_run_holds(command, planted):
@@ -96,10 +89,12 @@ def asked(out) -> list[str]:
 
 def test_detect_asks_a_few_detectors_unless_told_all(command, planted):
     usual = asked(command("detect", planted, "--csv")[1])
-    assert usual == list(cli.USUAL)
+    assert usual == list(USUAL)
     assert {"final_bias", "layer_norms", "accumulated_norms"} <= set(usual) < set(gradlens.DETECTORS)
-    page = " ".join(command("detect", "--help")[1].split())
-    assert f"Without it: {', '.join(usual)}." in page
+    listed = command("list", "detectors")[1].splitlines()
+    assert [line.split()[0] for line in listed if "(usual)" in line] == sorted(
+        usual, key=list(gradlens.DETECTORS).index
+    )
     assert asked(command("detect", planted, "-d", "all", "--csv")[1]) == list(gradlens.DETECTORS)
     assert asked(command("detect", planted, "-d", "final_rows", "-d", "final_bias", "--csv")[1]) == [
         "final_rows",
@@ -178,7 +173,7 @@ def scenario(tmp_path, text):
         (["report", "table.csv", "-o", "out.html"], "found a file"),
         (["verify", "table.csv"], "found a file"),
         (["localize", "run"], "the ground truth is needed here, and this run has none"),
-        (["detect", "run", "-d", "kurm"], "expected all or one of final_bias"),
+        (["detect", "run", "-d", "kurm"], "--detector: there is no 'kurm'; did you mean krum"),
         (["detect", "run", "--fpr", "1.5"], "fpr is a rate above 0 and below 1, found 1.5"),
         (["detect", "run", "--executor", "threads"], "--executor: expected processes, or tcp://HOST:PORT"),
         (
@@ -208,6 +203,16 @@ def scenario(tmp_path, text):
         (["frobnicate"], "frobnicate"),
         (["inspect"], "RUN"),
         (["inspect", "run", "--jsno"], "--jsno"),
+        (["detect", "run", "--json", "--csv"], "--csv and --json exclude each other"),
+        (["localize", "run", "--json", "--csv"], "--csv and --json exclude each other"),
+        (["replay", "run", "--json", "--csv"], "--csv and --json exclude each other"),
+        (["report", "run", "-o", "x.pdf"], "--out: expected a file that ends in .html, .htm, found x.pdf"),
+        (["verify", "run", "--head", "abc"], "--head: expected 64 hexadecimal digits, found 'abc'"),
+        (["verify", "run", "--head", "\x1b[31mx"], "found '\\x1b[31mx'"),
+        (["list", "detector"], "there is no 'detector'; did you mean detectors?"),
+        (["detect", "run", "-d", "nowhere:at_all"], "--detector: cannot import 'nowhere:at_all'"),
+        (["replay", "run", "-d", "kurm"], "kurm"),
+        (["verify", "no\x1b[31m\nOWNED"], "no\\x1b[31m OWNED"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(command, recorded, tmp_path, words, expected):

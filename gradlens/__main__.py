@@ -1,0 +1,5 @@
+"""`python -m gradlens`."""
+
+from gradlens.cli import main
+
+main()

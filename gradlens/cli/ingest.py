@@ -1,0 +1,118 @@
+"""`gradlens ingest`: updates from elsewhere as a run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradlens.cli.interruption import Stopped
+from gradlens.cli.options import AsJson
+from gradlens.cli.output import say, say_json
+from gradlens.errors import InputError
+
+if TYPE_CHECKING:
+    from gradlens.ingestion import Ingested
+
+SHOWN_FAULTS = 40
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help="A folder with a .pt, .pth, .npz or .safetensors file per round and client, or an Arrow or Parquet "
+        "table; with --truth and without --out, a run.",
+        show_default=False,
+    ),
+]
+RunFolder = Annotated[Path | None, typer.Option("--out", "-o", help="The folder of the run.", show_default=False)]
+Pattern = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="How the clients' files are called, such as round_{round}/client_{client}."),
+]
+Globals = Annotated[
+    str | None,
+    typer.Option(
+        "--globals",
+        metavar="NAME",
+        help="How the global models before each round are called, such as global_{round}; for a table, the file of "
+        "the first one.",
+    ),
+]
+After = Annotated[bool, typer.Option("--globals-after", help="--globals are the models after each round.")]
+HoldUpdates = Annotated[bool, typer.Option("--updates", help="The files hold updates, not local models.")]
+FinalLayer = Annotated[
+    str | None,
+    typer.Option(metavar="LAYER", help="The weight of the model's final layer, where it is not recognized."),
+]
+Buffers = Annotated[
+    str | None, typer.Option(metavar="LAYERS", help="Layers that are not trained, separated by commas.")
+]
+NumExamples = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CSV",
+        help="Numbers of examples: columns client, num_examples, and round where they vary. [default: 1]",
+    ),
+]
+Truth = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CSV", help="Who was malicious: columns client, and round, compromised, poisoned where they vary."
+    ),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first file with a fault.")]
+Level = Annotated[
+    str,
+    typer.Option(metavar="LEVEL", help="What of each update is recorded: full, or sketch (512 numbers a layer)."),
+]
+
+
+def ingest(
+    source: Source,
+    out: RunFolder = None,
+    pattern: Pattern = None,
+    global_models: Globals = None,
+    after: After = False,
+    updates: HoldUpdates = False,
+    final_layer: FinalLayer = None,
+    buffers: Buffers = None,
+    num_examples: NumExamples = None,
+    truth: Truth = None,
+    strict: Strict = False,
+    evidence: Level = "full",
+    as_json: AsJson = False,
+) -> None:
+    """Records updates from elsewhere as a run; what cannot be recorded is refused with a reason. Unpickles nothing."""
+    from gradlens.ingestion import ingest as record
+    from gradlens.ingestion import with_csv_truth
+
+    if out is None:
+        if truth is None:
+            raise InputError("ingest: -o RUN names the new run, or --truth CSV the ground truth of an existing one")
+        run = with_csv_truth(source, truth)
+        say(f"run: {run.path}, {int(run.truth['poisoned'].sum())} poisoned updates, head {run.head}")
+        return
+    names = [name.strip() for name in (buffers or "").split(",") if name.strip()]
+    try:
+        result = record(
+            source, out, pattern=pattern, global_models=global_models, after=after, updates=updates,
+            final_layer=final_layer, buffers=names, num_examples=num_examples, truth=truth, strict=strict,
+            evidence=evidence, progress=True,
+        )  # fmt: skip
+    except Stopped as stopped:
+        stopped.left = "nothing is left of the run"
+        raise
+    if as_json:
+        run = result.run
+        say_json({"run": str(run.path), "head": run.head, "notes": result.notes, "faults": result.faults})
+    else:
+        say(*_ingested_lines(result))
+
+
+def _ingested_lines(result: "Ingested") -> list[str]:
+    faults, log = result.faults, result.run.log
+    lines = [*faults[:SHOWN_FAULTS]]
+    if len(faults) > SHOWN_FAULTS:
+        lines.append(f"... and {len(faults) - SHOWN_FAULTS} more; --json lists all")
+    lines += [f"note: {note}" for note in result.notes]
+    lines.append(f"run: {result.run.path}, {len(log)} rounds, {sum(map(len, log))} updates, head {result.run.head}")
+    return lines

@@ -1,0 +1,87 @@
+"""`gradlens localize`: the layers, units and classes in which clients gave themselves away."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradlens.cli.options import AsCsv, AsJson, ExecutorAddress, Folder, Workers, executor_for
+from gradlens.cli.output import cell_text, lines_of, one_format, write
+from gradlens.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gradlens import Run
+
+
+def localize(
+    run: Folder,
+    suspects: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES|CSV",
+            help="Whom to tell from the others instead of by the truth: clients, separated by commas, or the flags in "
+            "what `gradlens detect RUN -d NAME --csv` wrote.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Workers = 1,
+    executor: ExecutorAddress = "processes",
+    as_csv: AsCsv = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ranks layers, units and classes by how well they tell poisoned updates, or those of suspects, from the others."""
+    import gradlens
+    from gradlens.localization import localize_sweep
+
+    one_format(as_csv, as_json)
+    opened = gradlens.open(run)
+    several = isinstance(opened, gradlens.Sweep)
+    with executor_for(executor, workers if several else 1, several=several) as pool:
+        if not isinstance(opened, gradlens.Sweep):
+            who = None if suspects is None else _suspects(suspects, opened)
+            table = gradlens.localize(opened, control=_control_of(opened), suspects=who)
+        elif suspects is None:
+            table = localize_sweep(opened, executor=pool, progress=True)
+        else:
+            raise InputError(f"--suspects: they are those of one run; name the folder of a run of the sweep {run}")
+    table = table.sort_values("auc", ascending=False, kind="stable", ignore_index=True)
+    write(table, as_csv, as_json, lambda: _ranking_lines(table))
+
+
+def _suspects(text: str, run: "Run") -> "list[str] | pd.DataFrame":
+    """The clients that --suspects names, or the verdicts in its file, those on this run."""
+    import pandas as pd
+
+    path = Path(text)
+    if not path.is_file():
+        return [name for name in (part.strip() for part in text.split(",")) if name]
+    try:
+        table = pd.read_csv(path, dtype={"client": str, "run": str}, keep_default_na=False)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"--suspects: {path} is not readable as CSV: {error}") from error
+    for name in {"client", "run"} & set(table):
+        table[name] = table[name].map(cell_text)
+    return table[table["run"].eq(run.name)] if "run" in table else table
+
+
+def _control_of(run: "Run") -> "Run | None":
+    """The attack-free control of a run that lies in the folder of its sweep, None if there is none."""
+    import gradlens
+    from gradlens.run import SWEEP
+
+    folder = run.path.resolve().parent
+    try:
+        return gradlens.Sweep.open(folder).control_of(run.name) if (folder / SWEEP).is_file() else None
+    except InputError:  # it is a control itself, or its control has not run yet
+        return None
+
+
+def _ranking_lines(table: "pd.DataFrame") -> Iterator[str]:
+    """The layers that separate best; of suspects, what the figures mean."""
+    whole = table[table["unit"] == ""].drop(columns=["unit", "labels"]).dropna(axis="columns", how="all")
+    yield from lines_of(whole.head(20))
+    if table["labels"].eq("suspects").any():
+        yield "by the suspects given, not by the truth: p says that they differ there, not that they are guilty"

@@ -1,0 +1,55 @@
+"""`gradlens replay`: recorded updates aggregated anew."""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradlens.cli.options import AsCsv, AsJson, Folder, TrustCode, import_from_here
+from gradlens.cli.output import one_format, safe, write
+from gradlens.errors import InputError
+
+if TYPE_CHECKING:
+    from gradlens import Run
+
+
+def replay(
+    run: Folder,
+    detector: Annotated[
+        str | None, typer.Option("--detector", "-d", help="The filter's detector; without it there is no filter.")
+    ] = None,
+    aggregator: Annotated[str, typer.Option("--aggregator", "-a", help="The aggregation rule.")] = "mean",
+    action: Annotated[str, typer.Option(help="What becomes of a flagged client's update.")] = "drop",
+    clean_rounds: Annotated[int, typer.Option(min=0, help="Number of first rounds that calibrate the filter.")] = 0,
+    fpr: Annotated[float, typer.Option(help="The false-positive rate per update that it is calibrated to.")] = 0.05,
+    trust_code: TrustCode = False,
+    as_csv: AsCsv = False,
+    as_json: AsJson = False,
+) -> None:
+    """Aggregates recorded updates anew by another rule or filter: what the server would have made of this evidence."""
+    import gradlens
+    from gradlens.names import nothing_imported
+    from gradlens.replays import rule_named
+
+    one_format(as_csv, as_json)
+    import_from_here([detector or "", aggregator, *([":"] if trust_code else [])])
+    rule = rule_named(aggregator, detector, action=action, clean_rounds=clean_rounds, fpr=fpr)
+    recorded = gradlens.Run.open(run)
+    with nothing_imported(refuse=not trust_code):
+        result = gradlens.replay(recorded, rule, measure=_measure(recorded))
+    write(result.rounds, as_csv, as_json, lambda: str(result).splitlines())
+
+
+def _measure(run: "Run") -> Callable[[Any], dict[str, float]] | None:
+    """What measures the global models of a simulated run, where its data and torch are at hand."""
+    if not run.scenario:
+        return None
+    try:
+        from simulations import Scenario
+        from simulations.federated import measure_of
+
+        return measure_of(Scenario(**run.scenario))
+    except (InputError, ModuleNotFoundError) as error:
+        print(f"gradlens: accuracy and ASR are not measured: {safe(str(error))}", file=sys.stderr)
+        return None

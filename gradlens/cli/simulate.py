@@ -1,0 +1,86 @@
+"""`gradlens demo` and `gradlens simulate`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradlens.cli.options import ExecutorAddress, Workers, check_executor, executor_for, import_from_here
+from gradlens.cli.output import lines_of, say
+from gradlens.errors import InputError
+
+if TYPE_CHECKING:
+    from gradlens import Run, Sweep
+
+
+def demo(
+    folder: Annotated[Path, typer.Option("--runs", help="Where the runs go.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The report.")] = Path("reports/demo.html"),
+    workers: Workers = 2,
+) -> None:
+    """Simulates a sweep of attacks on scikit-learn's digits, analyzes it and writes a report."""
+    import simulations
+    from gradlens.cli.report import write_report
+
+    sweep = _simulated(Path(simulations.__file__).parent / "scenarios" / "demo.toml", folder, workers, {})
+    path = write_report(sweep, out, workers)
+    say(*_summary(sweep), "", f"report: {path}")
+
+
+def simulate(
+    scenario: Annotated[Path, typer.Argument(help="A TOML file of one scenario or of a sweep.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the run or sweep.", show_default=False)],
+    workers: Annotated[
+        int, typer.Option("--workers", "-w", min=1, help="Processes of a sweep, or threads of a single run.")
+    ] = 2,
+    executor: ExecutorAddress = "processes",
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Replace a setting or an axis; repeatable.")
+    ] = None,
+) -> None:
+    """Simulates a scenario, or every scenario of a sweep; a second call runs only what is missing."""
+    import_from_here()
+    result = _simulated(scenario, out, workers, dict(_change(text) for text in changes or []), executor)
+    say(*_summary(result))
+
+
+def _simulated(
+    toml: Path, out: Path, workers: int, changes: Mapping[str, Any], executor: str = "processes"
+) -> "Run | Sweep":
+    from simulations import load_sweep, run, run_sweep
+
+    scenarios, axes = load_sweep(toml, **changes)
+    check_executor(executor)
+    if executor != "processes":
+        if len(scenarios) == 1:
+            raise InputError(f"--executor: it shares out the runs of a sweep, {toml} is a single scenario")
+        with executor_for(executor, workers, several=True) as pool:
+            return run_sweep(scenarios, out, axes=axes, executor=pool)
+    if len(scenarios) == 1:
+        return run(scenarios[0], out, workers=workers, progress=True)
+    return run_sweep(scenarios, out, axes=axes, workers=workers)
+
+
+def _change(text: str) -> tuple[str, Any]:
+    """`name=value`, the value as in TOML, or a bare word."""
+    import tomllib
+
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise InputError(f"--set: expected NAME=VALUE, found {text!r}")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value
+
+
+def _summary(result: "Run | Sweep") -> list[str]:
+    """The head of a run; of a sweep, each condition's main accuracy and ASR at the end, its control's beside it."""
+    from gradlens import Run
+
+    if isinstance(result, Run):
+        return [f"run: {result.path}, head {result.head}"]
+    from gradlens.reporting.analysis import attack_table
+
+    return lines_of(attack_table(result), ".2f")
