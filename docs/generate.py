@@ -6,12 +6,11 @@
 import inspect
 import shutil
 import sys
+import tomllib
 import types
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,11 +101,9 @@ API = {
 
 
 def version() -> str:
-    """The version of the installed distribution."""
-    try:
-        return installed_version("gradlens-forensics")
-    except PackageNotFoundError:
-        return "from source"
+    """The version that is being documented."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        return tomllib.load(file)["project"]["version"]
 
 
 def everything(folder: Path, extra: Path) -> None:
@@ -267,7 +264,7 @@ def parameter_name(parameter: Any) -> str:
     """How a parameter is written on the command line."""
     if parameter.param_type_name == "argument":
         return parameter.metavar or parameter.name.upper()
-    value = "" if parameter.is_flag else f" {parameter.metavar or parameter.type.name.upper()}"
+    value = "" if parameter.is_flag else f" {parameter.metavar or parameter.type.name.upper().removesuffix(' RANGE')}"
     return ", ".join(parameter.opts) + value
 
 
