@@ -445,7 +445,7 @@ FLIPS = """
     import sys
     from pathlib import Path
     import numpy as np
-    from gradlens.log import InputError
+    from gradlens.errors import InputError
     from gradlens.log.files import read_state, read_updates
     from gradlens.log.writer import read_header
     folder = Path(sys.argv[1])
