@@ -3,11 +3,11 @@
 `everything` is called by conf.py at each build; nothing that it writes is committed.
 """
 
+import ast
 import inspect
 import shutil
 import sys
 import tomllib
-import types
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import import_module
@@ -190,12 +190,17 @@ def summary(entry: Callable[..., Any]) -> str:
 
 def first_paragraph(entry: Any) -> str:
     """The first paragraph of a docstring, as one line."""
-    return " ".join((inspect.getdoc(entry) or "").split("\n\n")[0].split())
+    return one_line(inspect.getdoc(entry))
 
 
-def documented(entry: Any, name: str = "") -> str:
+def one_line(docstring: str | None) -> str:
+    """The first paragraph, as one line."""
+    return " ".join((docstring or "").split("\n\n")[0].split())
+
+
+def documented(entry: Any) -> str:
     """The directive that shows signature and docstring of a function or class."""
-    place = name or f"{entry.__module__}.{entry.__qualname__}"
+    place = f"{entry.__module__}.{entry.__qualname__}"
     if inspect.isclass(entry):
         return f".. autoclass:: {place}\n   :members:\n"
     return f".. autofunction:: {place}\n"
@@ -203,31 +208,50 @@ def documented(entry: Any, name: str = "") -> str:
 
 def api_pages() -> dict[str, str]:
     """A page per module with its public names, and one per name; entries of the tables have theirs already."""
-    pages, listed = {}, []
-    for module_name, lead in API.items():
-        module = import_module(module_name)
-        listed.append(module_name)
-        rows = []
-        for name in public(module):
-            thing = getattr(module, name)
-            pages[f"api/{module_name}.{name}.rst"] = heading(name) + documented(thing, f"{module_name}.{name}")
-            rows.append([f":doc:`{name} <{module_name}.{name}>`", plain(first_paragraph(thing))])
-        hidden = "\n".join(f"   {module_name}.{name}" for name in public(module))
-        pages[f"api/{module_name}.rst"] = (
-            f"{heading(module_name)}{lead}\n\n{table(['name', 'in a sentence'], rows)}\n"
+    pages = {}
+    for module, lead in API.items():
+        summaries = public(module)
+        for name in summaries:
+            directive = "autoclass" if is_class(module, name) else "autofunction"
+            members = "   :members:\n" if directive == "autoclass" else ""
+            pages[f"api/{module}.{name}.rst"] = f"{heading(name)}.. {directive}:: {module}.{name}\n{members}"
+        rows = [[f":doc:`{name} <{module}.{name}>`", plain(text)] for name, text in summaries.items()]
+        hidden = "\n".join(f"   {module}.{name}" for name in summaries)
+        pages[f"api/{module}.rst"] = (
+            f"{heading(module)}{lead}\n\n{table(['name', 'in a sentence'], rows)}\n"
             f".. toctree::\n   :hidden:\n\n{hidden}\n"
         )
-    body = "\n".join(f"   {name}" for name in listed)
+    body = "\n".join(f"   {name}" for name in API)
     pages["api/index.rst"] = f"{heading('Python API')}What is listed here is public and stable in the sense of the "
     pages["api/index.rst"] += f"deprecation rule in CONTRIBUTING.\n\n.. toctree::\n   :maxdepth: 1\n\n{body}\n"
     return pages
 
 
-def public(module: types.ModuleType) -> list[str]:
-    """The functions and classes that a module means to be used, in its order, tables and constants left out."""
-    own = [n for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__ and n[0] != "_"]
-    names = getattr(module, "__all__", own)
-    return [n for n in names if callable(getattr(module, n)) and (inspect.getdoc(getattr(module, n)) or "").strip()]
+def public(module_name: str) -> dict[str, str]:
+    """Name -> first paragraph of the docstring of the functions and classes that a module means to be used."""
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError:  # a framework that is not installed
+        return {name: one_line(ast.get_docstring(node)) for name, node in defined(module_name).items()}
+    names = [n for n, v in vars(module).items() if getattr(v, "__module__", "") == module_name and n[0] != "_"]
+    things = {name: getattr(module, name) for name in getattr(module, "__all__", names)}
+    return {n: first_paragraph(thing) for n, thing in things.items() if callable(thing) and first_paragraph(thing)}
+
+
+def is_class(module_name: str, name: str) -> bool:
+    """Whether a public name is a class."""
+    try:
+        return inspect.isclass(getattr(import_module(module_name), name))
+    except ModuleNotFoundError:
+        return isinstance(defined(module_name)[name], ast.ClassDef)
+
+
+def defined(module_name: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    """The public classes and functions of a module that cannot be imported here."""
+    tree = ast.parse((ROOT / f"{module_name.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    nodes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    (names,) = (node.value for node in tree.body if isinstance(node, ast.Assign) and "__all__" in ast.unparse(node))
+    return {name: nodes[name] for name in ast.literal_eval(names)}
 
 
 def commands_page() -> str:

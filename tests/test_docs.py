@@ -112,6 +112,15 @@ def test_every_entry_and_every_public_name_has_a_page(docs, tmp_path):
     assert (tmp_path / "extra" / "reports" / "gauntlet.html").exists()
 
 
+def test_an_integration_has_its_page_where_its_framework_is_missing(docs, monkeypatch):
+    import generate
+
+    installed = generate.public("gradlens.integrations.nvflare")
+    monkeypatch.setitem(sys.modules, "gradlens.integrations.nvflare", None)
+    assert set(installed) == set(generate.public("gradlens.integrations.nvflare")) == {"GradlensAggregator"}
+    assert generate.is_class("gradlens.integrations.nvflare", "GradlensAggregator")
+
+
 def test_pages_of_entries_that_went_away_go_away_and_the_others_stay_untouched(docs, tmp_path):
     import generate
 
