@@ -12,6 +12,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 
 import docstrings  # noqa: E402
 import generate  # noqa: E402
+from sphinx.ext.autodoc import mock  # noqa: E402
+
+mock._MockObject.__or__ = mock._MockObject.__ror__ = lambda self, other: self  # `Mocked | None` in an annotation
 
 project = "gradlens"
 author = "the gradlens authors"
