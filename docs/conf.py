@@ -2,7 +2,6 @@
 
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
@@ -12,9 +11,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 
 import docstrings  # noqa: E402
 import generate  # noqa: E402
-from sphinx.ext.autodoc import mock  # noqa: E402
+import missing  # noqa: E402
 
-mock._MockObject.__or__ = mock._MockObject.__ror__ = lambda self, other: self  # `Mocked | None` in an annotation
+missing.stand_in("flwr", "nvflare", "pfl")
 
 project = "gradlens"
 author = "the gradlens authors"
@@ -36,7 +35,6 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 autodoc_typehints = "none"  # types are in the docstrings
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_mock_imports = [name for name in ("flwr", "nvflare", "pfl", "byzfl") if find_spec(name) is None]
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 

@@ -6,6 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import gradlens
@@ -29,7 +30,7 @@ def docs(monkeypatch):
     """The scripts in docs, importable."""
     monkeypatch.syspath_prepend(DOCS)
     yield
-    for name in ("generate", "docstrings", "results", "check_links", "scenario_settings"):
+    for name in ("generate", "docstrings", "results", "check_links", "scenario_settings", "missing"):
         sys.modules.pop(name, None)
 
 
@@ -119,6 +120,22 @@ def test_an_integration_has_its_page_where_its_framework_is_missing(docs, monkey
     monkeypatch.setitem(sys.modules, "gradlens.integrations.nvflare", None)
     assert set(installed) == set(generate.public("gradlens.integrations.nvflare")) == {"GradlensAggregator"}
     assert generate.is_class("gradlens.integrations.nvflare", "GradlensAggregator")
+
+
+def test_what_is_not_installed_is_stood_in_for(docs, monkeypatch):
+    import missing
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    missing.stand_in("no_such_framework", "numpy")
+    from no_such_framework.app import Message, Strategy
+
+    class Ours(Strategy):
+        def go(self, message: Message | None = Message.EMPTY) -> None: ...
+
+    assert Ours.__mro__[1] is Strategy
+    assert np.zeros(1) == 0  # what is installed stays
+    for name in [name for name in sys.modules if name.startswith("no_such_framework")]:
+        sys.modules.pop(name)
 
 
 def test_pages_of_entries_that_went_away_go_away_and_the_others_stay_untouched(docs, tmp_path):
