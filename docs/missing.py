@@ -21,8 +21,6 @@ class Anything(type):
 class StandIn(ModuleType):
     """A module of which every attribute is a class that does nothing."""
 
-    __path__: list[str] = []
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
