@@ -23,7 +23,7 @@ MEANING = {
     "schedule": "Which malicious client attacks in which round.",
     "aggregator": "The server's aggregation rule.",
     "detector": "The live filter's detector; none: no filter.",
-    "filter": "What becomes of flagged clients, and how the filter is calibrated; see `gradlens.filtered`.",
+    "filter": "Settings of `gradlens.filtered`; `clean_rounds` and `fpr`, by which the detector is calibrated.",
     "seed": "Of all random numbers.",
     "engine": "How clients are trained: one after another, many at once, or whichever is faster; results agree.",
     "device": "Where they are trained.",
