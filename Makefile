@@ -51,29 +51,32 @@ reports: export GRADLENS_DATA ?= ../shared/data
 reports: .venv/all  ## the committed reports, from real data; what has run already is not run again
 	$(BIN)/gradlens simulate simulations/scenarios/first_look.toml -o runs/first_look
 	$(BIN)/gradlens report runs/first_look -o reports/first_look.html
-	$(BIN)/python reports/picture.py runs/first_look reports/picture.png
-	$(BIN)/gradlens simulate simulations/scenarios/localisation.toml -o runs/localisation
-	$(BIN)/python reports/localisation.py runs/localisation
+	$(BIN)/python -m simulations.studies.picture runs/first_look reports/picture.png
+	$(BIN)/gradlens simulate simulations/scenarios/localization.toml -o runs/localization
+	$(BIN)/python -m simulations.studies.localization runs/localization
 	$(BIN)/gradlens simulate simulations/scenarios/pruning.toml -o runs/pruning
-	$(BIN)/python reports/pruning.py runs/pruning
+	$(BIN)/python -m simulations.studies.pruning runs/pruning
 	$(BIN)/gradlens simulate simulations/scenarios/norm_clipping.toml -o runs/norm_clipping
 	$(BIN)/gradlens simulate simulations/scenarios/norm_clipping_femnist.toml -o runs/norm_clipping_femnist
-	$(BIN)/python reports/norm_clipping.py runs/norm_clipping runs/norm_clipping_femnist
-	$(BIN)/gradlens simulate simulations/scenarios/defences.toml -o runs/defences
-	$(BIN)/python reports/defence_table.py runs/defences
+	$(BIN)/python -m simulations.studies.norm_clipping runs/norm_clipping runs/norm_clipping_femnist
+	$(BIN)/gradlens simulate simulations/scenarios/defenses.toml -o runs/defenses
+	$(BIN)/python -m simulations.studies.defenses runs/defenses
 	$(BIN)/gradlens simulate simulations/scenarios/attacks.toml -o runs/attacks
 	$(BIN)/gradlens simulate simulations/scenarios/attacks_data.toml -o runs/attacks_data
 	$(BIN)/gradlens simulate simulations/scenarios/replacement.toml -o runs/replacement
-	$(BIN)/python reports/attack_table.py runs/attacks runs/attacks_data runs/replacement
+	$(BIN)/python -m simulations.studies.attacks runs/attacks runs/attacks_data runs/replacement
+	$(BIN)/python docs/results.py
 
 gauntlet: export GRADLENS_DATA ?= ../shared/data
 gauntlet: .venv/all  ## every detector against every attack; a part: make gauntlet SEEDS=7,8 FAMILIES=trigger,label_flip
-	$(BIN)/python reports/gauntlet.py $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FAMILIES),--families $(FAMILIES)) $(if $(BENIGN),--benign $(BENIGN))
+	$(BIN)/python -m simulations.studies.gauntlet $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FAMILIES),--families $(FAMILIES)) $(if $(BENIGN),--benign $(BENIGN)) \
+		$(if $(DETECTORS),--detectors $(DETECTORS)) $(if $(ATTACK),--attack $(ATTACK)) $(if $(SETTINGS),--settings $(SETTINGS))
+	$(BIN)/python docs/results.py
 
 evidence: export GRADLENS_DATA ?= ../shared/data
 evidence: .venv/all  ## verdicts on sketches beside those on whole updates; keeps 45 GB of runs
-	$(BIN)/python reports/gauntlet.py --keep
-	$(BIN)/python reports/evidence.py runs/gauntlet
+	$(BIN)/python -m simulations.studies.gauntlet --keep
+	$(BIN)/python -m simulations.studies.evidence_levels runs/gauntlet
 
 notebooks: .venv/all  ## opens the notebooks
 	$(BIN)/python -m jupyter lab notebooks

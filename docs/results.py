@@ -7,10 +7,7 @@ import csv
 import re
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "reports"
@@ -26,41 +23,16 @@ BENCH = {
 }
 
 
-def study(name: str) -> Any:
-    """A module of the studies, wherever they are."""
-    if find_spec("simulations.studies") is not None:
-        return import_module(f"simulations.studies.{name}")
-    if (folder := str(REPORTS)) not in sys.path:
-        sys.path.append(folder)
-    return import_module(name)
-
-
 def pages() -> dict[str, str]:
     """Name -> text of every page that is made of tables."""
+    from simulations.studies import attacks, defenses, gauntlet_figures, gauntlet_page
+
     return {
-        "detectors.md": titled("Detectors", detectors()),
-        "defenses.md": titled("Defenses", defenses()),
-        "attacks.md": titled("Attacks", attacks()),
+        "detectors.md": titled("Detectors", gauntlet_page.section(gauntlet_figures.committed())),
+        "defenses.md": titled("Defenses", defenses.section(defenses.committed())),
+        "attacks.md": titled("Attacks", attacks.section(*attacks.committed())),
         "speed.md": titled("Speed", speed()),
     }
-
-
-def detectors() -> str:
-    """The gauntlet: every detector against every attack."""
-    figures = study("gauntlet_tables").committed(REPORTS / "gauntlet.csv")
-    return study("gauntlet_page").readme_section(figures)
-
-
-def defenses() -> str:
-    """Rules and live filters against backdoors and damage."""
-    module = study("defence_table")
-    return module.section(module.committed())
-
-
-def attacks() -> str:
-    """What each attack does where nobody defends."""
-    module = study("attack_table")
-    return module.section(*module.committed())
 
 
 def speed() -> str:
