@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gradlens import DETECTORS, Run, Sweep, calibrate, report
+from gradlens import DETECTORS, Recorder, Run, Sweep, calibrate, report
 from gradlens.errors import InputError
 from gradlens.evaluation import evaluate
+from gradlens.ingestion import with_csv_truth
 from gradlens.localization import PHASES
 from gradlens.log import LogWriter, ModelSpec, Round
 from gradlens.log.files import write_table
@@ -583,3 +584,33 @@ def test_settings_are_shown_in_full():
     assert plain_value(None) == plain_value({}) == "none"
     assert plain_value(0.1) == "0.1"
     assert plain_value("digits") == "digits"
+
+
+def test_a_deep_model_shows_the_layers_that_separate_best():
+    places = [
+        {"control": control, "layer": f"fc{i}", "unit": "", "auc": 0.5 + 0.01 * i * (not control), "p": 0.2}
+        for control in (False, True)
+        for i in range(20)
+    ]
+    block = localization_picture(pd.DataFrame(places), "layer_norms", "Layers.")
+    assert block["caption"] == ("Layers. Shown: the 9 of 20 layers that separate best, in the order of the model.")
+    alone = pd.DataFrame([row for row in places if not row["control"]])
+    assert "the 18 of 20 layers" in localization_picture(alone, "layer_norms", "Layers.")["caption"]
+    few = alone[alone["layer"].isin([f"fc{i}" for i in range(18)])]
+    assert localization_picture(few, "layer_norms", "Layers.")["caption"] == "Layers."
+
+
+@pytest.mark.parametrize(("layers", "clients"), [(19, 4), (2, 2)])
+def test_a_deep_model_and_a_cohort_of_two_make_a_report(tmp_path, layers, clients):
+    state = {f"l{i}.weight": np.zeros((3, 3), np.float32) for i in range(layers)}
+    with Recorder(tmp_path / "run") as recorder:
+        for index in range(2):
+            rng = np.random.default_rng(index)
+            sent = {f"c{k}": {n: rng.normal(size=(3, 3)).astype(np.float32) for n in state} for k in range(clients)}
+            recorder.log_round(state, sent)
+            recorder.commit(state)
+    (tmp_path / "truth.csv").write_text("client\nc1\n")
+    with_csv_truth(tmp_path / "run", tmp_path / "truth.csv")
+    page = report(Run.open(tmp_path / "run"), tmp_path / "report.html").read_text()
+    cannot_say = "Which layer gives malicious clients away cannot be said" in page
+    assert cannot_say == (clients == 2)

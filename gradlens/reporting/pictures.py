@@ -97,13 +97,20 @@ def training_picture(metrics: pd.DataFrame, caption: str, alone: str = ALONE) ->
 
 
 def localization_picture(places: pd.DataFrame, name: str, caption: str) -> Block:
-    """The heat map of one statistic, its control's columns in the same picture; broad ones stacked by phase."""
+    """The heat map of one statistic, its control's columns in the same picture; broad ones stacked by phase.
+
+    Of a deep model it shows the layers that separate best, in the model's order, and says of how many.
+    """
     varied = [c for c in places.columns if c not in ("control", "phase", "layer", "statistic", "unit", "auc", "p")]
-    part = places.assign(statistic=name)
+    layers = places["layer"].nunique()
+    part = _best_layers(places, BROAD // (1 + int(places["control"].any()))).assign(statistic=name)
+    if (shown := part["layer"].nunique()) < layers:
+        caption = f"{caption} Shown: the {shown} of {layers} layers that separate best, in the order of the model."
     labels = set(conditions(part[varied].to_dict("records")))
     columns = len(part["layer"].unique()) * (1 + int(part["control"].any()))
     phases = part["phase"].unique().tolist() if "phase" in part else []
-    rows = [part] if columns * max(1, len(phases)) <= BROAD else [part[part["phase"].eq(phase)] for phase in phases]
+    stacked = len(phases) > 1 and columns * len(phases) > BROAD
+    rows = [part[part["phase"].eq(phase)] for phase in phases] if stacked else [part]
     across = columns * max(1, len(phases) - len(rows) + 1)
     width = 1.6 + 0.075 * max(map(len, labels)) + max(0.48 * across, 5.0)
     height = len(rows) * (1.9 + 0.24 * max(3, len(labels)))
@@ -113,6 +120,14 @@ def localization_picture(places: pd.DataFrame, name: str, caption: str) -> Block
             plot_localization(table, statistic=name, ax=ax)
 
     return figure(draw, (min(14.0, width), height), caption)
+
+
+def _best_layers(places: pd.DataFrame, most: int) -> pd.DataFrame:
+    """The rows of the layers whose AUC among attacked rows is farthest from chance, at most so many layers."""
+    attacked = places[~places["control"].astype(bool)]
+    strength = attacked["auc"].sub(0.5).abs().groupby(attacked["layer"], sort=False).max()
+    best = strength.nlargest(most).index if len(strength) > most else strength.index
+    return places if places["layer"].isin(best).all() else places[places["layer"].isin(best)]
 
 
 def weights_picture(own: pd.DataFrame, free: pd.DataFrame | None, truth: pd.DataFrame | None, alone: str) -> Block:

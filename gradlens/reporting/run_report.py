@@ -59,6 +59,7 @@ class Examination:
     places: pd.DataFrame
     chance: pd.Series
     fpr: float
+    nowhere: str = ""  # why there are no places though something was poisoned
 
 
 def examine(
@@ -84,18 +85,26 @@ def examine(
     said = [{k: getattr(d, k, None) for k in ("threshold", "null")} | {"detector": n} for n, d in calibrated.items()]
     rules = pd.DataFrame(said).assign(run=run.name)
     truth = run.truth if run.has_truth else None
-    scores, figures, places = pd.DataFrame({"control": []}), pd.DataFrame(), pd.DataFrame()
+    scores, figures, places, nowhere = pd.DataFrame({"control": []}), pd.DataFrame(), pd.DataFrame(), ""
     if truth is not None and truth["poisoned"].astype(bool).any():
         scores = _labelled(raw, free, truth)
         figures = evaluate(scores, by=["control"])
-        sources = [run] if control is None else [run, control]
-        beside = None if control is None else [control]
-        found = [
+        places, nowhere = _places(run, control, truth, permutations)
+    return Examination(run, control, raw, free, rules, truth, scores, figures, places, around[2], fpr, nowhere)
+
+
+def _places(run: Run, control: Run | None, truth: pd.DataFrame, permutations: int) -> tuple[pd.DataFrame, str]:
+    """What `localize` gives for a run and its control, or why it cannot say: a cohort of two has no usual client."""
+    sources = [run] if control is None else [run, control]
+    beside = None if control is None else [control]
+    try:
+        tables = [
             localize([(source.log, truth)], permutations=permutations, control=beside if source is run else None)
             for source in sources
         ]
-        places = pd.concat([part.assign(control=bool(i)) for i, part in enumerate(found)], ignore_index=True)
-    return Examination(run, control, raw, free, rules, truth, scores, figures, places, around[2], fpr)
+    except InputError as reason:
+        return pd.DataFrame(), str(reason)
+    return pd.concat([part.assign(control=bool(i)) for i, part in enumerate(tables)], ignore_index=True), ""
 
 
 def _surroundings(run: Run) -> tuple[Run | None, list[Run], pd.Series]:
@@ -360,7 +369,10 @@ def bias_section(e: Examination) -> list[Block]:
 def where_section(e: Examination) -> list[Block]:
     """Section 4."""
     if e.places.empty:
-        return [text("Which layer gives malicious clients away can be said only where the ground truth names some.")]
+        unknown = "Which layer gives malicious clients away can be said only where the ground truth names some."
+        return [
+            text(f"Which layer gives malicious clients away cannot be said: {e.nowhere}." if e.nowhere else unknown)
+        ]
     about = (
         "How well each layer tells the malicious updates from the benign ones by itself, over all attacked rounds. "
         "The intervals of one run are over its rounds and say nothing of other seeds; p says how often randomly named "
