@@ -382,6 +382,8 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def site_links(app: Any, name: str, source: list[str]) -> None:
     """Links to reports lead to their copies in the site, those to other files of the repository to its address."""
     text = source[0].replace("](../../reports/", "](report:").replace("](../reports/", "](report:")
+    for file, page in (("CONTRIBUTING", "contributing"), ("SECURITY", "security"), ("CHANGELOG", "changelog")):
+        text = text.replace(f"](../../{file}.md", f"](../project/{page}.md")
     for folder in ("simulations", "gradlens", "tests", "notebooks"):
         text = text.replace(f"](../../{folder}/", f"]({REPOSITORY}/{folder}/")
     source[0] = text
