@@ -10,6 +10,7 @@ from gradlens.errors import CannotSay, InputError
 from gradlens.log import Layer, ModelSpec, Round, UpdateLog
 from gradlens.log import log as log_module
 from gradlens.log import round as round_module
+from gradlens.log.intake import received
 from gradlens.settings import whole_number
 
 
@@ -114,7 +115,7 @@ def test_what_a_client_sends_never_raises(model):
         "bad\0name": good,
     }
     claims = dict.fromkeys(sent, 5) | {"claim": float("nan"), "many": 2**70}
-    round_ = Round.collect(0, model, STATE, sent, claims)
+    round_ = received(0, model, STATE, sent, claims, as_models=False).round_
     assert list(round_.clients) == ["good", "nan", "huge"]
     assert set(round_.refused) == set(sent) - {"good", "nan", "huge"}
     assert round_.refused["shape"] == "layer 'fc2.bias' must have shape (3,), found (4,)"
@@ -181,7 +182,7 @@ def test_a_part_of_a_round_is_that_part():
 
 
 def test_an_empty_round_has_empty_answers(model):
-    round_ = Round.collect(0, model, STATE, {"a": None}, {"a": 1})
+    round_ = received(0, model, STATE, {"a": None}, {"a": 1}, as_models=False).round_
     assert len(round_) == 0
     assert round_.gram["fc2.bias"].shape == (0, 0)
     assert round_.comparable.shape == (0,)

@@ -174,9 +174,9 @@ class _Adding:
 def _add(sums: np.ndarray, rows: np.ndarray, round_: Round, layer: str, sketched: bool) -> None:
     comparable = np.flatnonzero(round_.comparable)
     if sketched:
-        sums[rows] += _sketch(layer, round_.linear_flat(layer)[comparable])
+        sums[rows] += _sketch(layer, round_.flat(layer, sketch=True)[comparable])
         return
-    updates = round_.linear_flat(layer)
+    updates = round_.flat(layer, sketch=True)
     for row, position in zip(rows.tolist(), comparable.tolist(), strict=True):
         sums[row] += updates[position]
 

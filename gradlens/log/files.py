@@ -21,7 +21,7 @@ from gradlens.log.manifest import beside, regular_file
 from gradlens.log.model import Layer, ModelSpec
 from gradlens.log.round import Round
 from gradlens.log.sketches import POWERS
-from gradlens.log.sources import LazyLayers
+from gradlens.log.sources import ArraySource, LazyLayers
 
 BATCH_BYTES = 1_000_000_000  # a round up to this size is one record batch, read as views
 
@@ -66,10 +66,7 @@ def read_updates(
     def pieces(name: str) -> list[np.ndarray]:
         return [_numbers(batch.column(positions[name]), model[name]) for batch in batches]
 
-    def whole(name: str) -> np.ndarray:
-        return pieces(name)[0] if len(batches) == 1 else np.concatenate(pieces(name))
-
-    updates = LazyLayers(tuple(model), whole, keep=len(batches) == 1, pieces=pieces)
+    updates = ArraySource(tuple(model), pieces)
     clients = np.array([name for batch in batches for name in batch.column(0).to_pylist()], dtype=np.str_)
     num_examples = np.concatenate([batch.column(1).to_numpy(zero_copy_only=True) for batch in batches])
     place = 2 + len(model)

@@ -20,7 +20,6 @@ from gradlens.log.kernels import BLOCK, Columns
 from gradlens.log.model import ModelSpec
 from gradlens.log.round import Round
 from gradlens.log.sketches import CountSketch
-from gradlens.log.sources import LazyLayers
 
 if TYPE_CHECKING:
     from gradlens.detectors import Detector, Verdict
@@ -309,9 +308,7 @@ def fitted(model: ModelSpec, round_: Round) -> Round:
     for layer in model.layers:
         if (shape := np.shape(round_.global_model[layer.name])) != layer.shape:
             raise InputError(f"{where}: layer {layer.name!r} must have shape {layer.shape}, found {shape}")
-    if isinstance(round_.updates, LazyLayers) or round_.buffers == model.buffers:
-        return round_
-    return replace(round_, buffers=model.buffers)
+    return round_ if round_.buffers == model.buffers else replace(round_, buffers=model.buffers)
 
 
 def _nothing(model: ModelSpec) -> Accumulated:
@@ -362,7 +359,7 @@ def _residuals(round_: Round, layer: str) -> tuple[Columns, np.ndarray, np.ndarr
     the norms of these residuals, float64 [client]; and what clips them at three times their median.
     """
     comparable, median = round_.comparable, round_.median[layer].reshape(-1)
-    columns = round_.linear(layer)
+    columns = round_.columns(layer, sketch=True)
 
     def residuals(start: int, stop: int) -> np.ndarray:
         numbers = columns(start, stop)

@@ -112,7 +112,7 @@ def _absent(course: _Course, clients: set[str], sketched: bool) -> dict[str, Lay
     known = dict(course.absent)
     for row, client in enumerate(course.last.clients.tolist()):
         if client in clients and course.seen[client] == course.before:
-            flat = {name: course.last.linear_flat(name)[row] for name in course.last.parameters}
+            flat = {name: course.last.flat(name, sketch=True)[row] for name in course.last.parameters}
             known[client] = {name: np.array(_vector(name, each, sketched)) for name, each in flat.items()}
     size = 4 * sum(len(each) for each in course.places[-1].values())
     return {client: known[client] for client in latest[: int(BUDGET / 2) // size]}
@@ -163,7 +163,7 @@ def _pairs(
     course: _Course, round_: Round, rows: Mapping[str, int], layer: str, sketched: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each client's update of one layer in this round and the one before it; not copied."""
-    now, last = round_.linear_flat(layer), course.last.linear_flat(layer)
+    now, last = round_.flat(layer, sketch=True), course.last.flat(layer, sketch=True)
     position = {client: row for row, client in enumerate(course.last.clients.tolist())}
     pairs = []
     for client, row in rows.items():
