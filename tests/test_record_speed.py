@@ -12,8 +12,7 @@ import planted
 from conftest import STATE, random_round
 from gradlens.aggregators import multi_krum
 from gradlens.errors import InputError
-from gradlens.log import ModelSpec, Round, UpdateLog, kernels
-from gradlens.log import log as log_module
+from gradlens.log import ModelSpec, Round, UpdateLog, accumulated, kernels
 from gradlens.log import round as round_module
 from gradlens.log.sources import ArraySource
 from gradlens.statistics import final_bias
@@ -93,7 +92,7 @@ def test_only_the_newest_round_of_a_log_holds_its_order(model):
     for prefix in log.prefixes():
         _ = prefix[-1].ordered["fc2.weight"]
         _ = prefix[-1].median["fc2.weight"]
-    assert [bool(round_.ordered.held) for round_ in log] == [False, False, False, True]
+    assert [bool(round_.ordered.held) for round_ in log._memory.sources] == [False, False, False, True]
 
 
 # --- inner products
@@ -315,7 +314,7 @@ def test_sums_that_were_interrupted_are_formed_anew(model, monkeypatch):
     rounds = [random_round(i) for i in range(4)]
     log, calls = UpdateLog(model, rounds), []
     _ = log[:3].accumulated
-    honest = log_module._clipped
+    honest = accumulated.clipped
 
     def failing(*args):
         calls.append(args)
@@ -324,7 +323,7 @@ def test_sums_that_were_interrupted_are_formed_anew(model, monkeypatch):
         return honest(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(log_module, "_clipped", failing)
+        patched.setattr(accumulated, "clipped", failing)
         with pytest.raises(Interrupted):
             _ = log.accumulated
     for name, array in UpdateLog(model, rounds).accumulated.sums.items():

@@ -8,7 +8,7 @@ import pandas as pd
 
 from gradlens.errors import CannotSay
 from gradlens.log import Round, UpdateLog
-from gradlens.log.log import BUDGET, _sketch
+from gradlens.log.accumulated import BUDGET, sketch_rows
 from gradlens.log.round import BLOCK
 from gradlens.settings import whole_number
 from gradlens.statistics.cohort import ROUNDING, cohort, table
@@ -103,7 +103,7 @@ class _Predicting:
 
 def _vector(layer: str, numbers: np.ndarray, sketched: bool) -> np.ndarray:
     """The numbers of a layer in a row: not copied, or sketched."""
-    return _sketch(layer, numbers.reshape(1, -1))[0] if sketched else numbers.reshape(-1)
+    return sketch_rows(layer, numbers.reshape(1, -1))[0] if sketched else numbers.reshape(-1)
 
 
 def _absent(course: _Course, clients: set[str], sketched: bool) -> dict[str, Layers]:
