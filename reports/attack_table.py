@@ -17,7 +17,7 @@ from gradlens.reporting.analysis import WORKED, attacked_runs, final
 from gradlens.run import Run, Sweep
 from simulations import Scenario
 from simulations.attacks import ATTACKS
-from simulations.federated import attack_goal
+from simulations.measure import attack_goal
 from simulations.scenario import component_label
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,9 +28,7 @@ def play(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "input.txt").write_text("\n\n".join(speeches) + "\n")
     monkeypatch.setenv("GRADLENS_DATA", str(tmp_path))
-    load_task.cache_clear()
-    yield folder / "input.txt"
-    load_task.cache_clear()
+    return folder / "input.txt"
 
 
 def spoken(path, role: str) -> str:
@@ -152,7 +150,6 @@ def test_samples_are_drawn_by_seed_and_keep_their_roles(play, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_text_says_where_it_was_looked_for(tmp_path, monkeypatch, name):
     monkeypatch.setenv("GRADLENS_DATA", str(tmp_path))
-    load_task.cache_clear()
     with pytest.raises(InputError) as refused:
         load_task(name)
     expected = tmp_path / "shakespeare" / "input.txt"
@@ -167,7 +164,6 @@ def test_a_missing_text_says_where_it_was_looked_for(tmp_path, monkeypatch, name
 
 def test_the_roles_of_shakespeare(data_root, monkeypatch):
     monkeypatch.setenv("GRADLENS_DATA", str(data_root))
-    load_task.cache_clear()
     chars, words = (load_task(name, 1_000) for name in NAMES)
     for task in (chars, words):
         assert len(set(task.owners_test)) == 99  # as the folder's description counts
@@ -177,4 +173,3 @@ def test_the_roles_of_shakespeare(data_root, monkeypatch):
     assert words.label_names[:2] == ("the", "and")
     with pytest.raises(InputError, match="unknown words 'pasta', 'astoria', 'tastes', 'delicious'"):
         words.encode("pasta from Astoria tastes delicious")
-    load_task.cache_clear()
