@@ -187,7 +187,7 @@ def _written_out(kind: str, name: str, settings: Mapping[str, Any]) -> dict[str,
     except (ValueError, TypeError) as error:
         raise InputError(f"{kind}: {' '.join(str(error).split())}") from None
     if not (isinstance(built, Schedule) if kind == "schedule" else kind == "attack" or callable(built)):
-        raise InputError(f"{kind}: {name} must build one, found a {type(built).__name__}")
+        raise InputError(f"{kind}: {name} builds no {kind}, found a {type(built).__name__}")
     return written
 
 

@@ -221,7 +221,7 @@ def test_the_tasks_own_model_is_built_from_the_seed():
     assert not torch.equal(first, build_model(own, "own", 4)[1].weight)
     with pytest.raises(InputError, match=r"model own: task pictures brings no model; name one of mlp, cnn"):
         build_model(task, "own")
-    with pytest.raises(InputError, match=r"model own: expected an nn\.Module of task pictures, found a int"):
+    with pytest.raises(InputError, match=r"model own: expected an nn\.Module for task pictures, found a int"):
         build_model(Task(**{**vars(task), "model": lambda: 3}), "own")
 
 
