@@ -5,8 +5,9 @@ from typing import NamedTuple
 import numpy as np
 
 from simulations.attacks import Schedule, Turn
+from simulations.components import build
 from simulations.randomness import Stream, address
-from simulations.scenario import Scenario, build
+from simulations.scenario import Scenario
 
 
 class Cohort(NamedTuple):

@@ -20,9 +20,11 @@ from gradlens.log.files import replace_with, write_table
 from gradlens.log.manifest import MANIFEST, RUN, read_manifest
 from gradlens.processes import processes
 from gradlens.run import CONTROL_COLUMNS, CONTROLS, SWEEP, Run, Sweep
-from simulations.attacks import build_attack
-from simulations.federated import attack_goal, attack_success, run, tested
-from simulations.scenario import Component, Scenario, varied
+from simulations.attacks import build_part
+from simulations.components import Component
+from simulations.measure import attack_goal, attack_success, measuring_task
+from simulations.rounds import run
+from simulations.scenario import Scenario, varied
 from simulations.tasks import build_model
 from simulations.training import one_thread
 
@@ -208,7 +210,7 @@ def _measure_controls(scenarios: Sequence[Scenario], folder: Path, executor: Exe
 def control_success(control: Scenario, path: Path, attack: str) -> list[float]:
     """The success of an attack (the JSON of its parts) after each round of a run in which nobody attacked."""
     goal = attack_goal(control.replace(attack=json.loads(attack), num_malicious=1))
-    model = build_model(tested(control), control.model)
+    model = build_model(measuring_task(control), control.model)
     with one_thread():
         return [attack_success(goal, model, state) for state in Run.open(path).states()]
 
@@ -216,7 +218,7 @@ def control_success(control: Scenario, path: Path, attack: str) -> list[float]:
 def _poisoning(scenario: Scenario) -> str:
     """What of an attack decides its success on a given model, as JSON: the parts that have a target."""
     parts: Component = scenario.attack
-    return json.dumps({n: each for n, each in parts.items() if build_attack({n: each}).poisons})
+    return json.dumps({n: each for n, each in parts.items() if build_part(n, each).poisons})
 
 
 def _known(folder: Path, attacked: Sequence[Scenario]) -> dict[tuple[Scenario, str], list[float]]:

@@ -6,21 +6,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulations.attacks import build_attack
+from simulations.attacks.boosting import (
+    explicit_boosting,
+    layer_substitution,
+    model_replacement,
+    scaling,
+    train_and_scale,
+)
+from simulations.attacks.perturbation import min_max, min_sum
 from simulations.attacks.sending import (
     a_little_is_enough,
     copies,
-    explicit_boosting,
     gaussian,
     inner_product,
-    layer_substitution,
     mimic,
-    min_max,
-    min_sum,
-    model_replacement,
-    scaling,
     sign_flip,
     supported,
-    train_and_scale,
     zero,
 )
 from test_attacks import PARAMETERS, STATE, send, updates_of

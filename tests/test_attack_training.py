@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from gradlens.errors import InputError
 from gradlens.log import ModelSpec
 from simulations.attacks import ATTACKS, Reference, Training, build_attack
-from simulations.attacks.local_training import constrain_and_scale, hiding, neurotoxin, norm_bound, own_training
+from simulations.attacks.hiding import hiding
+from simulations.attacks.local_training import constrain_and_scale, neurotoxin, norm_bound, own_training
 from test_attack_sending import flat, rows_of
 from test_attacks import PARAMETERS, STATE, reference, send, updates_of
 
@@ -104,9 +105,15 @@ def test_a_penalty_of_ones_own():
     assert train_of(attack).needs_honest
 
 
-@pytest.mark.parametrize("penalty", ["l2", "no_such_module:f"])
-def test_an_unknown_penalty_is_one_line_that_names_the_others(penalty):
-    with pytest.raises(InputError, match="expected norm, cosine, final_bias or module:function"):
+@pytest.mark.parametrize(
+    ("penalty", "found"),
+    [
+        ("l2", "expected norm, cosine, final_bias or module:function, found 'l2'"),
+        ("no_such_module:f", "cannot import 'no_such_module:f'"),
+    ],
+)
+def test_an_unknown_penalty_is_one_line(penalty, found):
+    with pytest.raises(InputError, match=f"^constrain_and_scale: penalty: {found}"):
         constrain_and_scale(penalty=penalty)
 
 

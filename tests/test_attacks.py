@@ -11,7 +11,18 @@ from pydantic import ValidationError
 
 from gradlens.errors import InputError
 from gradlens.log import ModelSpec
-from simulations.attacks import ATTACKS, Attack, Pool, Reference, Situation, Training, build_attack, compose
+from simulations.attacks import (
+    ATTACKS,
+    NEXT_STAGE,
+    Attack,
+    Pool,
+    Reference,
+    Situation,
+    Training,
+    build_attack,
+    compose,
+    in_order,
+)
 from simulations.partition import Split
 from simulations.tasks import Task
 
@@ -402,3 +413,73 @@ def test_every_attack_says_what_it_is_and_takes_plain_settings(name):
     assert builder.__doc__.strip()
     for parameter in inspect.signature(builder).parameters.values():
         assert isinstance(parameter.default, bool | int | float | str | None)
+
+
+@every_attack
+def test_an_attack_prints_as_the_call_that_built_it(name):
+    builder = ATTACKS[name]
+    settings = {key: parameter.default for key, parameter in inspect.signature(builder).parameters.items()}
+    expected = f"{name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
+    assert repr(builder()) == repr(build_attack({name: {}})) == expected
+
+
+def negated(factor: float = 2.0) -> Attack:
+    """An attack of the user's own, made without the decorator of the built-in ones."""
+    return Attack(send=lambda trained, others, _: {name: -factor * array for name, array in trained.items()})
+
+
+def gray(target_label: int = 3) -> Attack:
+    """Another one, on data."""
+    return Attack(
+        lambda task, y: np.full_like(y, target_label), target_label, stamp=lambda task, x, part: np.full_like(x, 0.5)
+    )
+
+
+def frozen() -> Attack:
+    """Another one, in training."""
+    return Attack(train=Training(gradient=lambda gradients, _: {name: 0 * each for name, each in gradients.items()}))
+
+
+def test_an_attack_from_outside_comes_after_the_built_in_ones_of_its_stage():
+    parts = {
+        "test_attacks:negated": {"factor": 3.0},
+        "scaling": {"factor": 2.0},
+        "test_attacks:frozen": {},
+        "norm_bound": {},
+        "test_attacks:gray": {},
+        "trigger": {"target_label": 3, "size": 2},
+    }
+    attack = build_attack(parts)
+    assert repr(attack) == (
+        "trigger(target_label=3, size=2)+gray()+norm_bound()+frozen()+scaling(factor=2.0)+negated(factor=3.0)"
+    ).replace("size=2", "size=2, row=2, column=2, value=1.0").replace("bound()", "bound(bound=1.0, every=10)")
+    task, trained = image_task(), updates_of(2, seed=0)
+    assert (attack.stamp(task, task.x_test, None) == 0.5).all()  # after the trigger
+    np.testing.assert_array_equal(send(attack, trained, {})["fc1.bias"], -6 * trained["fc1.bias"])
+    assert {"norm_bound", "test_attacks:frozen"} < set(parts)
+    assert build_attack(dict(reversed(parts.items()))).calls == attack.calls
+
+
+def test_the_stage_of_the_built_in_attacks_is_that_of_their_place():
+    order = in_order({name: sender(name) for name in ATTACKS})
+    assert order == list(ATTACKS)
+    starts = [order.index(name) for name in NEXT_STAGE.values()]
+    stages = ["data"] * starts[0] + ["training"] * (starts[1] - starts[0]) + ["sending"] * (len(order) - starts[1])
+    for name, stage in zip(order, stages, strict=True):
+        if name not in ("own_training", "hiding"):  # one does nothing by default, the other is in two stages
+            assert ATTACKS[name]().stage == stage
+
+
+@pytest.mark.parametrize(
+    ("parts", "found"),
+    [
+        ({"triger": {}}, r"attack: there is no 'triger'; did you mean trigger"),
+        ({"no_such_module:f": {}}, "attack: cannot import 'no_such_module:f'"),
+        ({"test_attacks:LETTERS": {}}, "attack: expected a function"),
+        ({"builtins:dict": {}}, "builtins:dict must build an Attack, found a dict"),
+    ],
+)
+def test_what_is_no_attack_is_one_line(parts, found):
+    with pytest.raises(InputError, match=found) as caught:
+        build_attack(parts)
+    assert "\n" not in str(caught.value)

@@ -12,7 +12,8 @@ from scipy.stats import hypergeom
 from gradlens.errors import InputError
 from simulations.attacks import SCHEDULES
 from simulations.cohorts import Cohort, client_names, cohorts, malicious_clients, participants
-from simulations.scenario import Scenario, build
+from simulations.components import build
+from simulations.scenario import Scenario
 
 ROUNDS = 12
 SETTINGS = {

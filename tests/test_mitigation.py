@@ -28,7 +28,7 @@ from gradlens.mitigation import (
     without_extreme_weights,
 )
 from simulations import Scenario, run
-from simulations.federated import assemble
+from simulations.assemble import assemble
 from simulations.tasks import Task, build_model, load_task
 from simulations.tasks.models import LSTM
 from simulations.training import load_state, predict

@@ -219,9 +219,9 @@ def test_the_tasks_own_model_is_built_from_the_seed():
     first, second = (build_model(own, "own", 3)[1].weight for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, build_model(own, "own", 4)[1].weight)
-    with pytest.raises(InputError, match=r"model own: task pictures brings no model; expected one of mlp, cnn"):
+    with pytest.raises(InputError, match=r"model own: task pictures brings no model; name one of mlp, cnn"):
         build_model(task, "own")
-    with pytest.raises(InputError, match=r"model own: task pictures: expected an nn\.Module, found a int"):
+    with pytest.raises(InputError, match=r"model own: expected an nn\.Module for task pictures, found a int"):
         build_model(Task(**{**vars(task), "model": lambda: 3}), "own")
 
 

@@ -10,8 +10,7 @@ import gradlens
 import planted
 from gradlens import AGGREGATORS, DETECTORS, InputError, Recorder, calibrate, filtered, replay
 from gradlens.log.writer import VERDICT_COLUMNS
-from simulations import Scenario, run
-from simulations.federated import measure_of
+from simulations import Scenario, measure_of, run
 
 ATTACKED = Scenario(
     num_clients=10, rounds=5, num_malicious=2, poison_rate=0.5, server_learning_rate=0.8, server_momentum=0.5,
@@ -129,12 +128,12 @@ def test_wrong_words_are_one_line(attacked, monkeypatch, capsys, words, reason):
 
 
 def test_without_its_data_a_run_is_replayed_unmeasured(attacked, monkeypatch, capsys):
-    import simulations.federated
+    import simulations
 
     def absent(scenario):
         raise InputError("task: expected digits, found none")
 
-    monkeypatch.setattr(simulations.federated, "measure_of", absent)
+    monkeypatch.setattr(simulations, "measure_of", absent)
     code, said = asked(monkeypatch, capsys, attacked.path, "--csv")
     assert code == 0
     assert said.out.splitlines()[0] == "round,clients,left_out,change,recorded_change,distance"

@@ -10,7 +10,8 @@ import pytest
 from gradlens.aggregators import AGGREGATORS, filtered
 from gradlens.detectors import DETECTORS, calibrate
 from gradlens.errors import InputError
-from simulations.scenario import SCENARIOS, Scenario, live_filter, load_sweep, sweep, varied
+from simulations.components import live_filter
+from simulations.scenario import SCENARIOS, Scenario, load_sweep, sweep, varied
 
 ATTACKED = {"attack": {"trigger": {"size": 3}}, "num_malicious": 4, "poison_rate": 0.3}
 
@@ -84,15 +85,15 @@ def test_a_filter_that_is_calibrated_on_first_rounds():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"filter": {"clean_rounds": -1}, "detector": "flame"}, "filter: clean_rounds is a number of rounds, found -1"),
-        ({"filter": {"clean_rounds": True}, "detector": "flame"}, "filter: clean_rounds is a number of rounds"),
-        ({"filter": {"clean_rounds": 3, "fpr": 1}, "detector": "flame"}, "filter: fpr is a rate above 0 and below 1"),
+        ({"filter": {"clean_rounds": -1}, "detector": "flame"}, "filter: clean_rounds must be a whole number of"),
+        ({"filter": {"clean_rounds": True}, "detector": "flame"}, "filter: clean_rounds must be a whole number"),
+        ({"filter": {"clean_rounds": 3, "fpr": 1}, "detector": "flame"}, "filter: fpr must be a rate above 0"),
         ({"filter": {"action": "clip"}}, "filter: its settings need a detector, found none"),
         ({"filter": {"action": "drop"}}, "filter: its settings need a detector, found none"),
         ({"filter": {"actoin": "clip"}, "detector": "flame"}, "'actoin' is no setting; did you mean action?"),
         ({"filter": {"action": "clap"}, "detector": "flame"}, "action is one of drop, down_weight, clip, record"),
         ({"filter": {"out_for": -2}, "detector": "flame"}, "out_for is a number of rounds, or None until cleared"),
-        ({"filter": {"cleared": "a"}, "detector": "flame"}, "cleared is a list of clients' names"),
+        ({"filter": {"cleared": "a"}, "detector": "flame"}, "cleared must be a list of clients' names"),
         ({"filter": "clip", "detector": "flame"}, "filter: expected a table of its settings"),
         ({"aggregator": {"weak_dp": {"std": -1.0}}}, "weak_dp: std is a number of at least 0"),
         ({"aggregator": {"bucketing": {"rule": "means"}}}, "bucketing: rule is an aggregator or one of mean"),
@@ -174,21 +175,21 @@ def test_labels_are_short():
         ({"momentum": 1.0}, "momentum"),
         ({"seed": -1}, "seed"),
         ({"task": ""}, "task"),
-        (
-            {"model": "vgg"},
-            "model: there is no 'vgg'; `gradlens list models` shows all",
-        ),
+        ({"model": "vgg"}, "model: there is no 'vgg'; `gradlens list models` shows all"),
+        ({"model": "resnet"}, "model: there is no 'resnet'; did you mean resnet18?"),
         ({"num_malicious": 21}, "num_malicious: expected at most num_clients = 20, found 21"),
         ({"clients_per_round": 21}, "clients_per_round: expected at most num_clients = 20, found 21"),
-        ({"attack": "triger"}, "attack: there is no 'triger'; did you mean trigger or text_trigger?"),
-        ({"attack": {"trigger": {"sise": 3}}}, "trigger: 'sise' is no setting; did you mean size?"),
+        ({"attack": "triger"}, "attack: there is no 'triger'; did you mean trigger or"),
+        ({"attack": {"trigger": {"sise": 3}}}, "attack: trigger: 'sise' is no setting; did you mean size?"),
+        ({"attack": {"trigger": {"depth": 3}}}, "'depth' is no setting; expected one of target_label, size, row"),
         ({"attack": {"trigger": {"size": 0}}}, "trigger: size"),
+        ({"attack": {"scaling": {"factor": float("inf")}}}, "scaling: factor: expected a finite number, found inf"),
         ({"attack": {"trigger": {"size": "3"}}}, "trigger: size: expected int, found '3'"),
         ({"attack": {"label_flip": {"target_label": 7}}}, "source and target label must differ, both are 7"),
         ({"attack": {"trigger": {}, "label_flip": {}}}, "must agree on the target label, found [1, 5]"),
         ({"attack": ["trigger"]}, "attack: expected a name or a table name -> settings, found ['trigger']"),
         ({"partition": {"dirichlet": {"alpha": 0.0}}}, "partition: dirichlet: alpha"),
-        ({"partition": {"iid": {}, "dirichlet": {}}}, "partition: expected exactly one name, found iid, dirichlet"),
+        ({"partition": {"iid": {}, "dirichlet": {}}}, "partition: expected exactly one, found iid, dirichlet"),
         ({"partition": None}, "partition: expected a name"),
         ({"schedule": {"every_round": {"first": 1}}}, "every_round: 'first' is no setting; there are none"),
         (ATTACKED | {"schedule": {"from_round": {"first": 25}}}, "from_round(first=25) never comes in 25 rounds"),
@@ -202,8 +203,9 @@ def test_labels_are_short():
         ({"nonfinite_rate": -0.1}, "nonfinite_rate: input should be greater than or equal to 0"),
         ({"engine": "fast"}, "engine: input should be 'auto', 'plain' or 'stacked', found 'fast'"),
         ({"device": "tpu"}, "device: input should be 'auto', 'cpu' or 'cuda', found 'tpu'"),
-        ({"aggregator": "avarage"}, "aggregator: there is no 'avarage'; `gradlens list aggregators` shows all"),
+        ({"aggregator": "avarage"}, "aggregator: there is no 'avarage'; `gradlens list aggregators`"),
         ({"detector": "oracle"}, "detector: there is no 'oracle'; `gradlens list detectors` shows all"),
+        ({"partition": "dirichelt"}, "partition: there is no 'dirichelt'; did you mean dirichlet?"),
         ({"rounds": 0, "seed": -1}, "(and 1 more)"),
     ],
 )

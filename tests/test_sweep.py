@@ -14,8 +14,9 @@ import torch
 import gradlens
 from gradlens.errors import InputError
 from gradlens.log import LogWriter
-from simulations import federated, run_sweep
-from simulations.federated import attack_goal, attack_success, run
+from simulations import rounds, run_sweep
+from simulations.measure import attack_goal, attack_success
+from simulations.rounds import run
 from simulations.scenario import Scenario, sweep
 from simulations.tasks import build_model, load_task
 
@@ -78,7 +79,7 @@ def test_a_second_call_runs_nothing(swept, monkeypatch):
     def untouched(*_):
         pytest.fail("it ran again")
 
-    monkeypatch.setattr(federated, "assemble", untouched)
+    monkeypatch.setattr(rounds, "assemble", untouched)
     monkeypatch.setattr(sweep_module, "control_success", untouched)
     assert heads(run_sweep(CELLS, swept.path, axes=AXES, workers=2, progress=False)) == heads(swept)
 

@@ -7,7 +7,6 @@ import pytest
 
 from gradlens.errors import InputError
 from simulations.tasks import load_task
-from simulations.tasks.load import cached_task
 from simulations.tasks.text import CHARACTER_STRIDE, CHARACTERS, ENOUGH, VOCABULARY, WORD_STRIDE, WORDS
 
 NAMES = ["shakespeare_chars", "shakespeare_words"]
@@ -29,9 +28,7 @@ def play(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "input.txt").write_text("\n\n".join(speeches) + "\n")
     monkeypatch.setenv("GRADLENS_DATA", str(tmp_path))
-    cached_task.cache_clear()
-    yield folder / "input.txt"
-    cached_task.cache_clear()
+    return folder / "input.txt"
 
 
 def spoken(path, role: str) -> str:
@@ -153,7 +150,6 @@ def test_samples_are_drawn_by_seed_and_keep_their_roles(play, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_text_says_where_it_was_looked_for(tmp_path, monkeypatch, name):
     monkeypatch.setenv("GRADLENS_DATA", str(tmp_path))
-    cached_task.cache_clear()
     with pytest.raises(InputError) as refused:
         load_task(name)
     expected = tmp_path / "shakespeare" / "input.txt"
@@ -168,7 +164,6 @@ def test_a_missing_text_says_where_it_was_looked_for(tmp_path, monkeypatch, name
 
 def test_the_roles_of_shakespeare(data_root, monkeypatch):
     monkeypatch.setenv("GRADLENS_DATA", str(data_root))
-    cached_task.cache_clear()
     chars, words = (load_task(name, 1_000) for name in NAMES)
     for task in (chars, words):
         assert len(set(task.owners_test)) == 99  # as the folder's description counts
@@ -178,4 +173,3 @@ def test_the_roles_of_shakespeare(data_root, monkeypatch):
     assert words.label_names[:2] == ("the", "and")
     with pytest.raises(InputError, match="unknown words 'pasta', 'astoria', 'tastes', 'delicious'"):
         words.encode("pasta from Astoria tastes delicious")
-    cached_task.cache_clear()

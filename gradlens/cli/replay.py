@@ -46,8 +46,7 @@ def _measure(run: "Run") -> Callable[[Any], dict[str, float]] | None:
     if not run.scenario:
         return None
     try:
-        from simulations import Scenario
-        from simulations.federated import measure_of
+        from simulations import Scenario, measure_of
 
         return measure_of(Scenario(**run.scenario))
     except (InputError, ModuleNotFoundError) as error:

@@ -1,14 +1,16 @@
 """What malicious clients do: what they train on, how they train, what they send, and when.
 
-An attack is a value that by default does nothing; parts that poison data, parts that train differently and parts
-that change what is sent compose into one. Settings are named as in a scenario:
-`{"trigger": {"target_label": 1}, "scaling": {"factor": 3}}`.
+An attack is a value that does nothing by default. Parts that poison data, that train differently and that change what
+is sent compose into one: `build_attack({"trigger": {"target_label": 1}, "scaling": {"factor": 3.0}})`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+from gradlens.errors import InputError
 from gradlens.names import named
+from gradlens.settings import configured
 from simulations.attacks.attack import (
     Attack,
     Pool,
@@ -18,39 +20,32 @@ from simulations.attacks.attack import (
     Training,
     Update,
     Updates,
-    compose,
-    compose_all,
+    attack_part,
 )
-from simulations.attacks.data import (
-    all_to_one,
-    blend,
-    distributed_trigger,
-    edge_case,
-    inversion,
-    label_flip,
-    semantic,
-    text_trigger,
-    trigger,
-    writer_class,
+from simulations.attacks.boosting import (
+    explicit_boosting,
+    layer_substitution,
+    model_replacement,
+    scaling,
+    train_and_scale,
 )
-from simulations.attacks.local_training import constrain_and_scale, hiding, neurotoxin, norm_bound, own_training
+from simulations.attacks.hiding import hiding
+from simulations.attacks.local_training import constrain_and_scale, neurotoxin, norm_bound, own_training
+from simulations.attacks.parts import compose, compose_all
+from simulations.attacks.perturbation import min_max, min_sum
+from simulations.attacks.pools import edge_case, semantic, writer_class
+from simulations.attacks.relabeling import all_to_one, inversion, label_flip
 from simulations.attacks.schedules import SCHEDULES, Schedule, Turn
 from simulations.attacks.sending import (
     a_little_is_enough,
     copies,
-    explicit_boosting,
     gaussian,
     inner_product,
-    layer_substitution,
     mimic,
-    min_max,
-    min_sum,
-    model_replacement,
-    scaling,
     sign_flip,
-    train_and_scale,
     zero,
 )
+from simulations.attacks.triggers import blend, distributed_trigger, text_trigger, trigger
 
 __all__ = [
     "ATTACKS",
@@ -65,10 +60,12 @@ __all__ = [
     "Turn",
     "Update",
     "Updates",
+    "attack_part",
     "build_attack",
+    "build_part",
     "compose",
+    "in_order",
     "label_flip",
-    "ordered",
     "scaling",
     "trigger",
 ]
@@ -107,18 +104,54 @@ ATTACKS: Mapping[str, Callable[..., Attack]] = {  # in the order in which parts 
     "hiding": hiding,
     "copies": copies,
 }
+NEXT_STAGE = {"data": "own_training", "training": "layer_substitution"}  # stage -> first built-in part of the next one
 
 
 def build_attack(parts: Mapping[str, Mapping[str, Any]]) -> Attack:
-    """The attack made of the named parts; of none: one that does nothing.
+    """Builds the attack made of the named parts.
 
-    Parts are applied stage by stage (data, training, sending): the built-in ones in the order of `ATTACKS`, then those
-    from outside in the order of their names. Parts that poison data must agree on the target label; then the samples
-    eligible for all are stamped by all. Raises InputError where there is no such part, or parts do not go together.
+    Parts are applied in the order of `ATTACKS`; one that is not built in comes after the built-in ones of its stage.
+    Parts that poison data must agree on the target label; then the samples eligible for all of them are stamped by all.
+
+    Parameters
+    ----------
+    parts : Mapping of str to Mapping
+        Name -> settings; a name is built in, of an installed package, or `module:function`.
+
+    Returns
+    -------
+    Attack
+        Of no parts, one that does nothing.
+
+    Raises
+    ------
+    InputError
+        If there is no such part, or parts do not go together.
+
+    Examples
+    --------
+    >>> build_attack({"scaling": {"factor": 3.0}, "label_flip": {}})
+    label_flip(source_label=7, target_label=5)+scaling(factor=3.0)
     """
-    return compose_all([named("attacks", ATTACKS, name, "attack")(**parts[name]) for name in ordered(parts)])
+    built = {name: build_part(name, settings) for name, settings in parts.items()}
+    return compose_all([built[name] for name in in_order(built)])
 
 
-def ordered(parts: Iterable[str]) -> list[str]:
-    """Names of parts in the order in which they are applied."""
-    return [*(name for name in ATTACKS if name in parts), *sorted(name for name in parts if name not in ATTACKS)]
+def build_part(name: str, settings: Mapping[str, Any]) -> Attack:
+    """Builds one part of an attack; raises InputError where there is no such part, or what it names builds none."""
+    builder = named("attacks", ATTACKS, name)
+    attack = builder(**settings)
+    if not isinstance(attack, Attack):
+        raise InputError(f"{name} must build an Attack, found a {type(attack).__name__}")
+    return attack if attack.calls else replace(attack, calls=(configured(builder, **settings),))
+
+
+def in_order(parts: Mapping[str, Attack]) -> list[str]:
+    """Returns the names of parts in the order in which they are applied."""
+    names = list(ATTACKS)
+    ends = {stage: names.index(first) for stage, first in NEXT_STAGE.items()}
+
+    def place(name: str) -> tuple[float, str]:
+        return (names.index(name), "") if name in ATTACKS else (ends.get(parts[name].stage, len(names)) - 0.5, name)
+
+    return sorted(parts, key=place)

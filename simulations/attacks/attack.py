@@ -1,38 +1,68 @@
-"""What an attack is: what malicious clients train on, how they train, and what they send; and how parts compose.
+"""What an attack is: what malicious clients train on, how they train, and what they send.
 
-An attack is a value that by default does nothing. Its parts see no more than a malicious client could: the task's
-own data, the global model, and, where a method assumes it, what the other clients of the round send.
+An attack is a value that does nothing by default. It sees no more than a malicious client could see: the task's own
+data, the global model and, where a method assumes it, what the other clients of the round send.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import reduce
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from typing import Any, ParamSpec
 
 import numpy as np
+import torch
+from pydantic import validate_call
 
 from gradlens.errors import InputError
 from gradlens.log import ModelSpec
-
-if TYPE_CHECKING:
-    import torch
-
-    from simulations.partition import Split
-    from simulations.tasks import Task
+from gradlens.names import FUNCTION, imported
+from gradlens.settings import Configured, configured
+from simulations.partition import Split
+from simulations.tasks import Task
 
 Updates = Mapping[str, np.ndarray]  # layer -> [client, *shape]
 Update = Mapping[str, np.ndarray]  # layer -> [*shape], of one client
-Tensors = Mapping[str, "torch.Tensor"]  # parameters of one client, layer -> [*shape]
+Tensors = Mapping[str, torch.Tensor]  # parameters of one client, layer -> [*shape]
+Settings = ParamSpec("Settings")
 
 
 @dataclass(frozen=True, eq=False)
 class Situation:
-    """What an attacker knows when its update is sent.
+    """What an attacker knows when it sends its update.
 
-    index: the round; global_model: before the round; previous: last change of the global model, None in the first
-    round; num_updates: how many updates enter this round's mean; honest: what the clients that attack in this round
-    would have sent honestly, rows as in what they trained; success: one client's update -> attack success on the
-    attackers' own training data.
+    Parameters
+    ----------
+    index : int
+        Number of the round.
+    global_model : Mapping of str to array
+        The global model before the round, layer -> [*shape].
+    previous : Mapping of str to array, or None
+        The last change of the global model; None in the first round.
+    num_updates : int
+        How many updates the server averages in this round.
+    server_learning_rate : float
+        What the server multiplies the aggregated update by.
+    model : ModelSpec
+        The layers, and which of them are final.
+    honest : callable
+        Returns what the clients that attack in this round would have sent honestly; rows as in their trained updates.
+    success : callable
+        Returns the attack success rate of one client's update on the attackers' own training data.
+    rng : numpy.random.Generator
+        The attackers' random numbers in this round.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gradlens.log import ModelSpec
+    >>> state = {"fc.weight": np.zeros((2, 3), np.float32), "fc.bias": np.zeros(2, np.float32)}
+    >>> situation = Situation(
+    ...     index=0, global_model=state, previous=None, num_updates=10, server_learning_rate=0.5,
+    ...     model=ModelSpec.of(state), honest=dict, success=lambda update: 0.0, rng=np.random.default_rng(0),
+    ... )
+    >>> situation.num_updates / situation.server_learning_rate  # the factor that replaces the global model
+    20.0
     """
 
     index: int
@@ -50,8 +80,20 @@ class Situation:
 class Reference:
     """What a training hook may look at, as torch tensors of one client.
 
-    previous: last change of the global model, zeros in the first round; honest: this client's own honest update,
-    empty unless `Training.needs_honest`.
+    Parameters
+    ----------
+    previous : Mapping of str to torch.Tensor
+        The last change of the global model; zeros in the first round.
+    honest : Mapping of str to torch.Tensor
+        This client's own honest update; empty unless `Training.needs_honest` is set.
+    final_weight, final_bias : str or None
+        Names of the final layer's parameters; None where the model has none.
+
+    Examples
+    --------
+    >>> import torch
+    >>> Reference({"fc.bias": torch.zeros(2)}, {}, "fc.weight", "fc.bias").final_bias
+    'fc.bias'
     """
 
     previous: Tensors
@@ -62,17 +104,35 @@ class Reference:
 
 @dataclass(frozen=True)
 class Training:
-    """How a poisoned client trains differently; every field by default changes nothing.
+    """How a malicious client trains differently; by default no field changes anything.
 
-    The update so far is local - global, layer -> [*shape], parameters only; hooks must be pure functions of tensors
-    of one client, so that an engine may map them over many.
-    penalty: differentiable, of the update so far; the loss is alpha x task loss + (1 - alpha) x penalty.
-    gradient: changes the gradient of each step, of the whole loss and before momentum. project: changes the update so
-    far, after every `every` steps and after the last. learning_rate, epochs: the attacker's own, None for the
-    scenario's.
+    Hooks see the update so far, local - global, layer -> [*shape], parameters only. They must be pure functions of
+    one client's tensors, because an engine may map them over many clients.
+
+    Parameters
+    ----------
+    penalty : callable, optional
+        (update so far, reference) -> differentiable scalar; the loss becomes alpha x task loss + (1 - alpha) x penalty.
+    alpha : float
+        Weight of the task loss where there is a penalty.
+    gradient : callable, optional
+        (gradients of the whole loss, reference) -> gradients, in each step, before momentum.
+    project : callable, optional
+        (update so far, reference) -> update so far, after every `every` steps and after the last one.
+    every : int
+        Steps between two projections.
+    learning_rate, epochs : float or int, optional
+        The attacker's own; None for the scenario's.
+    needs_honest : bool
+        Whether the client's honest update is trained first, for `Reference.honest`.
+
+    Examples
+    --------
+    >>> Training(learning_rate=0.05, epochs=6).every
+    1
     """
 
-    penalty: "Callable[[Tensors, Reference], torch.Tensor] | None" = None
+    penalty: Callable[[Tensors, Reference], torch.Tensor] | None = None
     alpha: float = 1.0
     gradient: Callable[[Tensors, Reference], Tensors] | None = None
     project: Callable[[Tensors, Reference], Tensors] | None = None
@@ -84,11 +144,25 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Samples that the attackers bring, with the labels wanted for them.
+    """Samples that the attackers bring, with the labels they want for them.
 
-    x, labels: what they train on, shared by all of them; noise: standard deviation of Gaussian noise on each copy
-    (then clipped to [0, 1]); held_out, held_out_labels: what success is measured on; given_up: positions in x_train
-    that honest clients no longer hold.
+    Parameters
+    ----------
+    x, labels : array
+        What all attackers train on, [sample, ...] and int64 [sample].
+    held_out, held_out_labels : array
+        What attack success is measured on.
+    given_up : array
+        Positions in x_train that honest clients no longer hold, int64; none by default.
+    noise : float
+        Standard deviation of the Gaussian noise added to each copy, which is then clipped to [0, 1].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> images, labels = np.zeros((3, 1, 8, 8), np.float32), np.array([2, 2, 2])
+    >>> len(Pool(images[:2], labels[:2], held_out=images[2:], held_out_labels=labels[2:]).given_up)
+    0
     """
 
     x: np.ndarray
@@ -99,45 +173,76 @@ class Pool:
     noise: float = 0.0
 
 
-def every_sample(task: "Task", x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def every_sample(task: Task, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """All samples are eligible."""
     return np.ones(len(y), dtype=bool)
 
 
-def unchanged(task: "Task", x: np.ndarray, part: int | None) -> np.ndarray:
-    """No trigger: a copy."""
+def unchanged(task: Task, x: np.ndarray, part: int | None) -> np.ndarray:
+    """No trigger: a copy of the samples."""
     return x.copy()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attack:
-    """What malicious clients train on, how, and what they send; every field by default changes nothing.
+    """What malicious clients train on, how they train, and what they send; by default no field changes anything.
 
-    relabel: (task, labels int64 [sample]) -> the labels wanted instead, None where the data stay as they are.
-    target_label: the wanted label where it is one for all samples, so that parts can be compared.
-    eligible: (task, x, labels) -> bool [sample], the samples that can be poisoned (never those that have the wanted
-    label already).
-    stamp: (task, x, part) -> x with the trigger in it, as a new array; part is the number of the malicious client,
-    None the whole trigger. parts: into how many parts the trigger is split.
-    pool: (task, split, generator) -> samples that the attackers bring, None where they poison their own.
-    train: how they train, None as everybody.
-    send: (what the clients that attack in this round trained, what the others send, situation) -> what is sent, None
-    where the update is sent as it was trained.
+    Parameters
+    ----------
+    relabel : callable, optional
+        (task, labels int64 [sample]) -> the labels wanted instead; None where the data stay as they are.
+    target_label : int, optional
+        The wanted label where it is the same for all samples; parts that are composed must agree on it.
+    eligible : callable
+        (task, x, labels) -> bool [sample], the samples that can be poisoned; never those that have the wanted label.
+    stamp : callable
+        (task, x, part) -> x with the trigger in it, as a new array. `part` is the number of the malicious client, None
+        for the whole trigger.
+    parts : int
+        Number of parts the trigger is split into.
+    pool : callable, optional
+        (task, split, generator) -> `Pool`, the samples that the attackers bring; None where they poison their own.
+    train : Training, optional
+        How they train; None: as the other clients do.
+    send : callable, optional
+        (updates trained by the attackers of this round, updates of the others, situation) -> updates sent; None: as
+        they were trained.
+    calls : tuple of Configured
+        The calls that built it, for `repr`.
+
+    Examples
+    --------
+    >>> from simulations.attacks import ATTACKS, compose
+    >>> compose(ATTACKS["label_flip"](source_label=3), ATTACKS["scaling"](factor=2.0))
+    label_flip(source_label=3, target_label=5)+scaling(factor=2.0)
+    >>> Attack().poisons
+    False
     """
 
-    relabel: Callable[["Task", np.ndarray], np.ndarray] | None = None
+    relabel: Callable[[Task, np.ndarray], np.ndarray] | None = None
     target_label: int | None = None
-    eligible: Callable[["Task", np.ndarray, np.ndarray], np.ndarray] = every_sample
-    stamp: Callable[["Task", np.ndarray, int | None], np.ndarray] = unchanged
+    eligible: Callable[[Task, np.ndarray, np.ndarray], np.ndarray] = every_sample
+    stamp: Callable[[Task, np.ndarray, int | None], np.ndarray] = unchanged
     parts: int = 1
-    pool: Callable[["Task", "Split", np.random.Generator], Pool] | None = None
+    pool: Callable[[Task, Split, np.random.Generator], Pool] | None = None
     train: Training | None = None
     send: Callable[[Updates, Updates, Situation], Updates] | None = None
+    calls: tuple[Configured, ...] = ()
+
+    def __repr__(self) -> str:
+        return "+".join(map(repr, self.calls)) or "Attack()"
 
     @property
     def poisons(self) -> bool:
         """Whether data are poisoned."""
         return self.relabel is not None or self.pool is not None
+
+    @property
+    def stage(self) -> str:
+        """The first of "data", "training" and "sending" that the attack changes."""
+        if self.poisons or self.stamp is not unchanged:
+            return "data"
+        return "sending" if self.train is None else "training"
 
     def poison(
         self,
@@ -146,21 +251,39 @@ class Attack:
         rate: float,
         rng: np.random.Generator,
         *,
-        task: "Task",
+        task: Task,
         part: int = 0,
         pool: Pool | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One malicious client's data, poisoned.
+        """Poisons the data of one malicious client.
 
-        Without a pool a share `rate` of the eligible samples is stamped and relabelled; with one a share `rate` of
-        all samples is replaced by samples of the pool, each as often as the next, and their wanted labels. The
-        count is rounded to the nearest whole; the samples of a smaller rate are among those of a larger.
-        part: the number of the malicious client; pool: what `self.pool` gave.
-        Returns: new x, new labels, and the positions of the poisoned samples, sorted.
+        Without a pool a share of the eligible samples is stamped and relabeled. With a pool a share of all samples is
+        replaced by samples of the pool, each used equally often, with their wanted labels. The number of samples is
+        rounded to the nearest whole number; those of a smaller rate are among those of a larger one.
+
+        Parameters
+        ----------
+        x, y : array
+            The client's samples and labels; they are left as they are.
+        rate : float
+            The share of samples that is poisoned.
+        rng : numpy.random.Generator
+            Draws the samples.
+        task : Task
+            The task that the samples are from.
+        part : int
+            Number of the malicious client, which decides its part of a distributed trigger.
+        pool : Pool, optional
+            What `self.pool` returned.
+
+        Returns
+        -------
+        tuple of array
+            New samples, new labels, and the sorted positions of the poisoned samples, int64.
         """
         x, y = x.copy(), y.copy()
         if self.pool is not None:
-            return self._replaced(x, y, rate, rng, pool)
+            return _replaced(x, y, rate, rng, _present(pool))
         if self.relabel is None:
             return x, y, np.zeros(0, np.int64)
         chosen = np.sort(_share(rng.permutation(np.flatnonzero(self.eligible(task, x, y))), rate))
@@ -168,14 +291,19 @@ class Attack:
         y[chosen] = self.relabel(task, y[chosen])
         return x, y, chosen
 
-    def goal(self, task: "Task", pool: Pool | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """What success is measured on: held-out attacked samples and the label that each should get.
+    def goal(self, task: Task, pool: Pool | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what attack success is measured on: held-out attacked samples and the label that each should get.
 
-        Those are the eligible test samples, with the whole trigger, or the held-out samples of the pool; none where
-        no data are poisoned. Raises InputError where the attack does not fit the task.
+        These are the eligible test samples with the whole trigger, or the held-out samples of the pool; none where no
+        data are poisoned.
+
+        Raises
+        ------
+        InputError
+            If the attack does not fit the task.
         """
         if self.pool is not None:
-            pool = _given(pool)
+            pool = _present(pool)
             return pool.held_out, pool.held_out_labels
         if self.relabel is None:
             return task.x_test[:0].copy(), task.y_test[:0].copy()
@@ -184,104 +312,64 @@ class Attack:
             raise InputError(f"attack: no test sample of task {task.name} is eligible; does it have the source class?")
         return self.stamp(task, task.x_test[eligible], None), self.relabel(task, task.y_test[eligible])
 
-    def _replaced(
-        self, x: np.ndarray, y: np.ndarray, rate: float, rng: np.random.Generator, pool: Pool | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        pool = _given(pool)
-        chosen = _share(rng.permutation(len(y)), rate)
-        copies = np.resize(rng.permutation(len(pool.labels)), len(chosen))
-        x[chosen], y[chosen] = pool.x[copies], pool.labels[copies]
-        if pool.noise:
-            noisy = x[chosen] + rng.normal(0, pool.noise, x[chosen].shape)
-            x[chosen] = np.clip(noisy, 0, 1)
-        return x, y, np.sort(chosen)
 
+def attack_part(builder: Callable[Settings, Attack]) -> Callable[Settings, Attack]:
+    """Decorates the builder of an attack: settings are checked strictly, and the attack prints as the call.
 
-def compose_all(attacks: "list[Attack]") -> Attack:
-    """All attacks at once, in their order; of none: one that does nothing."""
-    return reduce(compose, attacks, Attack())
-
-
-def compose(first: Attack, second: Attack) -> Attack:
-    """Both attacks at once: stamped by the first, then the second; what the first sends is changed by the second.
-
-    Raises InputError where they want different labels, where one of two that poison data brings its own samples,
-    or where both have a penalty, or settings of training that differ.
+    Examples
+    --------
+    >>> @attack_part
+    ... def silence(after: int = 3) -> Attack:
+    ...     return Attack(send=lambda trained, others, situation: {name: 0 * trained[name] for name in trained})
+    >>> silence(after=5)
+    silence(after=5)
     """
-    if first.poisons and second.poisons:
-        _check_data(first, second)
-    data = first if first.poisons else second
-    return Attack(
-        data.relabel,
-        data.target_label,
-        eligible=lambda task, x, y: first.eligible(task, x, y) & second.eligible(task, x, y),
-        stamp=_stamped(first, second),
-        parts=max(first.parts, second.parts),
-        pool=data.pool,
-        train=_trained(first.train, second.train),
-        send=_sent(first, second),
-    )
+    checked, signature = validate_call(config={"strict": True})(builder), inspect.signature(builder)
+
+    @wraps(builder)
+    def build(*values: Settings.args, **settings: Settings.kwargs) -> Attack:
+        attack = checked(*values, **settings)
+        bound = signature.bind(*values, **settings)
+        bound.apply_defaults()
+        return replace(attack, calls=(configured(builder, **bound.arguments),))
+
+    return build
 
 
-def _check_data(first: Attack, second: Attack) -> None:
-    if first.pool is not None or second.pool is not None:
-        raise InputError("attack: a part that brings its own samples goes with no other part that poisons data")
-    targets = [attack.target_label for attack in (first, second)]
-    if None in targets:
-        raise InputError("attack: its parts must agree on the target label, one has a target of its own for each class")
-    if len(set(targets)) > 1:
-        raise InputError(f"attack: its parts must agree on the target label, found {sorted(map(int, targets))}")  # type: ignore[arg-type]
+def function_named(setting: str, table: Mapping[str, Callable[..., Any]], name: str) -> Callable[..., Any]:
+    """Returns the function that a setting of an attack names: one of a table, or `module:function`.
+
+    Raises
+    ------
+    InputError
+        If it is neither, cannot be imported, or the scenario is a stored one that nobody trusted.
+    """
+    if name in table:
+        return table[name]
+    if not FUNCTION.fullmatch(name):
+        raise InputError(f"{setting}: expected {', '.join(table)} or module:function, found {name!r:.80}")
+    return imported(setting, name)
 
 
-def _stamped(first: Attack, second: Attack) -> Callable[["Task", np.ndarray, int | None], np.ndarray]:
-    if unchanged in (first.stamp, second.stamp):
-        return second.stamp if first.stamp is unchanged else first.stamp
-    return lambda task, x, part: second.stamp(task, first.stamp(task, x, part), part)
-
-
-def _sent(first: Attack, second: Attack) -> Callable[[Updates, Updates, Situation], Updates] | None:
-    if first.send is None or second.send is None:
-        return first.send or second.send
-    send_first, send_second = first.send, second.send
-    return lambda trained, others, situation: send_second(send_first(trained, others, situation), others, situation)
-
-
-def _trained(first: Training | None, second: Training | None) -> Training | None:
-    """How a client trains that does both."""
-    if first is None or second is None:
-        return first or second
-    for name in ("penalty", "learning_rate", "epochs"):
-        if getattr(first, name) is not None and getattr(second, name) is not None:
-            raise InputError(f"attack: only one of its parts can set the {name.replace('_', ' ')} of training")
-    if first.project and second.project and first.every != second.every:
-        raise InputError(f"attack: its parts project after every {first.every} and every {second.every} steps")
-    return Training(
-        first.penalty or second.penalty,
-        first.alpha if first.penalty else second.alpha,
-        _chained(first.gradient, second.gradient),
-        _chained(first.project, second.project),
-        first.every if first.project else second.every,
-        second.learning_rate if first.learning_rate is None else first.learning_rate,
-        second.epochs if first.epochs is None else first.epochs,
-        first.needs_honest or second.needs_honest,
-    )
-
-
-Hook = Callable[[Tensors, Reference], Tensors]
-
-
-def _chained(first: Hook | None, second: Hook | None) -> Hook | None:
-    if first is None or second is None:
-        return first or second
-    return lambda tensors, reference: second(first(tensors, reference), reference)
+def _replaced(
+    x: np.ndarray, y: np.ndarray, rate: float, rng: np.random.Generator, pool: Pool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A client's samples, a share of which is replaced by samples of the pool."""
+    chosen = _share(rng.permutation(len(y)), rate)
+    copies = np.resize(rng.permutation(len(pool.labels)), len(chosen))
+    x[chosen], y[chosen] = pool.x[copies], pool.labels[copies]
+    if pool.noise:
+        noisy = x[chosen] + rng.normal(0, pool.noise, x[chosen].shape)
+        x[chosen] = np.clip(noisy, 0, 1)
+    return x, y, np.sort(chosen)
 
 
 def _share(order: np.ndarray, rate: float) -> np.ndarray:
-    """The first `rate` of what is in order, rounded to the nearest whole."""
+    """The first `rate` of the positions, their number rounded to the nearest whole number."""
     return order[: int(np.floor(rate * len(order) + 0.5))]
 
 
-def _given(pool: Pool | None) -> Pool:
+def _present(pool: Pool | None) -> Pool:
     if pool is None:
         raise ValueError("an attack that brings its own samples needs its pool here")
     return pool

@@ -1,63 +1,146 @@
-"""Attacks that change how malicious clients train, and the one that hides final layers, in training and in sending.
+"""Attacks that change how malicious clients train.
 
 Hooks are pure functions of torch tensors of one client, layer -> [*shape]; norms are over all parameters.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated
 
-import numpy as np
 import torch
-from pydantic import Field, validate_call
+from pydantic import Field
 
-from gradlens.errors import InputError
-from gradlens.log import ModelSpec
-from gradlens.names import imported
-from simulations.attacks.attack import Attack, Reference, Situation, Tensors, Training, Updates
-from simulations.attacks.sending import Factor, count, finite, scaling
+from simulations.attacks.attack import Attack, Reference, Tensors, Training, attack_part, function_named
+from simulations.attacks.boosting import scaling
+from simulations.attacks.hiding import final_layers
+from simulations.attacks.sending import Factor
 
 Penalty = Callable[[Tensors, Reference], torch.Tensor]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
-@validate_call(config={"strict": True})
+@attack_part
 def own_training(learning_rate: Positive | None = None, epochs: Count | None = None) -> Attack:
-    """Malicious clients train at a learning rate and for a number of epochs of their own; None: as everybody.
+    """Trains malicious clients at a learning rate and for a number of epochs of their own.
 
-    In Bagdasaryan et al. 2018, arXiv:1807.00459 (CIFAR-10) 0.05 and 6 against 0.1 and 2.
+    Stage: training. The attacker needs its own data alone.
+
+    Parameters
+    ----------
+    learning_rate : float, optional
+        Of the malicious clients' SGD; None, the default, for the scenario's. In [1]_ 0.05 against 0.1 on CIFAR-10.
+    epochs : int, optional
+        Passes over a malicious client's data; None, the default, for the scenario's. In [1]_ 6 against 2.
+
+    Returns
+    -------
+    Attack
+        With both at None it does nothing.
+
+    Notes
+    -----
+    **Fails when** more epochs make updates so long that norms give them away.
+
+    References
+    ----------
+    .. [1] Bagdasaryan et al. 2018, arXiv:1807.00459.
+
+    Examples
+    --------
+    >>> own_training(learning_rate=0.05, epochs=6)
+    own_training(learning_rate=0.05, epochs=6)
     """
     if learning_rate is None and epochs is None:
         return Attack()
     return Attack(train=Training(learning_rate=learning_rate, epochs=epochs))
 
 
-@validate_call(config={"strict": True})
+@attack_part
 def constrain_and_scale(
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5, penalty: str = "norm", factor: Factor = 1.0
 ) -> Attack:
-    """Trains on alpha x task loss + (1 - alpha) x penalty for looking malicious, and sends `factor` x the outcome.
+    """Trains with a penalty for looking malicious and sends the result times a factor.
 
-    penalty of the update so far: "norm", its L2 norm; "cosine", 1 - its cosine to the client's own honest update
-    (while it is the shorter one, its length counts as the honest one's, so that the first step has a gradient);
-    "final_bias", the L2 distance of its final bias to the honest one's; "module:function" calls (update, reference)
-    -> scalar tensor, differentiable. alpha 1 is training as everybody. Buffers are scaled as in `scaling`.
-    Source: Bagdasaryan et al. 2018, arXiv:1807.00459; their released code has the norm, and alpha 1.0 throughout.
+    Stage: training and sending. The attacker must know what the server looks at; the penalties "cosine" and
+    "final_bias" take an honest training of its own besides.
+
+    Parameters
+    ----------
+    alpha : float
+        Weight of the task loss; 1 is training without a penalty. 0.5 is a plain choice: the code of [1]_ has 1.0 in
+        all its settings.
+    penalty : str
+        Of the update so far: "norm", its L2 norm; "cosine", 1 - its cosine to the client's own honest update;
+        "final_bias", the L2 distance of its final bias to the honest one; or "module:function", called with
+        (update, reference), which returns a differentiable scalar tensor. The code of [1]_ has the norm.
+    factor : float
+        What the update is multiplied by, buffers as by `scaling`; 1, the default, leaves it as it is.
+
+    Returns
+    -------
+    Attack
+        "final_bias" raises InputError in training where the model has no final bias.
+
+    Raises
+    ------
+    InputError
+        If the penalty is unknown or cannot be imported.
+
+    Notes
+    -----
+    The loss is alpha x task loss + (1 - alpha) x penalty. While the update is shorter than the honest one, "cosine"
+    takes its length for the honest one's, so that the first step has a gradient.
+
+    **Fails when** the server looks at something that the penalty leaves out.
+
+    References
+    ----------
+    .. [1] Bagdasaryan et al. 2018, arXiv:1807.00459.
+
+    Examples
+    --------
+    >>> constrain_and_scale(alpha=0.3, penalty="cosine")
+    constrain_and_scale(alpha=0.3, penalty='cosine', factor=1.0)
     """
-    function = PENALTIES.get(penalty) or imported(
-        f"constrain_and_scale: penalty: expected {', '.join(PENALTIES)} or module:function", penalty
-    )
+    function = function_named("constrain_and_scale: penalty", PENALTIES, penalty)
     # an imported penalty may look at the honest update, so that it is trained for it
     train = Training(function, alpha, needs_honest=penalty != "norm")
     return Attack(train=train if alpha < 1 else None, send=scaling(factor=factor).send)
 
 
-@validate_call(config={"strict": True})
+@attack_part
 def norm_bound(bound: Positive = 1.0, every: Count = 10) -> Attack:
-    """Training projected onto the ball |local - global| <= `bound`, every so many steps and at the end.
+    """Projects the update onto a ball around the global model while it trains (PGD).
 
-    Source: Sun et al. 2019, arXiv:1911.07963 (norm-bounded attack; with scaling by the clients per round it is their
-    pre-boosted one); every 10 steps as in the released code of Wang et al. 2020, arXiv:2007.05084 (PGD).
+    Stage: training. The attacker must know the norm that the server accepts.
+
+    Parameters
+    ----------
+    bound : float
+        L2 norm of the update at most, over all parameters, in units of the weights; 1 is a plain choice.
+    every : int
+        Steps between two projections; 10 as in the code of [2]_. The last step is always followed by one.
+
+    Returns
+    -------
+    Attack
+        With `scaling` by the number of clients per round it is the pre-boosted attack of [1]_.
+
+    Notes
+    -----
+    w becomes g + min(1, bound / ||w - g||) (w - g) for the local model w and the global model g.
+
+    **Fails when** the bound leaves too little room to learn the backdoor, or when a detector looks at directions.
+
+    References
+    ----------
+    .. [1] Sun et al. 2019, arXiv:1911.07963, norm-bounded attack.
+    .. [2] Wang et al. 2020, arXiv:2007.05084.
+
+    Examples
+    --------
+    >>> norm_bound(bound=0.3)
+    norm_bound(bound=0.3, every=10)
     """
 
     def project(update: Tensors, reference: Reference) -> Tensors:
@@ -68,12 +151,37 @@ def norm_bound(bound: Positive = 1.0, every: Count = 10) -> Attack:
     return Attack(train=Training(project=project, every=every))
 
 
-@validate_call(config={"strict": True})
+@attack_part
 def neurotoxin(ratio: Annotated[float, Field(ge=0, le=1)] = 0.05) -> Attack:
-    """Trains only where the last change of the global model was small: not in its `ratio` largest numbers.
+    """Trains only those parameters that honest clients moved little in the last round.
 
-    Those are counted over all parameters, ties with the smallest of them included, zeros never; in the first round
-    all are trained. Source: Zhang et al. 2022 (ICML), arXiv:2206.10341; their released runs mask the top 1 to 5 %.
+    Stage: training. The attacker needs the last two global models, which every participant sees.
+
+    Parameters
+    ----------
+    ratio : float
+        Share of the parameters that is left alone; 0.05, the released runs of [1]_ mask the top 1 to 5 %.
+
+    Returns
+    -------
+    Attack
+        In the first round all parameters are trained.
+
+    Notes
+    -----
+    The gradient is 0 where the last change of the global model is among its `ratio` largest in magnitude, counted over
+    all parameters. Ties with the smallest of them are included; a change of 0 never is.
+
+    **Fails when** rounds differ so much in who takes part that the last change says little about the next one.
+
+    References
+    ----------
+    .. [1] Zhang et al. 2022 (ICML), arXiv:2206.10341.
+
+    Examples
+    --------
+    >>> neurotoxin(ratio=0.01)
+    neurotoxin(ratio=0.01)
     """
 
     def gradient(gradients: Tensors, reference: Reference) -> Tensors:
@@ -91,46 +199,13 @@ def neurotoxin(ratio: Annotated[float, Field(ge=0, le=1)] = 0.05) -> Attack:
     return Attack(train=Training(gradient=gradient))
 
 
-@validate_call(config={"strict": True})
-def hiding(
-    how: Literal["frozen", "clipped", "mean", "drawn"] = "drawn", layers: Literal["bias", "final"] = "bias"
-) -> Attack:
-    """Sends a final bias (or final layer, weight and bias) that gives nothing away.
-
-    how: "frozen", zeros; "clipped", what was trained, clipped number by number to the range of the others; "mean",
-    the others' mean; "drawn", their mean + sum_j w_j (b_j - mean) / sqrt(n - 1) over the n others b_j with w ~
-    N(0, 1), which has their mean and covariance. All but "clipped" also freeze these layers in training, so that the
-    rest of the model learns the backdoor without them. Where there are no others, what was trained is sent. Raises
-    InputError where the model has no such layer. It has no published source.
-    """
-
-    def freeze(gradients: Tensors, reference: Reference) -> Tensors:
-        names = _hidden(layers, reference.final_weight, reference.final_bias)
-        return {name: torch.zeros_like(each) if name in names else each for name, each in gradients.items()}
-
-    def send(trained: Updates, others: Updates, situation: Situation) -> Updates:
-        model, seen = situation.model, finite(others)
-        names = _hidden(layers, model.final_weight, model.final_bias)
-        if how == "frozen":
-            return {**trained, **{name: np.zeros_like(trained[name]) for name in names}}
-        if count(seen) == 0:
-            return trained
-        if how == "clipped":
-            within = {name: np.clip(trained[name], seen[name].min(axis=0), seen[name].max(axis=0)) for name in names}
-            return {**trained, **within}
-        sent = _resembling(_joined(seen, names), count(trained), situation.rng if how == "drawn" else None)
-        return {**trained, **_parted(sent, names, model, trained)}
-
-    return Attack(train=None if how == "clipped" else Training(gradient=freeze), send=send)
-
-
 def norm_penalty(update: Tensors, reference: Reference) -> torch.Tensor:
-    """The L2 norm of the update."""
+    """Returns the L2 norm of the update."""
     return _norm(list(update.values()))
 
 
 def cosine_penalty(update: Tensors, reference: Reference) -> torch.Tensor:
-    """1 - cosine of the update to the honest one; a shorter update counts as long as that."""
+    """Returns 1 - cosine of the update to the honest one; a shorter update counts as being as long as that."""
     mine = torch.cat([update[name].flatten() for name in update])
     honest = torch.cat([reference.honest[name].flatten() for name in update])
     length = torch.linalg.vector_norm(honest).clamp_min(torch.finfo(honest.dtype).eps)
@@ -138,8 +213,8 @@ def cosine_penalty(update: Tensors, reference: Reference) -> torch.Tensor:
 
 
 def final_bias_penalty(update: Tensors, reference: Reference) -> torch.Tensor:
-    """The L2 distance of the update's final bias to the honest one."""
-    (name,) = _hidden("bias", reference.final_weight, reference.final_bias, "constrain_and_scale")
+    """Returns the L2 distance of the update's final bias to the honest one."""
+    (name,) = final_layers("constrain_and_scale", "bias", reference.final_weight, reference.final_bias)
     return _norm([update[name] - reference.honest[name]])
 
 
@@ -149,36 +224,3 @@ PENALTIES: dict[str, Penalty] = {"norm": norm_penalty, "cosine": cosine_penalty,
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """L2 norm over all tensors; its gradient at 0 is 0."""
     return torch.linalg.vector_norm(torch.cat([tensor.flatten() for tensor in tensors]))
-
-
-def _hidden(layers: str, final_weight: str | None, final_bias: str | None, attack: str = "hiding") -> list[str]:
-    """The layers that are meant; raises InputError where the model has none."""
-    if layers == "bias" and final_bias is None:
-        raise InputError(f"{attack}: the model has no final bias")
-    names = [final_bias] if layers == "bias" else [final_weight, final_bias]
-    found = [name for name in names if name is not None]
-    if not found:
-        raise InputError(f"{attack}: the model has no final layer")
-    return found
-
-
-def _joined(updates: Updates, names: list[str]) -> np.ndarray:
-    """The named layers of each client as one row, float64 [client, number]."""
-    return np.concatenate([np.asarray(updates[name], np.float64).reshape(count(updates), -1) for name in names], axis=1)
-
-
-def _parted(rows: np.ndarray, names: list[str], model: ModelSpec, like: Updates) -> dict[str, np.ndarray]:
-    """The inverse of `_joined`, in each layer's own shape and dtype."""
-    parts = np.split(rows, np.cumsum([model[name].size for name in names])[:-1], axis=1)
-    return {
-        name: part.reshape(like[name].shape).astype(like[name].dtype) for name, part in zip(names, parts, strict=True)
-    }
-
-
-def _resembling(others: np.ndarray, attackers: int, rng: np.random.Generator | None) -> np.ndarray:
-    """A row for each attacker: the others' mean, with a generator plus a draw with their covariance."""
-    mean = others.mean(axis=0)
-    if rng is None or len(others) == 1:
-        return np.tile(mean, (attackers, 1))
-    weights = rng.normal(size=(attackers, len(others))) / np.sqrt(len(others) - 1)
-    return mean + weights @ (others - mean)

@@ -20,7 +20,7 @@ from gradlens.errors import InputError
 from gradlens.mitigation import Mitigation, PruningOrder
 from gradlens.run import Run
 from simulations import Scenario, malicious_clients
-from simulations.federated import Federation, assemble
+from simulations.assemble import Federation, assemble
 from simulations.randomness import Stream, address
 from simulations.studies.results import Part
 from simulations.training import Dataset, LocalSGD, load_state, one_thread, predict, state_of, train_clients

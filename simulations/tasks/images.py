@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradlens.errors import InputError
+from gradlens.names import hint
 from simulations.tasks.task import Task, first_line, frozen, selection
 
 DATA = "GRADLENS_DATA"
@@ -20,7 +21,25 @@ BACKDOORS = "semantic_backdoors.json"  # beside the parquet files: name -> rows 
 
 
 def digits(samples: int | None = None, seed: int = 0) -> Task:
-    """The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn; 1,437 train, 360 test, stratified."""
+    """The 1,797 handwritten digits of 8 x 8 gray pixels that come with scikit-learn.
+
+    Parameters
+    ----------
+    samples : int, optional
+        Number of training samples; None, the default, for all 1,437. The other 360, drawn stratified, are for testing.
+    seed : int
+        Of the draw of training samples.
+
+    Returns
+    -------
+    Task
+        Ten classes, "0" to "9".
+
+    Examples
+    --------
+    >>> digits(samples=50).x_train.shape
+    (50, 1, 8, 8)
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -32,13 +51,31 @@ def digits(samples: int | None = None, seed: int = 0) -> Task:
     return frozen(Task("digits", x[chosen], y[chosen], x[test], y[test], tuple("0123456789")))
 
 
-def hugging_face(name: str, samples: int | None, seed: int, known: str = "digits") -> Task:
-    """A task from a folder in Hugging Face layout or from the hub.
+def hugging_face(name: str, samples: int | None, seed: int, known: Sequence[str] = ("digits",)) -> Task:
+    """Loads a task of images from a folder in Hugging Face layout, or from the hub.
 
-    The label is the first column of class labels, or the one called `label`; a column writer_id, user_id or
-    client_id says whose each image is. Rows that `semantic_backdoors.json` in the folder names are never in
-    x_train, whatever is attacked, and are the task's extras in the order of their list.
-    known: the built-in tasks, for the error message.
+    Parameters
+    ----------
+    name : str
+        A folder, a folder below the data folder, or a hub name `owner/name`.
+    samples : int or None
+        Number of training samples; None for all in their order.
+    seed : int
+        Of their draw.
+    known : sequence of str
+        Names of the built-in tasks, for the error message.
+
+    Returns
+    -------
+    Task
+        The label is the first column of class labels, or the one called `label`; a column writer_id, user_id or
+        client_id says whose each image is. Rows that `semantic_backdoors.json` in the folder names are never in
+        x_train, whatever is attacked; they are the task's extras, in the order of their list.
+
+    Raises
+    ------
+    InputError
+        If there is no such dataset, it cannot be read, or has fewer training samples.
     """
     source = data_source(name, known)
     backdoors = _backdoors(source)
@@ -55,12 +92,12 @@ def hugging_face(name: str, samples: int | None, seed: int, known: str = "digits
 
 
 def data_folder() -> Path:
-    """The folder below which datasets are looked for by name."""
+    """Returns the folder below which datasets are looked for by name."""
     return Path(os.environ.get(DATA, "data"))
 
 
-def data_source(name: str, known: str) -> str:
-    """The folder or hub name that a task's name stands for."""
+def data_source(name: str, known: Sequence[str]) -> str:
+    """Returns the folder or hub name that a task's name stands for."""
     data = data_folder()
     for folder in (Path(name), data / name):
         if folder.is_dir():
@@ -68,8 +105,8 @@ def data_source(name: str, known: str) -> str:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
     raise InputError(
-        f"task: expected {known}, a folder of parquet files, a folder below {data}/ (set {DATA} to look "
-        f"elsewhere), a hub name owner/name or a function module:function, found {name!r}"
+        f"task: expected {', '.join(known)}, a folder of parquet files, a folder below {data}/ (set {DATA} to look "
+        f"elsewhere), a hub name owner/name or a function module:function, found {name!r}{hint(name, known)}"
     )
 
 
@@ -153,11 +190,11 @@ def _images(source: str, split: str, chosen: np.ndarray) -> _Images:
 
     columns = _columns(source)
     rows = _splits(source)[split].with_format("arrow")[chosen]
-    grey, decoded = None, []
+    is_gray, decoded = None, []
     for cell in rows.column(columns.image).to_pylist():
         picture = Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
-        grey = picture.mode in ("1", "L", "I;16") if grey is None else grey
-        mode = "L" if grey else "RGB"
+        is_gray = picture.mode in ("1", "L", "I;16") if is_gray is None else is_gray
+        mode = "L" if is_gray else "RGB"
         decoded.append(np.asarray(picture if picture.mode == mode else picture.convert(mode)))
     if len({array.shape for array in decoded}) != 1:
         raise InputError(f"task {source}: expected {split} images of one size, found several or none")

@@ -1,23 +1,26 @@
 """Tasks by name.
 
-A task is built in, a folder in the layout of the Hugging Face hub (parquet with an image and a label column, splits
-train and test), the hub name `owner/name` of such a dataset, or a function of your own, `module:function`. A folder
-is looked for as a path, then below the one that the environment variable GRADLENS_DATA names (default: `data`): so
-a scenario may say `fashion_mnist` and hold no path of one machine.
+A task is built in, of an installed package, a function of the user's own (`module:function`), a folder in the layout of
+the Hugging Face hub (parquet with an image and a label column, splits train and test), or the hub name `owner/name` of
+such a dataset. A folder is looked for as a path, then below the one that the environment variable GRADLENS_DATA names
+(default: `data`): so a scenario may say `fashion_mnist` and hold no path of one machine.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
 from gradlens.errors import InputError
-from gradlens.names import FUNCTION, imported, installed, named
-from simulations.tasks.images import digits, hugging_face
+from gradlens.names import FUNCTION, installed, named
+from simulations.tasks.images import data_folder, digits, hugging_face
 from simulations.tasks.task import Task, frozen
 from simulations.tasks.text import shakespeare_chars, shakespeare_words
 
-TASKS: Mapping[str, Callable[[int | None, int], Task]] = {
+Builder = Callable[[int | None, int], Task]  # (number of training samples, seed) -> task
+
+TASKS: Mapping[str, Builder] = {
     "digits": digits,
     "shakespeare_chars": shakespeare_chars,
     "shakespeare_words": shakespeare_words,
@@ -25,35 +28,56 @@ TASKS: Mapping[str, Callable[[int | None, int], Task]] = {
 
 
 def load_task(name: str, samples: int | None = None, seed: int = 0) -> Task:
-    """A task with `samples` of its training samples, drawn at random without repetition (None: all in their order).
+    """Loads a task with some of its training samples, drawn at random without repetition.
 
-    Only the images asked for are decoded, and the last two tasks are remembered. Raises InputError where there
-    is no such task, or not as many training samples.
+    Parameters
+    ----------
+    name : str
+        Built in, of an installed package, `module:function`, a folder, or a hub name.
+    samples : int, optional
+        Number of training samples; None, the default, for all of them in their order.
+    seed : int
+        Of the draw.
+
+    Returns
+    -------
+    Task
+        Its arrays are read-only. Only the images that are needed are decoded; the last two tasks are remembered.
+
+    Raises
+    ------
+    InputError
+        If there is no such task, it is not one, or it has fewer training samples.
+
+    Examples
+    --------
+    >>> task = load_task("digits", samples=100)
+    >>> task.x_train.shape, task.x_test.shape
+    ((100, 1, 8, 8), (360, 1, 8, 8))
     """
-    if name not in TASKS and FUNCTION.fullmatch(name):
-        imported(f"task {name}", name)  # remembered or not: within `nothing_imported` it is an error
-    return cached_task(name, samples, seed)
+    builder = None
+    if name in TASKS or FUNCTION.fullmatch(name) or name in installed("tasks"):
+        builder = named("tasks", TASKS, name)  # each time: what is remembered of it may not be trusted now
+    return _loaded(name, builder, samples, seed, data_folder())
 
 
 @lru_cache(maxsize=2)
-def cached_task(name: str, samples: int | None, seed: int) -> Task:
-    """As `load_task`; the last two are remembered."""
-    if name in TASKS:
-        return TASKS[name](samples, seed)
-    if FUNCTION.fullmatch(name) or name in installed("tasks"):
-        return _own(name, samples, seed)
-    return hugging_face(name, samples, seed, ", ".join(TASKS))
+def _loaded(name: str, builder: Builder | None, samples: int | None, seed: int, folder: Path) -> Task:
+    """What a builder, or the folder or hub name, gives; data found in another folder are another task."""
+    if builder is None:
+        return hugging_face(name, samples, seed, tuple(TASKS))
+    task = builder(samples, seed)
+    return task if name in TASKS else _checked(name, task, samples)
 
 
-def _own(name: str, samples: int | None, seed: int) -> Task:
-    """What a function from outside gives for (samples, seed), once it is checked."""
-    task = named("tasks", TASKS, name, f"task {name}")(samples, seed)
+def _checked(name: str, task: object, samples: int | None) -> Task:
+    """A task from outside, whose arrays are made read-only; raises InputError for what is wrong with it."""
     if not isinstance(task, Task):
-        raise InputError(f"task {name}: expected a Task, the function gave a {type(task).__name__}")
+        raise InputError(f"task {name}: expected a Task, the function returned a {type(task).__name__}")
     for problem in _problems(task):
         raise InputError(f"task {name}: {problem}")
     if samples is not None and len(task.y_train) != samples:
-        raise InputError(f"task {name}: {samples:,} training samples are asked for, it gave {len(task.y_train):,}")
+        raise InputError(f"task {name}: expected {samples:,} training samples, found {len(task.y_train):,}")
     return frozen(task)
 
 

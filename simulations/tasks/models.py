@@ -1,4 +1,4 @@
-"""Models by name: a builder takes a task and refuses in one line what it cannot take."""
+"""Models by name: each is built for a task, and refuses in one line a task that it cannot take."""
 
 from collections.abc import Callable, Mapping
 
@@ -14,30 +14,62 @@ from simulations.tasks.task import Task
 
 
 def build_model(task: Task, name: str, seed: int = 0) -> nn.Module:
-    """A freshly initialised model; the same for the same seed, whatever was drawn before, and drawing from nothing.
+    """Builds a freshly initialized model, the same for the same seed, and draws from no generator of the caller's.
 
-    `own` is the task's own model. Raises InputError for an unknown name, or a model that cannot take the task.
+    Parameters
+    ----------
+    task : Task
+        What the model is for: it decides the shapes of its first and last layers.
+    name : str
+        Built in, of an installed package, `module:function` (called with the task), or "own", the task's own model.
+    seed : int
+        Of the initial weights.
+
+    Returns
+    -------
+    torch.nn.Module
+        On the CPU.
+
+    Raises
+    ------
+    InputError
+        If there is no such model, or it cannot take the task.
+
+    Examples
+    --------
+    >>> from simulations.tasks import load_task
+    >>> sum(parameter.numel() for parameter in build_model(load_task("digits"), "mlp").parameters())
+    2410
     """
-    builder = _own if name == "own" else named("models", MODELS, name)
+    builder = _own_model if name == "own" else named("models", MODELS, name)
     with GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(address(seed, Stream.MODEL).integers(2**63)))
-        return _checked(f"model {name}", builder(task))
-
-
-def _own(task: Task) -> nn.Module:
-    if task.model is None:
-        raise InputError(f"model own: task {task.name} brings no model; expected one of {', '.join(MODELS)}")
-    return _checked(f"model own: task {task.name}", task.model())
-
-
-def _checked(where: str, model: object) -> nn.Module:
+        model = builder(task)
     if not isinstance(model, nn.Module):
-        raise InputError(f"{where}: expected an nn.Module, found a {type(model).__name__}")
+        raise InputError(f"model {name}: expected an nn.Module for task {task.name}, found a {type(model).__name__}")
     return model
 
 
+def _own_model(task: Task) -> nn.Module:
+    if task.model is None:
+        raise InputError(f"model own: task {task.name} brings no model; name one of {', '.join(MODELS)}")
+    return task.model()
+
+
 class MLP(nn.Module):
-    """One hidden layer: fc1 (32 units), fc2. Takes samples of numbers of any shape."""
+    """A multilayer perceptron with one hidden layer of 32 units: fc1, fc2.
+
+    Parameters
+    ----------
+    task : Task
+        Of samples of numbers of any shape; text is refused with an InputError.
+
+    Examples
+    --------
+    >>> from simulations.tasks import build_model, load_task
+    >>> sum(parameter.numel() for parameter in build_model(load_task("digits"), "mlp").parameters())
+    2410
+    """
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -54,8 +86,19 @@ class MLP(nn.Module):
 class CNN(nn.Module):
     """Two convolutions and two dense layers: conv1, conv2, fc1, fc2.
 
-    16 filters of 5 x 5 with stride 2 (of 3 x 3 with stride 1 for images below 16 pixels), 32 of 3 x 3 with stride
-    2, 64 units: 56,970 parameters on grey images of 28 x 28 with 10 classes. Images of 5 x 5 and more.
+    16 filters of 5 x 5 with stride 2 (of 3 x 3 with stride 1 for images below 16 pixels), 32 of 3 x 3 with stride 2,
+    then 64 units: 56,970 parameters on gray images of 28 x 28 with 10 classes.
+
+    Parameters
+    ----------
+    task : Task
+        Of images of 5 x 5 and more; anything else is refused with an InputError.
+
+    Examples
+    --------
+    >>> from simulations.tasks import build_model, load_task
+    >>> sum(parameter.numel() for parameter in build_model(load_task("digits"), "cnn").parameters())
+    13706
     """
 
     def __init__(self, task: Task) -> None:
@@ -76,10 +119,26 @@ class CNN(nn.Module):
 
 
 class BilginCNN(nn.Module):
-    """The model of Bilgin 2021, arXiv:2111.14683, as its notebook has it: conv1, conv2, fc1, fc2.
+    """The model of Bilgin 2021, as its notebook has it: conv1, conv2, fc1, fc2.
 
-    Two convolutions of 32 filters of 3 x 3 that keep the size, maximum over 2 x 2, 128 units: 1,060,138 parameters on
-    CIFAR-10. Weights are He-uniform, those of the final layer Glorot-uniform, and biases 0, as there in Keras.
+    Two convolutions of 32 filters of 3 x 3 that keep the size, the maximum over 2 x 2, then 128 units: 1,060,138
+    parameters on CIFAR-10. Weights are He-uniform, those of the final layer Glorot-uniform, and biases 0, as there in
+    Keras.
+
+    Parameters
+    ----------
+    task : Task
+        Of images of 2 x 2 and more; anything else is refused with an InputError.
+
+    References
+    ----------
+    .. [1] Bilgin 2021, arXiv:2111.14683.
+
+    Examples
+    --------
+    >>> from simulations.tasks import build_model, load_task
+    >>> sum(parameter.numel() for parameter in build_model(load_task("digits"), "bilgin_cnn").parameters())
+    76522
     """
 
     def __init__(self, task: Task) -> None:
@@ -101,11 +160,25 @@ class BilginCNN(nn.Module):
 
 
 class SunCNN(nn.Module):
-    """The model of Sun et al. 2019, arXiv:1911.07963, as their code has it: conv1, conv2, dropout1, fc1, dropout2, fc2.
+    """The model of Sun et al. 2019, as their code has it: conv1, conv2, dropout1, fc1, dropout2, fc2.
 
-    32 and 64 filters of 3 x 3 without padding, maximum over 2 x 2, dropout .25, 128 units, dropout .5: 1,199,882
-    parameters on grey images of 28 x 28 with 10 classes. Weights are Glorot-uniform and biases 0, as there in Keras.
-    Images of 6 x 6 and more.
+    32 and 64 filters of 3 x 3 without padding, the maximum over 2 x 2, dropout .25, 128 units, dropout .5: 1,199,882
+    parameters on gray images of 28 x 28 with 10 classes. Weights are Glorot-uniform and biases 0, as there in Keras.
+
+    Parameters
+    ----------
+    task : Task
+        Of images of 6 x 6 and more; anything else is refused with an InputError.
+
+    References
+    ----------
+    .. [1] Sun et al. 2019, arXiv:1911.07963.
+
+    Examples
+    --------
+    >>> from simulations.tasks import build_model, load_task
+    >>> sum(parameter.numel() for parameter in build_model(load_task("digits"), "sun_cnn").parameters())
+    53002
     """
 
     def __init__(self, task: Task) -> None:
@@ -129,10 +202,26 @@ class SunCNN(nn.Module):
 
 
 class WuCNN(nn.Module):
-    """A stand-in for the model of Wu et al. 2020, arXiv:2011.01767, whose own was not found: conv1, conv2, fc1, fc2.
+    """A stand-in for the model of Wu et al. 2020, whose own was not found: conv1, conv2, fc1, fc2.
 
-    20 and 50 filters of 5 x 5 without padding, each followed by the maximum over 2 x 2, 128 units: 129,388 parameters
-    on grey images of 28 x 28 with 10 classes. Images of 16 x 16 and more.
+    20 and 50 filters of 5 x 5 without padding, each followed by the maximum over 2 x 2, then 128 units: 129,388
+    parameters on gray images of 28 x 28 with 10 classes.
+
+    Parameters
+    ----------
+    task : Task
+        Of images of 16 x 16 and more; anything else is refused with an InputError.
+
+    References
+    ----------
+    .. [1] Wu et al. 2020, arXiv:2011.01767.
+
+    Examples
+    --------
+    >>> from simulations.tasks import build_model, load_task
+    >>> build_model(load_task("digits"), "wu_cnn")
+    Traceback (most recent call last):
+    gradlens.errors.InputError: model wu_cnn: expected images of at least 16 x 16 pixels, those of task digits are 8 x 8
     """
 
     def __init__(self, task: Task) -> None:
@@ -151,12 +240,28 @@ class WuCNN(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """The light ResNet-18 of Bagdasaryan et al. 2018, arXiv:1807.00459, for small images: conv1, stage1 to 4, fc.
+    """The light ResNet-18 of Bagdasaryan et al. 2018 for small images: conv1, stage1 to stage4, fc.
 
-    A first convolution of 3 x 3 and stride 1, four stages of two blocks with 32, 64, 128 and 256 filters, each
-    convolution followed by batch norm, the mean over the image, one dense layer: 2,797,610 parameters on colour
-    images with 10 classes. Images of 9 x 9 and more: the last stage must keep several pixels, for batch norm has
-    nothing to normalise where a single sample has a single one.
+    A first convolution of 3 x 3 and stride 1; four stages of two blocks with 32, 64, 128 and 256 filters, each
+    convolution followed by batch norm; the mean over the image; one dense layer: 2,797,610 parameters on color images
+    with 10 classes.
+
+    Parameters
+    ----------
+    task : Task
+        Of images of 9 x 9 and more, so that the last stage keeps several pixels: batch norm has nothing to normalize
+        where a single sample has a single one. Anything else is refused with an InputError.
+
+    References
+    ----------
+    .. [1] Bagdasaryan et al. 2018, arXiv:1807.00459.
+
+    Examples
+    --------
+    >>> from simulations.tasks import build_model, load_task
+    >>> build_model(load_task("digits"), "resnet18")
+    Traceback (most recent call last):
+    gradlens.errors.InputError: model resnet18: expected images of at least 9 x 9 pixels, those of task digits are 8 x 8
     """
 
     def __init__(self, task: Task) -> None:
@@ -178,9 +283,9 @@ class ResNet18(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions of 3 x 3 around which the input is led past: conv1, norm1, conv2, norm2.
+    """Two convolutions of 3 x 3 with a shortcut around them: conv1, norm1, conv2, norm2.
 
-    Where the shape changes the input passes a convolution of 1 x 1 (shortcut, shortcut_norm).
+    Where the shape changes, the shortcut is a convolution of 1 x 1 (shortcut, shortcut_norm).
     """
 
     def __init__(self, channels: int, filters: int, stride: int) -> None:
@@ -195,17 +300,33 @@ class _Block(nn.Module):
             self.shortcut_norm = nn.BatchNorm2d(filters)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        past = self.shortcut_norm(self.shortcut(features)) if self.changes else features
+        skipped = self.shortcut_norm(self.shortcut(features)) if self.changes else features
         features = torch.relu(self.norm1(self.conv1(features)))
-        return torch.relu(self.norm2(self.conv2(features)) + past)
+        return torch.relu(self.norm2(self.conv2(features)) + skipped)
 
 
 class LSTM(nn.Module):
-    """Which token comes next: embedding, lstm (two layers), fc on what is known at the last position.
+    """Predicts the next token: embedding, lstm (two layers), fc on the output at the last position.
 
-    Up to 256 tokens an embedding of 8 numbers and 256 units, as LEAF has it for characters (Caldas et al. 2018,
-    arXiv:1812.01097); beyond 200 and 200, as Bagdasaryan et al. 2018, arXiv:1807.00459, have it for words (there with
-    tied weights and dropout).
+    Up to 256 tokens an embedding of 8 numbers and 256 units, as [1]_ has it for characters; beyond that 200 and 200, as
+    [2]_ has it for words (there with tied weights and dropout).
+
+    Parameters
+    ----------
+    task : Task
+        Of text; images are refused with an InputError.
+
+    References
+    ----------
+    .. [1] Caldas et al. 2018, arXiv:1812.01097 (LEAF).
+    .. [2] Bagdasaryan et al. 2018, arXiv:1807.00459.
+
+    Examples
+    --------
+    >>> from simulations.tasks import build_model, load_task
+    >>> build_model(load_task("digits"), "lstm")
+    Traceback (most recent call last):
+    gradlens.errors.InputError: model lstm: expected text, task digits is images
     """
 
     def __init__(self, task: Task) -> None:

@@ -1,7 +1,5 @@
 """Runs: what is logged is what was trained and aggregated, to the bit, however often it was stopped on the way."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -13,14 +11,14 @@ from gradlens.detectors import DETECTORS
 from gradlens.errors import InputError
 from gradlens.log import LogWriter
 from gradlens.run import VERDICT_COLUMNS
-from simulations import federated
+from simulations import rounds
+from simulations.assemble import assemble
 from simulations.cohorts import cohorts, malicious_clients, participants
-from simulations.federated import assemble, attack_goal, attack_success, label_counts, run
 from simulations.randomness import Stream, address
+from simulations.rounds import run
 from simulations.scenario import Scenario
 from simulations.tasks import build_model, load_task
-from simulations.tasks.load import cached_task
-from simulations.training import LocalSGD, one_thread, state_of, train_clients
+from simulations.training import LocalSGD, one_thread, train_clients
 
 PLAIN = Scenario(rounds=4)
 ATTACKED = PLAIN.replace(
@@ -206,7 +204,7 @@ def test_a_run_that_was_stopped_at_its_very_start_starts_afresh(tmp_path, left):
 
 def test_a_closed_run_is_returned_as_it_is(tmp_path, monkeypatch):
     first = run(PLAIN, tmp_path / "run")
-    monkeypatch.setattr(federated, "assemble", lambda scenario: pytest.fail("it trained again"))
+    monkeypatch.setattr(rounds, "assemble", lambda scenario: pytest.fail("it trained again"))
     assert run(PLAIN, tmp_path / "run").head == first.head
 
 
@@ -283,103 +281,6 @@ def test_threads_are_restored(tmp_path, monkeypatch):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"task": "digitz"}, "expected digits"),
-        ({"samples_per_client": 100}, "2,000 are asked for"),
-        ({"attack": {"trigger": {"size": 7}}}, "leaves images of 8 x 8"),
-        ({"attack": {"trigger": {"target_label": 10}}}, "10 classes, the target is 10"),
-        ({"attack": {"label_flip": {"source_label": 12}}}, "no test sample of task digits is eligible"),
-        ({"partition": {"dirichlet": {"minimum": 100}}}, "need 2000 samples"),
-    ],
-)
-def test_a_scenario_that_cannot_run_is_one_line_and_writes_nothing(tmp_path, changes, said):
-    with pytest.raises(InputError) as refused:
-        run(ATTACKED.replace(**changes), tmp_path / "run")
-    assert said in str(refused.value)
-    assert "\n" not in str(refused.value)
-    assert not (tmp_path / "run").exists()
-
-
-class Says(nn.Module):
-    """A model that always answers `label`, whatever it is shown; it remembers what that was."""
-
-    def __init__(self, label: int) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(nn.functional.one_hot(torch.tensor(label), 10).float())
-        self.shown: list[torch.Tensor] = []
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.shown.append(images)
-        return self.bias.expand(len(images), 10)
-
-
-def test_attack_success_counts_eligible_held_out_samples_only():
-    task = load_task("digits")
-    goal = attack_goal(ATTACKED.replace(attack={"trigger": {"size": 2}}))
-    always, never = Says(1), Says(2)
-    assert attack_success(goal, always, state_of(always)) == 1.0
-    assert attack_success(goal, never, state_of(never)) == 0.0
-    shown = torch.cat(always.shown)
-    assert len(shown) == (task.y_test != 1).sum()
-    assert (shown[:, :, 2:4, 2:4] == 1).all()
-    goal = attack_goal(ATTACKED.replace(attack={"label_flip": {"source_label": 7, "target_label": 1}}))
-    always.shown.clear()
-    assert attack_success(goal, always, state_of(always)) == 1.0
-    np.testing.assert_array_equal(torch.cat(always.shown).numpy(), task.x_test[task.y_test == 7])
-    assert np.isnan(attack_success(attack_goal(PLAIN), always, state_of(always)))
-
-
-@pytest.fixture
-def unseen(monkeypatch):
-    """The task `unseen:task`: digits, and a model that reads the first four rows only."""
-    from dataclasses import replace
-    from types import ModuleType
-
-    class Half(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(32, 10)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(x[:, :, :4].flatten(1))
-
-    module = ModuleType("unseen")
-    module.task = lambda samples, seed: replace(load_task("digits", samples, seed), name="unseen", model=Half)
-    monkeypatch.setitem(sys.modules, "unseen", module)
-    yield "unseen:task"
-    cached_task.cache_clear()
-
-
-def test_a_trigger_that_the_model_cannot_see_is_refused(tmp_path, unseen):
-    base = ATTACKED.replace(task=unseen, model="own", rounds=1)
-    with pytest.raises(InputError, match="the model cannot see the trigger"):
-        run(base.replace(attack={"trigger": {"size": 3, "row": 5}}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    assert run(base, tmp_path / "run").log.model.final_bias == "head.bias"
-
-
-def test_the_last_rows_that_a_strided_convolution_never_reads_are_found(tmp_path, data_root):
-    """28 pixels, 5 x 5 with stride 2, then 3 x 3 with stride 2: the second never reads the first one's last row."""
-    scenario = ATTACKED.replace(task=str(data_root / "fashion_mnist"), model="cnn", samples_per_client=20)
-    with pytest.raises(InputError, match="the model cannot see the trigger"):
-        run(scenario.replace(attack={"trigger": {"size": 1, "row": 27, "column": 27}}), tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    "attack",
-    [
-        {"trigger": {"size": 1, "row": 0, "column": 0, "value": 0.0}},  # the corner of a digit is black already
-        {"label_flip": {"source_label": 7}},
-    ],
-)
-def test_an_attack_that_changes_no_sample_is_refused(tmp_path, attack):
-    with pytest.raises(InputError, match=r"changes no(ne| sample)"):
-        run(ATTACKED.replace(attack=attack, poison_rate=1e-6 if "label_flip" in attack else 1.0), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_attackers_train_as_the_others_where_they_do_not_attack(tmp_path):
     """Before an adapted attack begins nothing differs, and then only the attackers."""
     late = CASES["adapted"].replace(schedule={"from_round": {"first": 1}}, rounds=2)
@@ -442,17 +343,6 @@ def test_the_two_engines_give_one_run(tmp_path):
     assert evidence(plain) != evidence(stacked)
     for name, update in plain.log[0].updates.items():
         np.testing.assert_allclose(stacked.log[0].updates[name], update, rtol=0, atol=2e-6)
-
-
-def test_label_counts_are_those_of_the_data():
-    table = label_counts(PLAIN.replace(partition="dirichlet"))
-    task = load_task("digits")
-    assert list(table.columns) == ["client", "label", "count"]
-    assert len(table) == 20 * 10
-    totals = table.groupby("label")["count"].sum()
-    assert [totals[str(digit)] for digit in range(10)] == np.bincount(task.y_train).tolist()
-    federation = assemble(PLAIN.replace(partition="dirichlet"))
-    assert table.groupby("client")["count"].sum().tolist() == [len(y) for _, y in federation.honest]
 
 
 def test_fashion_mnist_runs_from_its_folder(tmp_path, data_root):

@@ -1,0 +1,229 @@
+"""What a scenario is made of before its first round: data, model, clients, attackers, engine and server rule."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradlens.aggregators import Aggregator
+from gradlens.errors import InputError
+from gradlens.log import ModelSpec
+from simulations.attacks import Attack, Pool, build_attack
+from simulations.attacks.attack import unchanged
+from simulations.cohorts import Cohort, cohorts, malicious_clients
+from simulations.components import build, live_filter
+from simulations.partition import Split
+from simulations.randomness import Stream, address
+from simulations.scenario import Scenario
+from simulations.tasks import Task, build_model, load_task
+from simulations.training import Dataset, Engine, LocalSGD, buffers, device_for, engine_for, outputs, prepared, state_of
+
+Goal = tuple[np.ndarray, np.ndarray]  # held-out attacked samples, and the label that each should get
+
+VISIBILITY_SAMPLES = 64  # test samples on which a trigger is tried before the run
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """What a scenario is made of once its data are loaded; nothing in it changes from round to round.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The settings.
+    task : Task
+        The data.
+    model : torch.nn.Module
+        The model that measures; its numbers are overwritten.
+    spec : ModelSpec
+        Its layers.
+    engine : callable
+        Trains clients; see `simulations.training.engine_for`.
+    honest : list of (x, y) tensors
+        The data that each client holds, [client].
+    attack : Attack
+        What malicious clients do.
+    goal : tuple of array
+        Held-out attacked samples and the label that each should get.
+    poisoned : Mapping of int to (x, y) tensors
+        Malicious client -> what it trains on when it attacks.
+    chosen : Mapping of int to array
+        Malicious client -> positions of its poisoned samples.
+    deviants : frozenset of int
+        The malicious clients whose update differs from an honest one when they attack.
+    cohorts : list of Cohort
+        Who takes part, [round].
+    aggregate : callable
+        The server's rule, behind the live filter where there is one.
+
+    Examples
+    --------
+    >>> from simulations import Scenario
+    >>> federation = assemble(Scenario(num_clients=10, attack="trigger", num_malicious=2))
+    >>> len(federation.honest), len(federation.poisoned), federation.attack
+    (10, 2, trigger(target_label=1, size=4, row=2, column=2, value=1.0))
+    """
+
+    scenario: Scenario
+    task: Task
+    model: nn.Module
+    spec: ModelSpec
+    engine: Engine
+    honest: list[Dataset]
+    attack: Attack
+    goal: Goal
+    poisoned: Mapping[int, Dataset]
+    chosen: Mapping[int, np.ndarray]
+    deviants: frozenset[int]
+    cohorts: list[Cohort]
+    aggregate: Aggregator
+
+
+def assemble(scenario: Scenario, workers: int = 1) -> Federation:
+    """Loads and shares out the data, poisons those of the malicious clients, and initializes the model.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The settings.
+    workers : int
+        Threads that train clients; they change no bit.
+
+    Raises
+    ------
+    InputError
+        If the task is unknown or too small; if the attack does not fit it, changes no sample, or cannot be seen by the
+        model; or if the engine cannot train the model.
+    """
+    task, attack = task_of(scenario), build_attack(scenario.attack)
+    split = split_of(task, scenario)
+    pool = pool_of(task, split, attack, scenario)
+    goal = attack.goal(task, pool)
+    parts = split.train if pool is None else [np.setdiff1d(part, pool.given_up) for part in split.train]
+    honest = [(torch.from_numpy(task.x_train[part]), torch.from_numpy(task.y_train[part])) for part in parts]
+    poisoned, chosen = _poisoned(scenario, task, attack, parts, pool)
+    deviants = _deviants(scenario, attack, chosen)
+    untrained = build_model(task, scenario.model, scenario.seed)
+    model = prepared(untrained, honest[0][0][:2], device_for(scenario.device))
+    if poisoned:
+        _check_visible(model, task, attack)
+    final_weight = f"{task.final_layer}.weight" if task.final_layer and scenario.model == "own" else None
+    return Federation(
+        scenario,
+        task,
+        model,
+        ModelSpec.of(state_of(model), buffers=buffers(model), final_weight=final_weight),
+        _engine(scenario, untrained, task, honest, workers),
+        honest,
+        attack,
+        goal,
+        poisoned,
+        chosen,
+        deviants,
+        cohorts(scenario),
+        _server_rule(scenario),
+    )
+
+
+def task_of(scenario: Scenario) -> Task:
+    """Returns the scenario's task with the training samples that its clients share out."""
+    share = scenario.samples_per_client
+    return load_task(scenario.task, share and share * scenario.num_clients, scenario.seed)
+
+
+def split_of(task: Task, scenario: Scenario) -> Split:
+    """Returns which training samples each client holds.
+
+    Raises
+    ------
+    InputError
+        If the partition cannot share out the task, or one from outside leaves a client without samples.
+    """
+    partition = build("partition", scenario.partition)
+    split = partition(task, scenario.num_clients, address(scenario.seed, Stream.PARTITION))
+    name = next(iter(scenario.partition))
+    if not isinstance(split, Split):
+        raise InputError(f"partition: {name} must return a Split, found a {type(split).__name__}")
+    if len(split.train) != scenario.num_clients or not all(len(part) for part in split.train):
+        raise InputError(f"partition: {name} must give each of {scenario.num_clients} clients at least one sample")
+    return split
+
+
+def pool_of(task: Task, split: Split, attack: Attack, scenario: Scenario) -> Pool | None:
+    """Returns the samples that the attackers bring; None where they bring none."""
+    return None if attack.pool is None else attack.pool(task, split, address(scenario.seed, Stream.POOL))
+
+
+def _poisoned(
+    scenario: Scenario, task: Task, attack: Attack, parts: Sequence[np.ndarray], pool: Pool | None
+) -> tuple[dict[int, Dataset], dict[int, np.ndarray]]:
+    """What each malicious client trains on when it attacks, and which of those samples are poisoned."""
+    poisoned, chosen = {}, {}
+    for number, client in enumerate(malicious_clients(scenario).tolist()):
+        x, y, chosen[client] = attack.poison(
+            task.x_train[parts[client]],
+            task.y_train[parts[client]],
+            scenario.poison_rate,
+            address(scenario.seed, Stream.POISON, client=client),
+            task=task,
+            part=number,
+            pool=pool,
+        )
+        poisoned[client] = (torch.from_numpy(x), torch.from_numpy(y))
+    return poisoned, chosen
+
+
+def _deviants(scenario: Scenario, attack: Attack, chosen: Mapping[int, np.ndarray]) -> frozenset[int]:
+    """The malicious clients whose update the attack changes; raises InputError where there are none of them."""
+    always = attack.send is not None or attack.train is not None
+    deviants = frozenset(client for client, positions in chosen.items() if always or len(positions))
+    if chosen and not deviants:
+        raise InputError(
+            f"attack: {scenario.label('attack')} changes no sample of any malicious client: at poison_rate "
+            f"{scenario.poison_rate:g} none of their eligible samples is poisoned, or they hold none"
+        )
+    return deviants
+
+
+def _check_visible(model: nn.Module, task: Task, attack: Attack) -> None:
+    """Raises InputError where a trigger changes no sample, or no output of the model for any sample."""
+    if attack.stamp is unchanged:
+        return
+    x = task.x_test[attack.eligible(task, task.x_test, task.y_test)][:VISIBILITY_SAMPLES]
+    clean = torch.cat(list(outputs(model, torch.tensor(x))))
+    for part in range(attack.parts):
+        stamped = attack.stamp(task, x, part)
+        which = f"part {part + 1} of the trigger" if attack.parts > 1 else "the trigger"
+        if np.array_equal(stamped, x):
+            raise InputError(f"attack: {which} changes none of {len(x)} test samples of task {task.name}")
+        if torch.equal(torch.cat(list(outputs(model, torch.tensor(stamped)))), clean):
+            raise InputError(
+                f"attack: the model cannot see {which}: its outputs for {len(x)} test samples of task {task.name} stay "
+                "the same; a convolution with a stride may never read the last rows and columns"
+            )
+
+
+def _engine(scenario: Scenario, model: nn.Module, task: Task, honest: list[Dataset], workers: int) -> Engine:
+    settings = LocalSGD(
+        scenario.local_epochs, scenario.batch_size, scenario.learning_rate, scenario.momentum, scenario.weight_decay
+    )
+    return engine_for(
+        scenario.engine,
+        model,
+        task.loss,
+        settings,
+        honest,
+        rounds=scenario.rounds,
+        device=str(device_for(scenario.device)),
+        workers=workers,
+        largest=scenario.clients_per_round,
+        key=None if scenario.model == "own" else (scenario.task, scenario.model),
+    )
+
+
+def _server_rule(scenario: Scenario) -> Aggregator:
+    """The aggregation rule, behind the live filter where there is one."""
+    rule = build("aggregator", scenario.aggregator)
+    return live_filter(rule, scenario.detector, scenario.filter) if scenario.detector else rule
