@@ -14,6 +14,8 @@ GROUND = {"errors", "settings", "geometry", "clustering", "words", "names"}
 ARROWS = {
     "errors": set(),
     "settings": {"errors"},
+    "geometry": set(),
+    "clustering": {"geometry"},
     "words": set(),
     "names": {"errors"},
     "examples": {"log"},
