@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from gradlens.clustering import density_clusters, lloyd
 from gradlens.detectors.distances import global_products, relative, squared_distances
 from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import Detector
 from gradlens.errors import CannotSay, InputError
 from gradlens.log import Round, UpdateLog
 from gradlens.log.kernels import two_leading
-from gradlens.scorers import density_clusters, lloyd
 from gradlens.settings import one_of, positive, share, whole_number
 from gradlens.statistics.final_layer import Predict, ddif, final_weight, neup, threshold_exceedings
 

@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from gradlens.clustering import two_means
 from gradlens.detectors.clusters import APART, ROUNDING, cosine_distances, evidence_of, principal_plane
 from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import TEXTBOOK, Detector
 from gradlens.errors import InputError
 from gradlens.log import UpdateLog
-from gradlens.scorers import robustly_scaled, two_means
+from gradlens.scorers import robustly_scaled
 from gradlens.settings import one_of, positive, whole_number
 from gradlens.statistics.final_layer import final_bias_deviation, final_weight
 
