@@ -12,7 +12,7 @@ from gradlens.log import Round, UpdateLog
 
 Statistic = Callable[[UpdateLog], pd.DataFrame]  # index client, columns features; raises CannotSay
 
-SMALLEST = 3  # comparable clients; of two, neither is the odd one out
+SMALLEST = 3  # comparable clients; of two, neither is the outlier
 
 
 def cohort(log: UpdateLog) -> Round:
@@ -58,7 +58,7 @@ def units(layer: str, count: int) -> list[str]:
 
 def deviations(round_: Round, layer: str) -> np.ndarray:
     """Updates of a layer minus the cohort's coordinate-wise median, float64 [client, number]."""
-    with np.errstate(all="ignore"):  # in the rows that become NaN
+    with np.errstate(all="ignore"):  # only in rows that become NaN
         return round_.linear_flat(layer).astype(np.float64) - round_.median[layer].reshape(-1)
 
 
