@@ -117,8 +117,7 @@ def rlr(threshold: int | None = None) -> Detector:
     References
     ----------
     .. [1] Ozdayi, Kantarcioglu & Gel 2021, "Defending against Backdoors in Federated Learning with Robust Learning
-    Rate",
-       AAAI, arXiv:2007.03767.
+       Rate", AAAI, arXiv:2007.03767.
 
     Examples
     --------
@@ -232,8 +231,7 @@ def signguard(lower: float = 0.1, upper: float = 3.0, sample: float = 0.1, seed:
     References
     ----------
     .. [1] Xu et al. 2022, "Byzantine-robust Federated Learning through Collaborative Malicious Gradient Filtering",
-    ICDCS,
-       arXiv:2109.05872; github.com/JianXu95/SignGuard, aggregators/signguard.py.
+       ICDCS, arXiv:2109.05872; github.com/JianXu95/SignGuard, aggregators/signguard.py.
 
     Examples
     --------

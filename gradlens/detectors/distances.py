@@ -418,7 +418,7 @@ def global_products(log: UpdateLog) -> np.ndarray:
 
 
 def inner_products(round_: Round, direction: dict[str, np.ndarray]) -> np.ndarray:
-    """Inner product of each update with a direction, which maps layers to arrays [*shape], float64 [client]."""
+    """Inner product of each update with a direction (layer -> array), float64 [client]."""
     products = np.zeros(len(round_))
     for name in round_.parameters:
         along, start = np.asarray(direction[name]).reshape(-1), 0

@@ -195,7 +195,7 @@ def flanders(
     References
     ----------
     .. [1] Gabrielli, Belli, Matrullo, Miori & Tolomei 2023, arXiv:2303.16668; github.com/adap/flower,
-    baselines/flanders.
+       baselines/flanders.
     .. [2] Chen, Xiao & Yang 2021, "Autoregressive models for matrix-valued time series".
 
     Examples

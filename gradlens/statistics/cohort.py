@@ -77,7 +77,7 @@ def median_products(log: UpdateLog) -> Mapping[str, tuple[np.ndarray, float]]:
 
 
 def products_with(round_: Round, layer: str, direction: np.ndarray) -> tuple[np.ndarray, float]:
-    """Inner products of a direction [*shape] with the comparable updates of a layer, [client], and with itself."""
+    """Inner products of a direction with the comparable updates of a layer, [client], and with itself."""
     direction, rows = np.asarray(direction).reshape(-1), round_.comparable
     dots, square, start = np.zeros(int(rows.sum())), 0.0, 0
     for block in round_.linear_blocks(layer):
