@@ -75,7 +75,7 @@ def label_drift(log: UpdateLog, learning_rate: float | None = None) -> pd.DataFr
     """
     round_ = cohort(log)
     layer = log.model.final_bias or _final_layer(log)
-    with np.errstate(all="ignore"):  # in the rows of who is not comparable
+    with np.errstate(all="ignore"):  # only in rows of clients that are not comparable
         rows = round_.flat(layer).astype(np.float64).reshape(len(round_), *_matrix(log, layer)).sum(axis=2)
     unit = "logits"
     if log.model.final_bias is None:
@@ -381,7 +381,7 @@ def _final_layer(log: UpdateLog) -> str:
 
 def _beside(rows: np.ndarray, comparable: np.ndarray) -> np.ndarray:
     """Rows minus the median of the comparable ones."""
-    with np.errstate(all="ignore"):  # in the rows of who is not comparable
+    with np.errstate(all="ignore"):  # only in rows of clients that are not comparable
         return rows - np.median(rows[comparable], axis=0)
 
 

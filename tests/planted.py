@@ -96,6 +96,73 @@ PLANTED: Mapping[str, Planted] = {
     "equal pair": Planted(one_for_all, ("client-01", "client-08")),
 }
 
+# statistic or detector -> the planted case of its own kind, which it must rank first; "" where none fits
+CASES: Mapping[str, str] = {
+    # statistics, and the detectors of the same name
+    "final_bias": "shifted class",
+    "final_bias_deviation": "shifted class",
+    "final_bias_direction": "",  # which labels, not how far
+    "final_rows": "shifted class",
+    "neup": "shifted class",
+    "threshold_exceedings": "",  # a count of four classes
+    "ddif": "shifted class",
+    "final_spectrum": "shifted class",
+    "layer_norms": "boosted",
+    "layer_cosines": "turned",
+    "aggregate_cosines": "turned",
+    "global_cosines": "",  # the planted global model is zero
+    "sign_agreement": "turned",
+    "large_share": "boosted",
+    "kurtosis": "",
+    "spectral": "turned",
+    "neighbour_distances": "boosted",
+    "neighbour_cosines": "equal pair",
+    "accumulated_norms": "drifting",
+    "accumulated_spectral": "drifting",
+    "accumulated_neighbours": "equal pair",
+    "accomplices": "equal pair",
+    "label_drift_residual": "drifting",
+    "consistency": "boosted",
+    "persistence": "drifting",
+    "prediction_residual": "boosted",
+    # detectors
+    "two_clusters": "shifted class, three clients",
+    "agglomerative": "shifted class, three clients",
+    "hdbscan": "turned",
+    "isolation_forest": "turned",
+    "local_outlier_factor": "turned",
+    "bilgin": "shifted class",
+    "tolpegin": "shifted class, three clients",
+    "lfighter": "shifted class, three clients",
+    "auror": "shifted class, three clients",
+    "deepsight": "shifted class",
+    "freqfed": "turned",
+    "krum": "boosted",
+    "multi_krum": "boosted",
+    "multi_metrics": "boosted",
+    "dnc": "boosted",
+    "flame": "turned",
+    "rflbat": "boosted",
+    "signguard": "turned",
+    "alignins": "turned",
+    "rlr": "turned",
+    "fltrust": "turned",
+    "foolsgold": "equal pair",
+    "fldetector": "boosted",
+    "flanders": "boosted",
+    "panel": "drifting",
+}
+
+
+def case_of(kind: str, name: str) -> str:
+    """The planted case of a statistic or detector; a failure that says what to add where there is none."""
+    cases = ", ".join(map(repr, PLANTED))
+    assert name in CASES, (
+        f"no planted case for {kind} {name!r}: add one to CASES in tests/planted.py, the one that it must rank first,"
+        f' of {cases}; or "" and a comment why none fits'
+    )
+    return CASES[name]
+
 
 def edited(log: UpdateLog, edit: Edit, culprits: Collection[str]) -> UpdateLog:
     """The log with the updates of these clients changed in every round."""

@@ -1,4 +1,7 @@
-"""One contract over every statistic x scorer, every detector, every aggregator of the tables."""
+"""One contract over every statistic x scorer, every detector, every aggregator of the tables.
+
+`planted.CASES` names what an entry is tried on; entries of installed packages are not in the tables and need none.
+"""
 
 import re
 from dataclasses import dataclass
@@ -38,70 +41,14 @@ GIVEN_DETECTOR = {
     "fldetector": {"window": 2, "start": 2},
     "flanders": {"window": 3, "iterations": 10},
 }
-# the case of a method's own kind, which it must rank first
-CASE_OF_STATISTIC = {
-    "final_bias": "shifted class",
-    "final_bias_deviation": "shifted class",
-    "final_bias_direction": "",  # which labels, not how far
-    "final_rows": "shifted class",
-    "neup": "shifted class",
-    "threshold_exceedings": "",  # a count of four classes
-    "ddif": "shifted class",
-    "final_spectrum": "shifted class",
-    "layer_norms": "boosted",
-    "layer_cosines": "turned",
-    "aggregate_cosines": "turned",
-    "global_cosines": "",  # the planted global model is zero
-    "sign_agreement": "turned",
-    "large_share": "boosted",
-    "kurtosis": "",
-    "spectral": "turned",
-    "neighbour_distances": "boosted",
-    "neighbour_cosines": "equal pair",
-    "accumulated_norms": "drifting",
-    "accumulated_spectral": "drifting",
-    "accumulated_neighbours": "equal pair",
-    "accomplices": "equal pair",
-    "label_drift_residual": "drifting",
-    "consistency": "boosted",
-    "persistence": "drifting",
-    "prediction_residual": "boosted",
-}
-CASE_OF_DETECTOR = CASE_OF_STATISTIC | {
-    "two_clusters": "shifted class, three clients",
-    "agglomerative": "shifted class, three clients",
-    "hdbscan": "turned",
-    "isolation_forest": "turned",
-    "local_outlier_factor": "turned",
-    "bilgin": "shifted class",
-    "tolpegin": "shifted class, three clients",
-    "lfighter": "shifted class, three clients",
-    "auror": "shifted class, three clients",
-    "deepsight": "shifted class",
-    "freqfed": "turned",
-    "krum": "boosted",
-    "multi_krum": "boosted",
-    "multi_metrics": "boosted",
-    "dnc": "boosted",
-    "flame": "turned",
-    "rflbat": "boosted",
-    "signguard": "turned",
-    "alignins": "turned",
-    "rlr": "turned",
-    "fltrust": "turned",
-    "foolsgold": "equal pair",
-    "fldetector": "boosted",
-    "flanders": "boosted",
-    "panel": "drifting",
-}
 BASIC = ("final_bias", "final_rows", "layer_norms", "layer_cosines", "accumulated_norms")  # with every scorer
 GIVEN = {name: GIVEN_STATISTIC.get(name, statistic) for name, statistic in STATISTICS.items()}
 PAIRS = {
-    f"{statistic} x {scorer}": (score_by(GIVEN[statistic], SCORERS[scorer], 1.0), CASE_OF_STATISTIC[statistic])
+    f"{statistic} x {scorer}": (score_by(GIVEN[statistic], SCORERS[scorer], 1.0), planted.CASES.get(statistic, ""))
     for statistic in STATISTICS
     for scorer in (SCORERS if statistic in BASIC else ["robust_zscore"])
 }
-NAMED = {name: (DETECTORS[name](**GIVEN_DETECTOR.get(name, {})), CASE_OF_DETECTOR[name]) for name in DETECTORS}
+NAMED = {name: (DETECTORS[name](**GIVEN_DETECTOR.get(name, {})), planted.CASES.get(name, "")) for name in DETECTORS}
 CALIBRATED = {
     f"calibrated {name}": (calibrate(NAMED[name][0]), NAMED[name][1])
     for name in ("final_bias", "two_clusters", "panel")
@@ -112,6 +59,20 @@ COUNTS = {NAMED["alignins"][0]}  # the share of a few signs, and the cosine to a
 every_detector = pytest.mark.parametrize(("detector", "case"), CASES.values(), ids=list(CASES))
 every_statistic = pytest.mark.parametrize("name", STATISTICS)
 every_aggregator = pytest.mark.parametrize("name", AGGREGATORS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("statistic", name) for name in STATISTICS), *(("detector", name) for name in DETECTORS)]
+)
+def test_every_entry_has_a_planted_case(kind, name):
+    assert planted.case_of(kind, name) in {*planted.PLANTED, ""}
+
+
+def test_an_entry_without_a_planted_case_is_told_what_to_add():
+    with pytest.raises(
+        AssertionError, match=r"no planted case for detector 'x': add one to CASES in tests/planted\.py"
+    ):
+        planted.case_of("detector", "x")
 
 
 @cache

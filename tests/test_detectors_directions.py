@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planted
-from gradlens.clustering import majority_cluster, mean_shift
 from gradlens.detectors.directions import alignins, fltrust, kth_largest, rlr, signguard
 from gradlens.detectors.distances import drawn
 from gradlens.errors import InputError
@@ -61,7 +60,7 @@ def test_two_equal_groups_are_judged_group_by_group(detector):
 
 @pytest.mark.parametrize("detector", [rlr(), signguard()], ids=repr)
 def test_updates_are_judged_and_not_the_weights(detector):
-    """peers.md 0.3: a port that hands over raw weights judges what all clients have in common."""
+    """A port that hands over raw weights judges what all clients have in common."""
     log = random_log(4)
     shifted = with_model(log, [1e3 * np.ones(70), 1e3 * np.ones(31)])
     np.testing.assert_array_equal(detector(shifted).scores, detector(log).scores)
@@ -308,36 +307,6 @@ def test_signguard_is_its_formula(seed, zeros):
     np.testing.assert_allclose(verdict.evidence[["positive", "zero", "negative"]], signs, rtol=1e-9)
     if sizes.count(max(sizes)) == 1:  # among clusters of equal size the program takes the first
         np.testing.assert_array_equal(verdict.flags, ~kept)
-
-
-@settings(deadline=None, max_examples=25)
-@given(seed=seeds, count=st.integers(4, 20), groups=st.integers(1, 4))
-def test_mean_shift_is_scikit_learns(seed, count, groups):
-    from sklearn.cluster import MeanShift, estimate_bandwidth
-
-    rng = np.random.default_rng(seed)
-    x = rng.random((groups, 3))[rng.integers(0, groups, count)] + 0.05 * rng.random((count, 3))
-    bandwidth = estimate_bandwidth(x, quantile=0.5)
-    expected = MeanShift(bandwidth=bandwidth, cluster_all=False).fit(x)
-    labels, centres = mean_shift(x, bandwidth)
-    sizes = [sorted(np.bincount(found[found >= 0])) for found in (labels, expected.labels_)]
-    assert sizes[0] == sizes[1]
-    order, other = np.lexsort(np.round(centres, 6).T), np.lexsort(np.round(expected.cluster_centers_, 6).T)
-    np.testing.assert_allclose(centres[order], expected.cluster_centers_[other], atol=1e-3 * bandwidth)
-
-
-def test_the_majority_is_the_largest_cluster():
-    """The nearest 4 of a client reach from each of the three ones to the zeros: the bandwidth is a third of that."""
-    members, distances = majority_cluster(np.concatenate([np.ones((3, 3)), np.zeros((6, 3))]))
-    assert members.tolist() == [False] * 3 + [True] * 6
-    np.testing.assert_allclose(distances, [3] * 3 + [0] * 6, atol=1e-12)
-
-
-@pytest.mark.parametrize("x", [np.repeat(np.eye(2), 3, axis=0), np.eye(3), np.zeros((4, 3))])
-def test_among_equal_clusters_none_is_the_minority(x):
-    members, distances = majority_cluster(x)
-    assert members.all()
-    assert distances.tolist() == [0] * len(x)
 
 
 @pytest.mark.parametrize(("factor", "flagged"), [(0.0, True), (0.09, True), (0.11, False), (2.9, False), (3.1, True)])

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.preprocessing import StandardScaler
 
 import planted
-from gradlens.clustering import two_means_by_column
 from gradlens.detectors.final_layer import auror, bilgin, lfighter, tolpegin
 from gradlens.errors import InputError
 from gradlens.log import ModelSpec, UpdateLog
@@ -270,40 +268,6 @@ def test_lfighter_counts_the_bias_when_it_chooses_classes_and_only_then():
 # Auror
 
 
-@settings(max_examples=80, deadline=None)
-@given(
-    x=arrays(
-        np.float32,
-        array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=8),
-        elements=st.one_of(st.integers(-4, 4).map(float), st.floats(-10, 10, width=32)),
-    )
-)
-def test_two_groups_is_the_best_of_all_splits(x):
-    gaps, minority = two_means_by_column(x)
-    for column, gap, smaller in zip(x.T.astype(np.float64), gaps, minority.T, strict=True):
-        if np.ptp(column) == 0:
-            assert gap == 0
-            assert not smaller.any()
-            continue
-        order = np.argsort(column)
-        sides = [order[:k] for k in range(1, len(column))]
-        within = [np.var(column[s]) * len(s) + np.var(np.delete(column, s)) * (len(column) - len(s)) for s in sides]
-        best = [s for s, w in zip(sides, within, strict=True) if w <= min(within) + 1e-9 * np.ptp(column) ** 2]
-        found = [abs(column[s].mean() - np.delete(column, s).mean()) for s in best]
-        assert min(abs(gap - f) for f in found) <= 1e-9 * np.ptp(column)
-        assert 2 * smaller.sum() < len(column)
-        for a, b in combinations(range(len(column)), 2):
-            assert column[a] != column[b] or smaller[a] == smaller[b]
-
-
-def test_two_groups_by_hand():
-    gaps, minority = two_means_by_column(
-        np.array([[0, 0, 7], [1, 0, 7], [2, 9, 7], [11, 9, 7], [0.0, 4, 7]], np.float32)
-    )
-    np.testing.assert_allclose(gaps, [11 - 3 / 4, 9 - 4 / 3, 0])
-    assert minority.T.tolist() == [[False] * 3 + [True, False], [False, False, True, True, False], [False] * 5]
-
-
 def naive_auror(log, alpha):
     rows = np.concatenate([log[-1].flat("head.weight"), log[-1].flat("head.bias")], axis=1).astype(np.float64)
     gaps, votes = [], []
@@ -341,7 +305,7 @@ def test_auror_by_hand():
 
 
 def test_auror_works_on_updates_not_on_weights():
-    """FLPoison's port hands it the raw weights, which differ by coordinate, not by client (peers.md 0.3)."""
+    """FLPoison's port hands it the raw weights, which differ by coordinate, not by client."""
     log = random_log(1, clients=10, attackers=[4])
     moved = {name: np.full_like(a, 50) for name, a in STATE.items()}
     other = planted.log_of(dict(log[-1].updates), moved)

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planted
-from gradlens.clustering import gap_count, lower_cluster_end
 from gradlens.detectors import trajectories
 from gradlens.detectors.trajectories import flanders, fldetector, foolsgold
 from gradlens.errors import InputError
@@ -203,49 +202,6 @@ def test_foolsgold_on_sketches(monkeypatch):
 
 
 # FLDetector
-
-
-def naive_gap(scores, seed):
-    """The official procedure with every split of the ordered scores tried."""
-    from itertools import combinations, pairwise
-
-    def within(x, k):
-        x = np.sort(x)
-        cuts = ([0, *inner, len(x)] for inner in combinations(range(1, len(x)), k - 1))
-        return min(sum(((x[a:b] - x[a:b].mean()) ** 2).sum() for a, b in pairwise(c)) for c in cuts)
-
-    most = min(7, len(scores) - 1)
-    uniform = np.random.default_rng(seed).uniform(size=(10, len(scores)))
-    scaled = (scores - scores.min()) / (scores.max() - scores.min())
-    gaps, errors = [], []
-    for k in range(1, most + 1):
-        reference = np.array([within(sample, k) for sample in uniform])
-        gaps.append(np.log(reference.mean()) - np.log(within(scaled, k)))
-        errors.append(np.sqrt(1.1) * np.std(np.log(reference)))
-    return next((k for k in range(1, most) if gaps[k - 1] >= gaps[k] - errors[k]), most)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_number_of_clusters_against_every_split(seed):
-    rng = np.random.default_rng(seed)
-    scores = np.concatenate([rng.normal(size=5), rng.normal(size=4) + [0, 3, 9][seed % 3]])
-    assert gap_count(scores, seed) == naive_gap(scores, seed)
-
-
-@pytest.mark.parametrize("clients", [20, 100])
-def test_thirty_homogeneous_score_sets_are_no_attack(clients):
-    """FLPoison's gap statistic is off by one: it never finds a single cluster, and fires on 30 of 30."""
-    rng = np.random.default_rng(0)
-    assert sum(gap_count(rng.normal(1, 0.1, clients), 0) > 1 for _ in range(30)) == 0
-
-
-@pytest.mark.parametrize("clients", [10, 28])
-def test_two_score_sets_are_an_attack(clients):
-    rng = np.random.default_rng(0)
-    for _ in range(10):
-        scores = np.concatenate([rng.normal(1, 0.1, clients - 4), rng.normal(2.5, 0.1, 4)])
-        assert gap_count(scores, 0) > 1
-        assert (scores > lower_cluster_end(scores)).nonzero()[0].tolist() == [*range(clients - 4, clients)]
 
 
 def test_fldetector_finds_eight_of_twenty_eight():

@@ -13,13 +13,12 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from scipy import stats
 from scipy.cluster.vq import kmeans2
 from sklearn.base import BaseEstimator
-from sklearn.cluster import HDBSCAN, AgglomerativeClustering, KMeans
+from sklearn.cluster import HDBSCAN, AgglomerativeClustering
 from sklearn.covariance import EllipticEnvelope
 from sklearn.ensemble import IsolationForest
 from sklearn.neighbors import LocalOutlierFactor
 from sklearn.svm import OneClassSVM
 
-from gradlens.clustering import density_clusters, lloyd, two_means
 from gradlens.errors import InputError
 from gradlens.scorers import (
     SCORERS,
@@ -187,60 +186,6 @@ def test_hdbscan_outlier_agrees_with_the_labels(seed):
     assert found[labels < 0].min() > found[labels == 0].max()
     d = np.linalg.norm(z[:, None] - z, axis=2) + np.where(np.eye(17), np.inf, 0)
     np.testing.assert_allclose(found, d[:, labels == 0].min(axis=1))
-
-
-def test_density_clusters_by_hand():
-    x = np.array([0, 1, 2, 3, 10, 11, 12, 50.0])
-    d = np.abs(x[:, None] - x)
-    assert density_clusters(d, 3, 1).tolist() in ([0] * 4 + [1] * 3 + [-1], [1] * 4 + [0] * 3 + [-1])
-    assert density_clusters(d, 5, 1, single=True).tolist() == [0] * 7 + [-1]
-    assert density_clusters(d, 9).tolist() == [-1] * 8
-    assert density_clusters(np.zeros((4, 4)), 3).tolist() == [0] * 4
-
-
-def test_density_clusters_leaves_its_input_alone(rng):
-    d = np.abs(np.subtract.outer(*[rng.normal(size=9)] * 2))
-    before = d.copy()
-    density_clusters(d, 3, 1)
-    np.testing.assert_array_equal(d, before)
-
-
-def test_equal_rows_far_apart_are_clusters_of_their_own():
-    """An infinite density has no excess over another, and no warning."""
-    d = np.abs(np.subtract.outer(*[np.repeat([0.0, 1, 5], 3)] * 2))
-    labels = density_clusters(d, 2, 2)
-    assert [len(set(labels[i : i + 3])) for i in (0, 3, 6)] == [1, 1, 1]
-    assert set(labels) == {0, 1, 2}
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_lloyd_is_scikit_learns_k_means_from_the_same_start(seed):
-    rng = np.random.default_rng(seed)
-    tables = 50 + rng.normal(size=(3, 25, 2))
-    starts = tables[:, :4]
-    labels, centres = lloyd(tables, starts)
-    for x, start, label, centre in zip(tables, starts, labels, centres, strict=True):
-        model = KMeans(4, init=start, n_init=1, tol=0, algorithm="lloyd").fit(x)
-        np.testing.assert_array_equal(label, model.labels_)
-        np.testing.assert_allclose(centre, model.cluster_centers_)
-
-
-@pytest.mark.parametrize("shape", [(12, 3), (5, 40)])
-def test_two_means_starts_from_the_principal_direction(shape, rng):
-    z = rng.normal(size=shape)
-    z[0] += 5
-    upper = (z - z.mean(axis=0)) @ np.linalg.svd(z - z.mean(axis=0))[2][0] > 0
-    start = np.stack([z[~upper].mean(axis=0), z[upper].mean(axis=0)])
-    _, expected = kmeans2(z, start, iter=300, minit="matrix")
-    second, centres = two_means(z)
-    assert second.tolist() in ((expected == 1).tolist(), (expected == 0).tolist())
-    np.testing.assert_allclose(centres[1], z[second].mean(axis=0))
-
-
-def test_two_means_of_equal_rows():
-    second, centres = two_means(np.full((4, 2), 0.1))
-    assert not second.any()
-    np.testing.assert_array_equal(centres, np.full((2, 2), 0.1))
 
 
 # Isolation forest

@@ -1,14 +1,13 @@
-"""The README's section on the attacks is what the script renders from the committed tables."""
-
-import importlib.util
+"""The study of attacks: its committed tables, its section of the results, and its rows of a small sweep."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import ROOT
-from simulations import ATTACKS, Scenario, run_sweep, sweep
+from simulations import Scenario, run_sweep, sweep
 from simulations.scenario import SCENARIOS, load_sweep
+from simulations.studies import attacks as study
+from simulations.studies.conditions import main_part
 
 SENDING = {
     "sign_flip", "gaussian", "zero", "a_little_is_enough", "inner_product", "min_max", "min_sum", "mimic",
@@ -17,35 +16,33 @@ SIZED = {"num_clients": 6, "rounds": 2, "samples_per_client": 20}
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("attack_table", ROOT / "reports" / "attack_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def attacks() -> pd.DataFrame:
+    return study.committed()[0]
 
 
 @pytest.fixture(scope="module")
-def attacks(script) -> pd.DataFrame:
-    return script.committed()[0]
+def replacement() -> pd.DataFrame:
+    return study.committed()[1]
 
 
-@pytest.fixture(scope="module")
-def replacement(script) -> pd.DataFrame:
-    return script.committed()[1]
+def test_the_section_is_made_of_the_committed_tables(attacks, replacement):
+    text = study.section(attacks, replacement)
+    assert text.startswith("## The attacks, measured")
+    for name in attacks["attack"]:
+        assert f"`{name}`" in text
+    assert "nan" not in text
 
 
-def test_the_readme_shows_the_committed_tables(script):
-    readme = script.README.read_text()
-    assert readme.count(script.BEGIN) == readme.count(script.END) == 1
-    shown = readme.split(script.BEGIN)[1].split(script.END)[0].strip("\n")
-    assert shown == script.section(*script.committed())
-    assert script.with_section(readme, script.section(*script.committed())) == readme
+def test_every_attack_of_the_scenarios_has_a_row(attacks):
+    committed = {main_part(scenario.attack) for scenario in committed_scenarios()}
+    assert set(attacks["attack"]) == committed
 
 
-def test_every_attack_has_a_row(attacks):
-    assert set(attacks["attack"]) == set(ATTACKS)
+def committed_scenarios() -> list[Scenario]:
+    """The attacked scenarios that the table is made of; a new attack need not be among them."""
+    names = ("attacks.toml", "attacks_data.toml")
+    scenarios = [scenario for name in names for scenario in load_sweep(SCENARIOS / name).scenarios]
+    return [scenario for scenario in scenarios if not scenario.is_control]
 
 
 def test_every_row_has_its_control_and_enough_seeds(attacks):
@@ -67,9 +64,7 @@ def test_intervals_hold_their_figures(attacks):
 
 
 def test_every_row_is_of_a_committed_scenario(attacks):
-    names = ("attacks.toml", "attacks_data.toml")
-    scenarios = [each for name in names for each in load_sweep(SCENARIOS / name).scenarios if not each.is_control]
-    committed = {(each.label("attack"), each.task, each.label("partition")) for each in scenarios}
+    committed = {(each.label("attack"), each.task, each.label("partition")) for each in committed_scenarios()}
     assert set(attacks[["setting", "task", "partition"]].itertuples(index=False, name=None)) == committed
 
 
@@ -91,15 +86,15 @@ def test_one_late_round_of_model_replacement_is_enough(replacement):
         (["trigger", "scaling", "hiding"], "hiding"),
     ],
 )
-def test_which_part_a_row_is_about(script, attack, shown):
-    assert script.shown(dict.fromkeys(attack)) == shown
+def test_which_part_a_row_is_about(attack, shown):
+    assert main_part(dict.fromkeys(attack)) == shown
 
 
-def test_the_rows_of_a_sweep(script, tmp_path):
+def test_the_rows_of_a_sweep(tmp_path):
     base = Scenario(num_malicious=2, **SIZED)
     flip = {"label_flip": {"source_label": 7, "target_label": 5}, "scaling": {"factor": 9.0}}
     found = run_sweep(sweep(base, attack=[flip, {"zero": {}}], seed=[0, 1]), tmp_path / "runs", progress=False)
-    table = script.attack_rows(found).set_index("attack")
+    table = study.in_order(study.attack_rows(found)).set_index("attack")
     assert table.index.tolist() == ["label_flip", "zero"]
     attacked = [each for each in found.runs if "label_flip" in each.scenario["attack"]]
     finals = [each.metrics["asr"].iloc[-1] for each in attacked]
@@ -108,15 +103,29 @@ def test_the_rows_of_a_sweep(script, tmp_path):
     free = [found.control_of(each.name).metrics["main_accuracy"].iloc[-1] for each in attacked]
     assert table.loc["label_flip", "control_accuracy"] == pytest.approx(np.mean(free))
     assert np.isnan(table.loc["zero", "asr"])
-    assert not script.is_single_round(found)
+    assert not study.is_single_round(found)
 
 
-def test_the_rows_of_a_single_round(script, tmp_path):
+def test_the_rows_of_a_single_round(tmp_path):
     schedule, attack = {"single_round": {"at": 1}}, {"trigger": {"size": 3}, "model_replacement": {}}
     base = Scenario(num_malicious=1, attack=attack, schedule=schedule, **SIZED)
     found = run_sweep(sweep(base, seed=[0, 1]), tmp_path / "runs", progress=False)
-    assert script.is_single_round(found)
-    table = script.replacement_rows(found)
+    assert study.is_single_round(found)
+    table = study.replacement_rows(found)
     assert table["seed"].tolist() == [0, 1]
     assert set(table["round"]) == {1}
     assert table["asr"].equals(table["last_asr"])  # it is the last round
+
+
+def test_the_command_writes_both_tables(tmp_path):
+    every_round = {"trigger": {"size": 3}}
+    single_round = {
+        "attack": {"trigger": {"size": 3}, "model_replacement": {}},
+        "schedule": {"single_round": {"at": 1}},
+    }
+    for name, settings in (("attacks", {"attack": every_round}), ("replacement", single_round)):
+        scenarios = sweep(Scenario(num_malicious=1, **settings, **SIZED), seed=[0])
+        run_sweep(scenarios, tmp_path / name, progress=False)
+    study.main([str(tmp_path / "attacks"), str(tmp_path / "replacement"), "--out", str(tmp_path)])
+    assert pd.read_csv(tmp_path / "attacks.csv")["attack"].tolist() == ["trigger"]
+    assert pd.read_csv(tmp_path / "replacement.csv")["round"].tolist() == [1]

@@ -9,6 +9,11 @@ import pytest
 from conftest import ROOT
 from gradlens.errors import InputError
 from simulations import Scenario, load_sweep, run_sweep, sweep
+from simulations.studies import norm_clipping
+from simulations.studies import norm_clipping_figures as study
+from simulations.studies import norm_clipping_findings as told
+from simulations.studies.norm_clipping_page import page
+from simulations.studies.results import REPORTS
 
 BASE = Scenario(
     task="digits", model="mlp", partition="pseudo_writer", num_clients=12, clients_per_round=6, rounds=6,
@@ -31,18 +36,13 @@ def bounded(bound: float) -> dict:
     }
 
 
-@pytest.fixture(scope="module")
-def report():
-    """reports/norm_clipping.py and its page."""
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Few rounds to average over, and one detector."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "reports"))
-        import norm_clipping
-        import norm_clipping_findings
-        import norm_clipping_page
-
-        patch.setattr(norm_clipping, "LAST", 2)
-        patch.setattr(norm_clipping, "DETECTED_BY", ("layer_norms",))
-        yield norm_clipping, norm_clipping_page, norm_clipping_findings
+        patch.setattr(study, "LAST_ROUNDS", 2)
+        patch.setattr(study, "DETECTOR_NAMES", ("layer_norms",))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,11 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def figures(report, small):
-    return report[0].gathered([small], progress=False)
+def figures(small):
+    return study.gathered([small], progress=False)
 
 
-def test_every_run_and_its_control_are_told(report, small, figures):
+def test_every_run_and_its_control_are_told(small, figures):
     runs = figures[figures["part"].eq("runs")]
     assert len(runs) == len(small.runs) == 8 + 2 * (4 + 3 + 1 + 1)
     assert runs["attack"].value_counts().to_dict() == {"unconstrained": 12, "none": 8, "norm-bounded": 6}
@@ -76,7 +76,7 @@ def test_every_run_and_its_control_are_told(report, small, figures):
     assert sorted(runs["fraction"].unique()) == [0, 1 / 6, 2 / 6]
 
 
-def test_what_is_clipped_is_what_is_longer_than_the_bound(report, small, figures):
+def test_what_is_clipped_is_what_is_longer_than_the_bound(small, figures):
     runs = figures[figures["part"].eq("runs")]
     norm_bounded = runs[runs["attack"].eq("norm-bounded")]
     assert norm_bounded["clipped"].eq(0).all()  # their senders know the bound
@@ -94,7 +94,7 @@ def test_what_is_clipped_is_what_is_longer_than_the_bound(report, small, figures
     assert 0 < told < 1
 
 
-def test_norms_are_those_of_attack_free_runs_without_defence(report, small, figures):
+def test_norms_are_those_of_attack_free_runs_without_a_defense(small, figures):
     norms = figures[figures["part"].eq("norms")]
     whole = norms[norms["round"].isna()].iloc[0]
     logs = [small.run(BASE.replace(seed=seed).control.digest).log for seed in (0, 1)]
@@ -109,26 +109,23 @@ def test_norms_are_those_of_attack_free_runs_without_defence(report, small, figu
     assert whole["first"] == 2
 
 
-def test_the_page_is_written_from_the_figures(report, small, figures):
-    _, page, told = report
-    text = page.page(figures, small.runs)
+def test_the_page_is_written_from_the_figures(small, figures):
+    text = page(figures, small.runs)
     assert text.count("<img") == 4
     said = sentences(told.findings(told.places_of(figures)))
     assert "nan" not in said.lower()
     assert "Every norm-bounded update passes the clipping whole." in said
     (place,) = told.places_of(figures)
-    assert place.rules[0] == "no defence"
+    assert place.rules[0] == "no defense"
     assert [rule.split(" at ")[0] for rule in place.rules[1:]] == ["clipping", "clipping", "weak DP"]
-    own = place.runs[place.runs["rule"].eq("no defence")]
+    own = place.runs[place.runs["rule"].eq("no defense")]
     here = own[own["tasks"].ne(2) & own["malicious"].ne(2)]
     free, attacked = (here[here["attack"].eq(name)] for name in ("none", "unconstrained"))
     points = 100 * (attacked.set_index("seed")["main_accuracy"] - free.set_index("seed")["main_accuracy"])
     assert told.cost(place, attacked).mean == pytest.approx(points.mean())
 
 
-def test_other_figures_give_other_sentences(report, figures):
-    *_, told = report
-
+def test_other_figures_give_other_sentences(figures):
     def said(**changes) -> str:
         runs = figures["part"].eq("runs") & figures["attack"].ne("none")
         changed = figures.copy()
@@ -163,8 +160,8 @@ def test_other_figures_give_other_sentences(report, figures):
     assert "Up to 25\N{NO-BREAK SPACE}% of a run's norm-bounded updates are clipped." in clipped
 
 
-def test_what_is_no_such_sweep_is_refused(report, small, tmp_path):
-    gathered = report[0].gathered
+def test_what_is_no_such_sweep_is_refused(small, tmp_path):
+    gathered = study.gathered
     krum = run_sweep(
         sweep(BASE.replace(rounds=3), attack=[boosted(4)], aggregator=["krum"]), tmp_path / "krum", progress=False
     )
@@ -190,9 +187,8 @@ def test_the_scenarios_senders_know_the_bound():
                 assert min(abs(rule["std"] * times / rule["bound"] - 0.005) for times in (1, cohort)) < 1e-5
 
 
-def test_the_committed_page_says_what_the_committed_figures_hold(report):
-    gather, _, told = report
-    found = pd.read_csv(gather.CSV)
+def test_the_committed_page_says_what_the_committed_figures_hold():
+    found = pd.read_csv(REPORTS / "norm_clipping.csv")
     runs = found[found["part"].eq("runs")]
     cells = runs.groupby(["task", "bound", "std", "attack", "malicious", "period", "tasks"], dropna=False)["seed"]
     assert cells.nunique().eq(3).all()
@@ -202,7 +198,7 @@ def test_the_committed_page_says_what_the_committed_figures_hold(report):
         for scenario in load_sweep(ROOT / f"simulations/scenarios/{name}.toml").scenarios
     ]
     assert len(runs) == len(scenarios)
-    written = html.unescape(gather.HTML.read_text())
+    written = html.unescape((REPORTS / "norm_clipping.html").read_text())
     for block in told.findings(told.places_of(found)):
         for sentence in (block["text"], *block["points"]):
             assert sentence in written
@@ -210,3 +206,19 @@ def test_the_committed_page_says_what_the_committed_figures_hold(report):
 
 def sentences(blocks) -> str:
     return " ".join(" ".join([block["text"], *block["points"]]) for block in blocks)
+
+
+def test_the_command_writes_each_sweep_once_and_resumes(figures, small, tmp_path, monkeypatch):
+    arguments = [str(small.path), "--out", str(tmp_path / "clipping"), "--workers", "1"]
+    norm_clipping.main(arguments)
+    written = (tmp_path / "clipping.csv").read_bytes()
+    assert len(pd.read_csv(tmp_path / "clipping.csv")) == len(figures)
+    page_written = (tmp_path / "clipping.html").read_bytes()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("it is computed again")
+
+    monkeypatch.setattr(study, "rows_of_sweep", refuse)
+    norm_clipping.main([*arguments, "--resume"])
+    assert (tmp_path / "clipping.csv").read_bytes() == written
+    assert (tmp_path / "clipping.html").read_bytes() == page_written

@@ -21,7 +21,7 @@ Reference = Callable[[UpdateLog], Mapping[str, np.ndarray]]  # layer -> the serv
 
 NO_SPREAD = 1e-9  # deviation of cosines, shares or log norms below which they count as equal, as in AlignIns' program
 FEWEST_SIGNS = 1_000  # coordinates whose signs SignGuard counts at least: a tenth of a small model says little
-SAMPLE = 8_192  # numbers from which the k-th largest of a million is estimated
+SAMPLE = 8_192  # numbers that are sampled to estimate the k-th largest of a million
 
 
 def alignins(sparsity: float = 0.3, lambda_s: float = 1.0, lambda_c: float = 1.0) -> Detector:
@@ -117,8 +117,7 @@ def rlr(threshold: int | None = None) -> Detector:
     References
     ----------
     .. [1] Ozdayi, Kantarcioglu & Gel 2021, "Defending against Backdoors in Federated Learning with Robust Learning
-    Rate",
-       AAAI, arXiv:2007.03767.
+       Rate", AAAI, arXiv:2007.03767.
 
     Examples
     --------
@@ -232,8 +231,7 @@ def signguard(lower: float = 0.1, upper: float = 3.0, sample: float = 0.1, seed:
     References
     ----------
     .. [1] Xu et al. 2022, "Byzantine-robust Federated Learning through Collaborative Malicious Gradient Filtering",
-    ICDCS,
-       arXiv:2109.05872; github.com/JianXu95/SignGuard, aggregators/signguard.py.
+       ICDCS, arXiv:2109.05872; github.com/JianXu95/SignGuard, aggregators/signguard.py.
 
     Examples
     --------
@@ -328,14 +326,14 @@ def _sign_agreement(round_: Round, sparsity: float) -> np.ndarray:
     def agreement(client: int) -> float:
         return _agreement(np.concatenate([layer[client] for layer in layers]), signs, count)
 
-    with ThreadPoolExecutor(2) as pool:  # a client at a time: numpy works outside the interpreter's lock
+    with ThreadPoolExecutor(2) as pool:  # one client per task: numpy releases the interpreter's lock
         return np.array(list(pool.map(agreement, range(len(round_)))))
 
 
 def _agreement(row: np.ndarray, signs: np.ndarray, count: int) -> float:
     edge, above, at = kth_largest(np.abs(row), count)
     agreeing = np.count_nonzero(row * signs > edge)
-    # a zero agrees with a vote that is level
+    # a zero agrees with a tied vote
     at_edge = np.count_nonzero(row[at] * signs[at] > 0 if edge > 0 else signs[at] == 0)
     return (agreeing + (count - above) * at_edge / len(at)) / count
 

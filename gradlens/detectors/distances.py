@@ -284,8 +284,8 @@ def _krum_scores(round_: Round, malicious: int, neighbours: str, power: float, b
     apart = _layer_distances(round_) if by_layer else np.sqrt(squared_distances(round_.total_gram))
     if not apart.any():
         return np.zeros(len(round_))
-    apart /= apart[apart > 0].mean()  # a high power of a large distance stays finite
-    nearest = np.sort(apart, axis=1)[:, 1:]  # the first is the client itself
+    apart /= apart[apart > 0].mean()  # so that a high power of a large distance stays finite
+    nearest = np.sort(apart, axis=1)[:, 1:]  # without the client itself
     count = len(round_) - malicious - (2 if neighbours == "paper" else 1)
     return relative((nearest[:, :count] ** power).sum(axis=1))
 
@@ -317,7 +317,7 @@ def _dnc(
     samples = np.stack([drawn(round_, dimensions, rng) for _ in range(iterations)])
     order = np.argsort(samples, axis=None, kind="stable")
     numbers = numbers_at(partial(round_.blocks, sketch=True), round_.parameters, samples.reshape(-1)[order])
-    sample = order // samples.shape[1]  # that each position belongs to
+    sample = order // samples.shape[1]  # to which each position belongs
     scores, kept = np.zeros(clients), np.ones(clients, dtype=bool)
     for iteration in range(iterations):
         projections = relative(_squared_projections(numbers[:, sample == iteration].astype(np.float64)))
@@ -419,7 +419,7 @@ def global_products(log: UpdateLog) -> np.ndarray:
 
 
 def inner_products(round_: Round, direction: dict[str, np.ndarray]) -> np.ndarray:
-    """Inner product of each update with a direction, which maps layers to arrays [*shape], float64 [client]."""
+    """Inner product of each update with a direction (layer -> array), float64 [client]."""
     products = np.zeros(len(round_))
     for name in round_.parameters:
         along, start = np.asarray(direction[name]).reshape(-1), 0

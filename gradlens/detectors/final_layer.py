@@ -237,15 +237,15 @@ def _tolpegin(log: UpdateLog, source_label: int | None, rounds: int) -> Judgemen
     classes = log.model[weight].shape[0]
     if source_label is not None and source_label >= classes:
         raise InputError(f"source_label must be one of the model's {classes} classes, found {source_label}")
-    whose, rows = _observations(log, weight, rounds)
+    owners, rows = _observations(log, weight, rounds)
     labels = range(classes) if source_label is None else [source_label]
     splits = [_split(_standardized_plane(rows[:, label])) for label in labels]
     apart, margins, minority = max(splits, key=lambda split: split[0])
-    counts = np.bincount(whose, minlength=len(round_))
-    scores = np.bincount(whose, margins, minlength=len(round_)) / counts
+    counts = np.bincount(owners, minlength=len(round_))
+    scores = np.bincount(owners, margins, minlength=len(round_)) / counts
     scores -= np.median(scores)  # where rounds differ more than clients, all lie on the same side
     scores[np.abs(scores) <= TIE] = 0
-    shares = np.bincount(whose, minority, minlength=len(round_)) / counts
+    shares = np.bincount(owners, minority, minlength=len(round_)) / counts
     label = labels[[split[0] for split in splits].index(apart)]
     evidence = {f"{weight}[{label}] margin": scores, "share in the smaller group": shares, "observations": counts}
     return Judgement(scores, shares > 0.5, evidence=evidence_of(round_, evidence))
@@ -254,22 +254,23 @@ def _tolpegin(log: UpdateLog, source_label: int | None, rounds: int) -> Judgemen
 def _observations(log: UpdateLog, weight: str, rounds: int) -> tuple[np.ndarray, np.ndarray]:
     """The clients of the last round in the last rounds.
 
-    Returns whose each observation is, int64 [observation], and its rows, float64 [observation, class, number].
+    Returns the position of each observation's client, int64 [observation], and its rows, float64 [observation, class,
+    number].
     """
     clients, classes = log[-1].clients, log.model[weight].shape[0]
     order = np.argsort(clients)
-    whose, rows = [], []
+    owners, rows = [], []
     for stop in range(max(0, len(log) - rounds) + 1, len(log) + 1):
         prefix = log[:stop]
         known = np.isin(prefix[-1].clients, clients)
         usable = known & prefix.remembered(_comparable) if stop < len(log) else known
-        whose.append(order[np.searchsorted(clients[order], prefix[-1].clients[usable])])
+        owners.append(order[np.searchsorted(clients[order], prefix[-1].clients[usable])])
         rows.append(_rows(prefix[-1].flat(weight)[usable], classes))
-    return np.concatenate(whose), np.concatenate(rows)
+    return np.concatenate(owners), np.concatenate(rows)
 
 
 def _comparable(log: UpdateLog) -> np.ndarray:
-    return log[-1].comparable  # remembered, since it takes a pass over all layers of a round
+    return log[-1].comparable  # remembered: it takes a pass over all layers of a round
 
 
 def _standardized_plane(rows: np.ndarray) -> np.ndarray:
@@ -283,8 +284,8 @@ def _standardized_plane(rows: np.ndarray) -> np.ndarray:
 
 def _split(points: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     """2-means of points: squared distance of the centers, margin towards the smaller group, and who is in it."""
-    second, centres = two_means(points)
-    apart = float(np.square(centres[1] - centres[0]).sum())
+    second, centers = two_means(points)
+    apart = float(np.square(centers[1] - centers[0]).sum())
     if apart == 0 or 2 * second.sum() == len(second):
         return apart, np.zeros(len(points)), np.zeros(len(points), dtype=bool)
     minority = second if 2 * second.sum() < len(second) else ~second
@@ -307,10 +308,10 @@ def _lfighter(log: UpdateLog, variant: str) -> Judgement:
         moved += np.abs(round_.flat(bias)).sum(axis=0, dtype=np.float64)
     chosen = np.sort(np.argsort(moved, kind="stable")[-2:])
     points = rows[:, chosen].reshape(len(rows), -1)
-    second, centres = two_means(points)
+    second, centers = two_means(points)
     evidence = {f"{weight}[{c}]": np.linalg.norm(rows[:, c], axis=1) for c in chosen}
     nobody = Judgement(np.zeros(len(rows)), np.zeros(len(rows), bool), evidence=evidence_of(round_, evidence))
-    if not np.square(centres[1] - centres[0]).sum():
+    if not np.square(centers[1] - centers[0]).sum():
         return nobody
     cosines = 1 - cosine_distances(points @ points.T)
     np.fill_diagonal(cosines, 0.0 if variant == "code" else 1.0)

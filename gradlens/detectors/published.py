@@ -1,8 +1,8 @@
 """What the published detectors share: how one is built, what it judges, and the verdict made of its judgement.
 
-A method is a function (log, **settings) -> `Judgement`. It is shown the comparable clients of the last round alone, so
-that a client which sends NaN, 1e6 or 1e30 does not change another's score. It may look back in the log; earlier rounds
-hold all their clients, also those that were not comparable then.
+A method is a function ``(log, **settings) -> Judgement``. It is shown the comparable clients of the last round alone,
+so that a client which sends NaN, 1e6 or 1e30 does not change another's score. It may look back in the log; earlier
+rounds hold all their clients, also those that were not comparable then.
 """
 
 from collections.abc import Callable

@@ -172,8 +172,8 @@ class Fit:
         """The readings in standard deviations, [client, feature] -> [client, reading]; the first is "together"."""
         raw = self.raw(values)
         if self.among_attackers:
-            centre = np.median(self.null, axis=0)
-            return (raw - centre) / _or_one(1.4826 * np.median(np.abs(self.null - centre), axis=0))
+            center = np.median(self.null, axis=0)
+            return (raw - center) / _or_one(1.4826 * np.median(np.abs(self.null - center), axis=0))
         pairs = zip(self.null.T, raw.T, strict=True)
         return np.stack([_normal_scores(null, numbers) for null, numbers in pairs], axis=1)
 

@@ -195,7 +195,7 @@ def flanders(
     References
     ----------
     .. [1] Gabrielli, Belli, Matrullo, Miori & Tolomei 2023, arXiv:2303.16668; github.com/adap/flower,
-    baselines/flanders.
+       baselines/flanders.
     .. [2] Chen, Xiao & Yang 2021, "Autoregressive models for matrix-valued time series".
 
     Examples
@@ -290,7 +290,7 @@ def _products(sums: np.ndarray, rows: np.ndarray) -> np.ndarray:
     products = np.zeros((len(rows), len(sums)))
     for start in range(0, sums.shape[1], BLOCK):
         block = sums[:, start : start + BLOCK].astype(np.float64)
-        # of everybody with everybody BLAS forms one half
+        # for all pairs BLAS forms only one half
         products += (block @ block.T)[rows] if len(rows) == len(sums) else block[rows] @ block.T
     return products
 
@@ -320,7 +320,7 @@ def _trust(cosines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _logit(trust: np.ndarray, kappa: float) -> np.ndarray:
-    with np.errstate(divide="ignore"):  # 0 and 1 are minus and plus infinity, then 0 and 1 again
+    with np.errstate(divide="ignore"):  # the logit of 0 and 1 is infinite, and is clipped back to them
         return np.clip(kappa * (np.log(trust) - np.log1p(-trust) + 0.5), 0, 1)
 
 
@@ -368,10 +368,10 @@ class _Sampling:
             place.append(round_.global_model[name].reshape(-1)[inside])
             moves.append(round_.flat(name)[:, inside])
             start += log.model[name].size
-        centre = np.concatenate(place).astype(np.float64)
+        global_model = np.concatenate(place).astype(np.float64)
         updates = np.concatenate(moves, axis=1)
-        models = {str(round_.clients[row]): centre + updates[row] for row in np.flatnonzero(round_.comparable)}
-        return (*(before or ()), (centre, models))[-self.window :]
+        models = {str(round_.clients[row]): global_model + updates[row] for row in np.flatnonzero(round_.comparable)}
+        return (*(before or ()), (global_model, models))[-self.window :]
 
 
 def _flanders(
@@ -395,7 +395,7 @@ def _flanders(
     rounds = log.folded(_Sampling(window, sampled, seed))
     if 2 * sum(client in rounds[-2][1] for client in clients) < len(clients):
         raise CannotSay("most of the clients were not in the round before, from which they are forecast")
-    models = np.stack([[of.get(client, centre) for client in clients] for centre, of in rounds])
+    models = np.stack([[of.get(client, global_model) for client in clients] for global_model, of in rounds])
     if not np.isfinite(models).all():
         raise CannotSay("the global model of one of the last rounds is not finite")
     errors = np.linalg.norm(models[-1] - _forecast(models[:-1], alpha, beta, iterations), axis=1)
@@ -423,14 +423,14 @@ def _forecast(models: np.ndarray, alpha: float, beta: float, iterations: int) ->
     earlier, later = gram[:-clients, :-clients], gram[clients:, clients:]
     across = gram[clients:, :-clients]  # of Y with X_t-1
     blocks = [slice(t * clients, (t + 1) * clients) for t in range(rounds)]
-    cross, own = sum(across[b, b] for b in blocks), sum(earlier[b, b] for b in blocks)  # of B = 1
+    cross, square = sum(across[b, b] for b in blocks), sum(earlier[b, b] for b in blocks)  # of B = 1
     left, inner = np.eye(clients), np.zeros_like(later)
     for _ in range(iterations):
-        left = np.linalg.solve(own + alpha * np.eye(clients), np.transpose(cross)).T
-        every = np.kron(np.eye(rounds), left)
-        inner = np.linalg.inv(every @ earlier @ every.T + beta * np.eye(len(earlier)))
-        turned = earlier @ every.T @ inner  # X_t-1 B = turned Y
+        left = np.linalg.solve(square + alpha * np.eye(clients), np.transpose(cross)).T
+        lefts = np.kron(np.eye(rounds), left)
+        inner = np.linalg.inv(lefts @ earlier @ lefts.T + beta * np.eye(len(earlier)))
+        turned = earlier @ lefts.T @ inner  # X_t-1 B = turned Y
         cross = sum(later[b] @ turned[b].T for b in blocks)
-        own = sum(turned[b] @ later @ turned[b].T for b in blocks)
+        square = sum(turned[b] @ later @ turned[b].T for b in blocks)
     last = gram[-clients:, :-clients] @ np.kron(np.eye(rounds), left).T @ inner
     return scale * (left @ (last @ rows[clients:]))

@@ -223,7 +223,7 @@ def calibrate(detector: Detector, null: Any = None, fpr: float = 0.05) -> Detect
     else:
         logs = [_attack_free(source) for source in ([null] if hasattr(null, "log") else null)]
         what = f"attack-free: {len(logs)} run{'s' if len(logs) != 1 else ''}"
-    fit = getattr(detector, "fitted", None)  # a panel learns from the null more than where to cut
+    fit = getattr(detector, "fitted", None)  # a panel learns more from the null than a threshold
     if fit is not None:
         detector, scores = fit(logs)
     else:
@@ -299,7 +299,7 @@ class ShadowedDetector:
             return replace(verdict, flags=np.isposinf(verdict.scores), null=null)
         try:
             calibrated = log[: self.rounds].remembered(_Calibration(self.detector, self.fpr))
-        except InputError as reason:  # a server goes on
+        except InputError as reason:  # a server must go on
             round_ = log[-1]
             return verdict_on(round_, np.zeros(len(round_)), np.inf, abstained=str(reason), null="none")
         return log.verdict(calibrated)
@@ -343,7 +343,7 @@ def detect(run: Any, detectors: Mapping[str, Detector]) -> pd.DataFrame:
     """
     log: UpdateLog = getattr(run, "log", run)
     answers = []
-    for prefix in log.prefixes():  # rounds outside: each is read once
+    for prefix in log.prefixes():  # rounds outermost, so that each is read once
         for name, detector in detectors.items():
             v = prefix.verdict(detector)
             answers.append((prefix.last_index, name, v.clients, v.scores, v.flags, v.abstained))

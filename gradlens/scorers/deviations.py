@@ -29,7 +29,7 @@ def zscore(features: pd.DataFrame) -> np.ndarray:
         max over features f of |x_if - mean_f| / deviation_f
 
     **Fails when** one client is large: it moves both the mean and the deviation. Of n clients none can score above
-    (n - 1) / sqrt(n), whatever it sends. A baseline; prefer `robust_zscore`.
+    sqrt(n - 1), whatever it sends. A baseline; prefer `robust_zscore`.
 
     Examples
     --------

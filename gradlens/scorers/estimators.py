@@ -86,13 +86,13 @@ class OutlierScorer:
     def score(self, x: np.ndarray) -> np.ndarray:
         """Scores of rows that are all finite, [client, feature] -> [client]."""
         z = robustly_scaled(x)
-        different, whose = distinct_rows(z)
-        if len(different) < 2:
+        distinct, row_of = distinct_rows(z)
+        if len(distinct) < 2:
             return np.zeros(len(z))
-        scores = _outlyingness(_fitted(self.estimator, different), different)
+        scores = _outlyingness(_fitted(self.estimator, distinct), distinct)
         if not np.isfinite(scores).all():
             raise InputError(f"{self!r} must give finite scores, found {scores[~np.isfinite(scores)][0]}")
-        return scores[whose]
+        return scores[row_of]
 
 
 def isolation_forest(features: pd.DataFrame) -> np.ndarray:
@@ -179,15 +179,15 @@ def local_outlier_factor(features: pd.DataFrame, neighbours: int | None = None) 
 
 def _isolation(x: np.ndarray) -> np.ndarray:
     """The mean path length of every row over all trees, as a score, [client, feature] -> [client]."""
-    different, whose = distinct_rows(robustly_scaled(x))
-    if len(different) < 2:
+    distinct, row_of = distinct_rows(robustly_scaled(x))
+    if len(distinct) < 2:
         return np.zeros(len(x))
-    different = different[:, np.ptp(different, axis=0) > 0]
-    size, rng = min(SUBSAMPLE, len(different)), np.random.default_rng(0)
-    together = max(1, CHUNK // (len(different) + size * different.shape[1]))
+    distinct = distinct[:, np.ptp(distinct, axis=0) > 0]
+    size, rng = min(SUBSAMPLE, len(distinct)), np.random.default_rng(0)
+    together = max(1, CHUNK // (len(distinct) + size * distinct.shape[1]))
     starts = range(0, TREES, together)
-    lengths = [_path_lengths(different, min(together, TREES - start), size, rng) for start in starts]
-    return 2.0 ** (-np.sum(lengths, axis=0) / (TREES * _expected_depth(np.array(size))))[whose]
+    lengths = [_path_lengths(distinct, min(together, TREES - start), size, rng) for start in starts]
+    return 2.0 ** (-np.sum(lengths, axis=0) / (TREES * _expected_depth(np.array(size))))[row_of]
 
 
 def _path_lengths(x: np.ndarray, trees: int, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -198,7 +198,9 @@ def _path_lengths(x: np.ndarray, trees: int, size: int, rng: np.random.Generator
     """
     rows, limit = len(x), int(np.ceil(np.log2(size)))
     sampled = np.stack([rng.permutation(rows)[:size] for _ in range(trees)]) if size < rows else None
-    node = np.repeat(np.arange(trees)[:, None], rows, axis=1)  # of every row in every tree, -1 where it has ended
+    node = np.repeat(
+        np.arange(trees)[:, None], rows, axis=1
+    )  # the node of every row in every tree, -1 where it has ended
     lengths = np.zeros((trees, rows))
     for depth in range(limit + 1):
         inside = node if sampled is None else np.take_along_axis(node, sampled, axis=1)
@@ -240,7 +242,7 @@ def _fitted(estimator: Any, z: np.ndarray) -> Any:
         estimator.set_params(random_state=0)
     if settings.get("n_neighbors", 0) >= len(z):
         estimator.set_params(n_neighbors=len(z) - 1)
-    with warnings.catch_warnings():  # an enormous LOF; equal rows, which it takes for the cause, count once here
+    with warnings.catch_warnings():  # which an enormous LOF causes, too; equal rows count once here
         warnings.filterwarnings("ignore", "Duplicate values are leading to incorrect results", UserWarning)
         return estimator.fit(z)
 

@@ -63,8 +63,8 @@ def divided(deviation: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 def distinct_rows(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct rows [row, feature], sorted, and the row of each client [client]."""
-    _, first, whose = np.unique(np.round(z, 9), axis=0, return_index=True, return_inverse=True)
-    return z[first], whose.reshape(-1)
+    _, first, row_of = np.unique(np.round(z, 9), axis=0, return_index=True, return_inverse=True)
+    return z[first], row_of.reshape(-1)
 
 
 def _median(x: np.ndarray) -> np.ndarray:

@@ -254,7 +254,7 @@ def persistence(log: UpdateLog) -> pd.DataFrame:
     accumulated, values = log.accumulated, np.zeros((len(round_), len(log.model.parameters)))
     for column, name in enumerate(log.model.parameters):
         squares = accumulated.squares[name][rows]
-        with np.errstate(all="ignore"):  # in the rows that become NaN
+        with np.errstate(all="ignore"):  # only in rows that become NaN
             pairs = accumulated.lengths[name][rows] ** 2 - squares
             shared = squares_of_rows(accumulated.sums[name], rows) - squares
             pairs = np.where(pairs > ROUNDING * squares, pairs, 0)  # without two residuals nothing is left but rounding
@@ -287,7 +287,7 @@ def cohort_with_past(log: UpdateLog) -> tuple[Round, np.ndarray, np.ndarray]:
 def _by_accumulated_gram(log: UpdateLog, layers: Sequence[str], measure: Measure) -> pd.DataFrame:
     round_, rows, _ = cohort_with_past(log)
     grams = accumulated_grams(log)
-    with np.errstate(all="ignore"):  # in the rows that become NaN
+    with np.errstate(all="ignore"):  # only in rows that become NaN
         columns = [measure(grams[name], grams.reference)[rows] for name in layers]
     return table(round_, layers, np.stack(columns, axis=1))
 

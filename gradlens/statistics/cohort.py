@@ -12,7 +12,7 @@ from gradlens.log import Round, UpdateLog
 
 Statistic = Callable[[UpdateLog], pd.DataFrame]  # index client, columns features; raises CannotSay
 
-SMALLEST = 3  # comparable clients; of two, neither is the odd one out
+SMALLEST = 3  # comparable clients; of two, neither is the outlier
 
 
 def cohort(log: UpdateLog) -> Round:
@@ -58,7 +58,7 @@ def units(layer: str, count: int) -> list[str]:
 
 def deviations(round_: Round, layer: str) -> np.ndarray:
     """Updates of a layer minus the cohort's coordinate-wise median, float64 [client, number]."""
-    with np.errstate(all="ignore"):  # in the rows that become NaN
+    with np.errstate(all="ignore"):  # only in rows that become NaN
         return round_.flat(layer, sketch=True).astype(np.float64) - round_.median[layer].reshape(-1)
 
 
@@ -77,7 +77,7 @@ def median_products(log: UpdateLog) -> Mapping[str, tuple[np.ndarray, float]]:
 
 
 def products_with(round_: Round, layer: str, direction: np.ndarray) -> tuple[np.ndarray, float]:
-    """Inner products of a direction [*shape] with the comparable updates of a layer, [client], and with itself."""
+    """Inner products of a direction with the comparable updates of a layer, [client], and with itself."""
     direction, rows = np.asarray(direction).reshape(-1), round_.comparable
     dots, square, start = np.zeros(int(rows.sum())), 0.0, 0
     for block in round_.blocks(layer, sketch=True):

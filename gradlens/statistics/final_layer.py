@@ -117,7 +117,7 @@ def final_bias_deviation(log: UpdateLog, centre: Literal["mean", "median"] = "me
     layer = _final_bias(log)
     bias = round_.flat(layer).astype(np.float64)
     center = np.mean if centre == "mean" else np.median
-    with np.errstate(all="ignore"):  # in the rows that become NaN
+    with np.errstate(all="ignore"):  # only in rows that become NaN
         largest = np.abs(bias - center(bias[round_.comparable], axis=0)).max(axis=1)
     return table(round_, [layer], largest[:, None])
 
@@ -160,7 +160,7 @@ def final_bias_direction(log: UpdateLog) -> pd.DataFrame:
     round_ = cohort(log)
     layer = _final_bias(log)
     deviation = deviations(round_, layer)
-    with np.errstate(all="ignore"):  # in the rows that become NaN
+    with np.errstate(all="ignore"):  # only in rows that become NaN
         norms = np.sqrt(np.einsum("kc,kc->k", deviation, deviation))[:, None]
         direction = ratio(deviation, norms)
     return table(round_, units(layer, log.model[layer].size), direction)
@@ -205,7 +205,7 @@ def final_rows(log: UpdateLog) -> pd.DataFrame:
     layer = final_weight(log)
     classes = log.model[layer].shape[0]
     rows = deviations(round_, layer).reshape(len(round_), classes, -1)
-    with np.errstate(all="ignore"):  # in the rows that become NaN
+    with np.errstate(all="ignore"):  # only in rows that become NaN
         return table(round_, units(layer, classes), np.sqrt(np.einsum("kci,kci->kc", rows, rows)))
 
 

@@ -290,7 +290,7 @@ def _agreement(round_: Round, layer: str) -> np.ndarray:
     for block in _comparable_blocks(round_, layer):
         signs = ((block > 0).view(np.int8) - (block < 0).view(np.int8)).astype(np.float32)
         majority = np.sign(signs.sum(axis=0))
-        balance = balance + signs @ majority  # those with the majority minus those against it: exact in float32
+        balance = balance + signs @ majority  # signs with the majority minus signs against it; exact in float32
         counted = counted + np.abs(signs, out=signs) @ np.abs(majority)
     return ratio(balance + counted, 2 * counted)
 

@@ -59,7 +59,7 @@ def accomplices(log: UpdateLog, neighbours: int = 3) -> pd.DataFrame:
     --------
     >>> from gradlens.examples import example_log
     >>> from gradlens.statistics import accomplices
-    >>> accomplices(example_log())["fc2.bias"].abs().max().item()  # labels explain the final bias wholly
+    >>> accomplices(example_log())["fc2.bias"].abs().max().item()  # labels explain all of the final bias
     0.0
     """
     whole_number("accomplices: neighbours", neighbours, least=1)
@@ -76,7 +76,7 @@ def accomplices(log: UpdateLog, neighbours: int = 3) -> pd.DataFrame:
     for column, name in enumerate(log.model.parameters):
         if name != bias:
             gram = _gram_of_unexplained(name, accumulated, drifts, weights) / np.sqrt(np.outer(rounds, rounds))
-            with np.errstate(all="ignore"):  # in the rows that become NaN
+            with np.errstate(all="ignore"):  # only in rows that become NaN
                 values[:, column] = _common_pull(gram, reference, neighbours)[rows]
     return table(round_, log.model.parameters, values)
 
@@ -126,7 +126,7 @@ def consistency(log: UpdateLog) -> pd.DataFrame:
             pairs = ((now, past), (now, now), (past, past))
             dots = dots + np.stack([np.einsum("ki,ki->k", one, other, dtype=np.float64) for one, other in pairs])
         products, squares, past_squares = np.asarray(dots)
-        with np.errstate(all="ignore"):  # in the rows that become NaN
+        with np.errstate(all="ignore"):  # only in rows that become NaN
             values[round_.comparable, column] = cosines(products, np.sqrt(squares * past_squares))
     return table(round_, log.model.parameters, values)
 
@@ -185,7 +185,7 @@ def _gram_of_unexplained(name: str, accumulated: Accumulated, drifts: _Drifts, w
     weights: [seen, label], by which the drift x layer sums explain each client's.
     """
     sums, crossed = accumulated.sums[name], drifts.crossed[name]
-    if accumulated.sketched != drifts.sketched:  # sketches are linear: that of a sum is the sum of sketches
+    if accumulated.sketched != drifts.sketched:  # the sketch of a sum is the sum of the sketches
         sums = sums if accumulated.sketched else sketch_rows(name, sums)
         crossed = crossed if drifts.sketched else sketch_rows(name, crossed)
     gram = np.zeros((len(sums), len(sums)))

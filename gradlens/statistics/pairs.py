@@ -213,7 +213,7 @@ def _comparable_gram(round_: Round, layer: str) -> np.ndarray:
 
 
 def _mean_cosines(gram: np.ndarray) -> np.ndarray:
-    dots, squares = gram.mean(axis=1), np.diagonal(gram)  # with the mean update, with itself
+    dots, squares = gram.mean(axis=1), np.diagonal(gram)  # inner products with the mean update, and with itself
     mean_square = dots.mean()
     if mean_square <= ROUNDING * squares.mean():
         return np.zeros(len(gram))
@@ -237,7 +237,7 @@ def _leading(gram: np.ndarray) -> np.ndarray:
 def _nearest_distances(gram: np.ndarray, neighbours: int | None) -> np.ndarray:
     distances = np.sqrt(squared_distances(gram))
     count = (len(gram) - 1) // 2 if neighbours is None else neighbours
-    return np.sort(distances, axis=1)[:, 1 : count + 1].mean(axis=1)  # the first is the client itself
+    return np.sort(distances, axis=1)[:, 1 : count + 1].mean(axis=1)  # without the client itself
 
 
 def _nearest_cosines(gram: np.ndarray, dots: np.ndarray, square: float, neighbours: int) -> np.ndarray:

@@ -119,7 +119,7 @@ class _Predicting:
         present = round_.clients[round_.comparable].tolist()
         if course is None:
             return _Course(round_, 0, (place,), (middle,), seen=dict.fromkeys(present, 0))
-        if not present:  # then there is no median
+        if not present:  # without clients there is no median
             middle = course.middles[-1]
         before = course.before + 1
         places = (*course.places, place)
@@ -160,9 +160,9 @@ def relative_residuals(course: _Course, round_: Round, places: tuple[Layers, ...
     if not rows:
         return {}
     gram, products, squares = _inner_products(course, round_, rows, places, sketched)
-    if not np.isfinite(gram).all():  # the global model is not
+    if not np.isfinite(gram).all():  # the global model is not finite
         return {}
-    led_to = course.before + 1 - np.arange(len(places) - 2, -1, -1)  # which round each move led to
+    led_to = course.before + 1 - np.arange(len(places) - 2, -1, -1)  # the round that each move led to
     steps = (led_to[None, :] > np.array([course.seen[client] for client in rows])[:, None]).astype(np.float64)
     change = hessian_times(gram, steps)
     left = squares - 2 * (change * products).sum(axis=1) + np.einsum("ki,ij,kj->k", change, gram, change)
@@ -240,7 +240,7 @@ def hessian_times(gram: np.ndarray, steps: np.ndarray) -> np.ndarray:
     s, y = s[real], y[real]
     if not len(s):
         return change
-    scale = 1 / np.sqrt(squares[s])  # a pair may be scaled
+    scale = 1 / np.sqrt(squares[s])  # each pair may be scaled
     sigma = curvatures[real][-1] / squares[s[-1]]
     mixed = gram[np.ix_(s, y)] * np.outer(scale, scale)
     lower, diagonal = np.tril(mixed, -1), np.diag(np.diagonal(mixed))

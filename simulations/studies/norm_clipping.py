@@ -1,4 +1,4 @@
-"""What norm clipping and weak differential privacy do to a backdoor: `python -m simulations.studies.norm_clipping RUNS`.
+"""What norm clipping and weak DP do to a backdoor: `python -m simulations.studies.norm_clipping SWEEP ...`.
 
 Takes the sweeps of `simulations/scenarios/norm_clipping.toml` and `norm_clipping_femnist.toml`; writes
 `reports/norm_clipping.csv` and `norm_clipping.html`, which compares them with Sun et al. 2019, arXiv:1911.07963.

@@ -7,7 +7,7 @@ success of the same attack is measured as well.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -93,7 +93,7 @@ def place_of(sweep: Sweep) -> tuple[str, str]:
 
 
 def settings_of(scenario: Scenario) -> dict[str, Any]:
-    """The settings that tell the cells of a sweep apart; fraction: attackers' share of updates in all attacked rounds."""
+    """The settings that tell cells apart; fraction: the attackers' share of the updates of all attacked rounds."""
     ((name, rule),) = scenario.aggregator.items()
     if name not in ("mean", "norm_clipping", "weak_dp"):
         raise InputError(f"runs: expected the rules mean, norm_clipping and weak_dp, found {name}")
@@ -241,7 +241,7 @@ def _detector_rows(
         attacked = _stacked(scores, cell["seed"], cell["run"], start)
         null = _stacked(scores, cell["seed"], cell["run"].map(controls), start)
         figures = evaluate(attacked, null=null).rename(columns={"bound": "sign"})  # a rule has a bound, too
-        parts.append(figures.assign(**dict(zip(keys, key, strict=True))))
+        parts.append(figures.assign(**dict(zip(keys, cast(Any, key), strict=True))))
     table = pd.concat(parts, ignore_index=True)
     return table[table["metric"].isin(["auc", "tpr_5", "fpr_5"])]
 

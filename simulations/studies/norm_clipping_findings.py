@@ -178,8 +178,8 @@ def largest_that_stops(place: Place, *, surely: bool = True) -> str | None:
 
 def its_attack(place: Place) -> pd.DataFrame:
     """Attacked runs: without a defense under the unconstrained attack, with one under the attack that knows it."""
-    attack = np.where(place.runs["rule"].eq(NO_DEFENSE), UNCONSTRAINED, BOUNDED)
-    return place.runs[place.runs["attack"].eq(attack)]
+    is_undefended, attack = place.runs["rule"].eq(NO_DEFENSE), place.runs["attack"]
+    return place.runs[np.where(is_undefended, attack.eq(UNCONSTRAINED), attack.eq(BOUNDED))]
 
 
 def along_setting(place: Place, rows: pd.DataFrame, setting: str) -> pd.DataFrame:

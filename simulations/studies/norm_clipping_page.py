@@ -62,10 +62,10 @@ def page(rows: pd.DataFrame, runs: Sequence[Run]) -> str:
     seeds = min(place.runs["seed"].nunique() for place in places)
     lead = (
         f"{attacked} attacked runs and {sum(len(place.controls) for place in places)} attack-free controls, "
-        f"{count(seeds, 'seed')} of each: {'; '.join(_setting(place, runs) for place in places)}. The attack is that of "
-        "Sun et al. 2019: the 7s of some clients are to be taken for 1s, and each such client is one task. The defenses "
-        "are their norm clipping and weak differential privacy, at a far smaller scale than theirs (3,383 writers, 300 "
-        "rounds)."
+        f"{count(seeds, 'seed')} of each: {'; '.join(_setting(place, runs) for place in places)}. The attack is that "
+        "of Sun et al. 2019: the 7s of some clients are to be taken for 1s, and each such client is one task. The "
+        "defenses are their norm clipping and weak differential privacy, at a far smaller scale than theirs (3,383 "
+        "writers, 300 rounds)."
     )
     sections = [
         section("bounds", "What each bound does", [block for place in places for block in bounds(place)]),
@@ -122,8 +122,8 @@ def bounds(place: Place) -> list[Block]:
             }
         )
     caption = (
-        f"{place.name}: every defense with {_center_words(place)}. Last 8 rounds, means with 95 % intervals over seeds. "
-        f"x: times the 90th percentile of benign norms, {number(place.q90, 3)}; Paper's M: the same multiple of "
+        f"{place.name}: every defense with {_center_words(place)}. Last 8 rounds, means with 95 % intervals over "
+        f"seeds. x: times the 90th percentile of benign norms, {number(place.q90, 3)}; Paper's M: the same multiple of "
         f"{PAPER_NORM:g}. Cost: main accuracy against the attack-free runs without a defense, in points, seed by seed. "
         "Clipped: share of updates longer than M, benign ones in attack-free runs."
     )
@@ -287,8 +287,8 @@ ABOUT_NORMS = (
     f"norms are below {PAPER_NORM:g}; its M of 3, 5 and 10 are therefore read as 1.5, 2.5 and 5 times a large benign "
     "norm, taken here as the 90th percentile over all rounds since the first attacked one. The noise is rescaled with "
     "M: 0.025 at M = 5 is a standard deviation of 0.005 M in each parameter of the mean; the reading as a variance "
-    "(0.158) is not run. Where there is a second, smaller noise, it is the same number on the sum of the updates, as in "
-    "programs that use GaussianSumQuery."
+    "(0.158) is not run. Where there is a second, smaller noise, it is the same number on the sum of the updates, as "
+    "in programs that use GaussianSumQuery."
 )
 
 
@@ -383,10 +383,10 @@ DEVIATIONS = (
     "population than the paper's 30 of 3,383, and honest clients hold the same images with the right labels. One "
     "attacker among 12 FEMNIST groups sends 8.3 % of all updates, the paper's at most 3.3 %; its ASR is measured on 25 "
     "to 28 held-out images per seed, so that one image is 0.04.",
-    "One attacker is the same client throughout (fixed frequency only; no random sampling). It trains on as many images "
-    "as it holds, all of them relabeled, or half under the norm-bounded attack, with the relabeled ones drawn evenly "
-    "from all tasks; the paper's trains on all images of all tasks. Its norm-bounded training is one of five epochs, projected after each, "
-    "where the released code repeats that five times.",
+    "One attacker is the same client throughout (fixed frequency only; no random sampling). It trains on as many "
+    "images as it holds, all of them relabeled, or half under the norm-bounded attack, with the relabeled ones drawn "
+    "evenly from all tasks; the paper's trains on all images of all tasks. Its norm-bounded training is one of five "
+    "epochs, projected after each, where the released code repeats that five times.",
     "Attacks begin in round 10 and not in the first: boosting wrecks an untrained model. Models are smaller and there "
     "are fewer rounds, so main accuracy is below the paper's.",
 )

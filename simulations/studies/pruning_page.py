@@ -1,6 +1,7 @@
 """The page on pruning: pictures, tables and sentences, all computed from `pruning.csv`."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -48,6 +49,7 @@ CURVES = (  # part of the table, what its values are, their unit, short name
     ("deltas", "delta", "standard deviations of a layer's weights", "delta"),
     ("channels", "share pruned", "of the last convolution's channels", "share"),
 )
+DASHES: Any = ["", (4, 2)]
 WIDTH = 10.5  # inches
 
 
@@ -276,7 +278,7 @@ def _curves_picture(conditions: list[tuple[str, pd.DataFrame]], label: str, name
             for ax, what in zip(column, ("ASR", "main accuracy"), strict=True):
                 sns.lineplot(
                     part[part["what"].eq(what)], x="value", y="share", hue="run", hue_order=RUNS, style="run",
-                    style_order=RUNS, markers=["o", "s"], dashes=["", (4, 2)], errorbar=("ci", 95),
+                    style_order=RUNS, markers=["o", "s"], dashes=DASHES, errorbar=("ci", 95),
                     err_style="bars", palette=[MALICIOUS, BENIGN], seed=0, ax=ax,
                 )  # fmt: skip
                 titled(ax, f"{condition}: {titles[what]}")
@@ -294,7 +296,8 @@ def _curves_picture(conditions: list[tuple[str, pd.DataFrame]], label: str, name
 def _curve_titles(part: pd.DataFrame, name: str) -> dict[str, str]:
     """The lowest mean ASR and the accuracy it comes with, beside those of the mildest setting."""
     means = part[part["run"].eq(RUNS[0])].pivot_table(index="value", columns="what", values="share")
-    asr, accuracy = means["ASR"].to_dict(), means["main accuracy"].to_dict()
+    values = means.index.to_numpy(np.float64).tolist()
+    asr, accuracy = (dict(zip(values, means[name].tolist(), strict=True)) for name in ("ASR", "main accuracy"))
     best = min(asr, key=lambda value: asr[value])
     mildest = max(asr) if name == "delta" else min(asr)
     return {

@@ -1,0 +1,97 @@
+"""Reference pages are made of docstrings: each entry says what it does and when it fails, with an example that runs.
+
+An entry is documented by the function that the table holds. A detector that is a statistic with a scorer is documented
+by `score_by`, its statistic and its scorer.
+"""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from functools import partial
+
+import pytest
+
+import gradlens
+import simulations
+from gradlens.detectors import DETECTORS
+from gradlens.scorers import SCORERS
+from gradlens.statistics import STATISTICS
+
+FAILS = "**Fails when**"
+ABSTAINS = "**Abstains** when"
+
+# kind -> its table, and what the Notes of each entry must say
+# AGGREGATORS, ATTACKS, PARTITIONS, SCHEDULES: one line each, such as  "aggregator": (AGGREGATORS, (FAILS,)),
+TABLES = {
+    "statistic": (STATISTICS, (ABSTAINS, FAILS)),
+    "scorer": (SCORERS, (FAILS,)),
+    "detector": (DETECTORS, (ABSTAINS, FAILS)),
+}
+ENTRIES = [(kind, name) for kind, (table, _) in TABLES.items() for name in table]
+OPTIONAL = ("datasets", "flwr", "nvflare", "pfl", "byzfl", "dask", "jupyterlab")  # packages that a module may lack here
+ORDER = ("Parameters", "Returns", "Yields", "Raises", "See Also", "Notes", "References", "Examples")  # numpydoc's
+
+
+def function_of(entry):
+    """The function whose docstring documents an entry."""
+    return function_of(entry.func) if isinstance(entry, partial) else entry
+
+
+def sections_of(docstring: str) -> list[str]:
+    """The section titles of a docstring, in its order."""
+    return re.findall(r"^ *([A-Z][A-Za-z ]+)\n *-{3,}$", docstring, re.M)
+
+
+@pytest.mark.parametrize(("kind", "name"), ENTRIES)
+def test_every_entry_is_documented(kind, name):
+    table, needed = TABLES[kind]
+    docstring = function_of(table[name]).__doc__ or ""
+    summary, _, body = docstring.partition("\n\n")
+    sections = sections_of(docstring)
+    where = f"the docstring of {kind} {name!r}"
+    assert re.fullmatch(r".+\.", summary), f"{where} must begin with a sentence in one line"
+    assert set(sections) >= {"Notes", "Examples"}, f"{where} needs the sections Notes and Examples"
+    assert sections == sorted(sections, key=ORDER.index), f"{where} needs its sections in the order {ORDER}"
+    for phrase in needed:
+        assert f"\n    {phrase}" in body, f"{where} needs a paragraph in its Notes that begins with {phrase!r}"
+    assert ">>> " in body.partition("Examples\n")[2], f"{where} needs an example that runs, after >>>"
+
+
+@pytest.mark.parametrize(("kind", "name"), ENTRIES)
+def test_every_cited_reference_is_listed_and_the_other_way_round(kind, name):
+    docstring = function_of(TABLES[kind][0][name]).__doc__ or ""
+    assert set(re.findall(r"\[(\d+)\]_", docstring)) == set(re.findall(r"^ *\.\. \[(\d+)\] ", docstring, re.M))
+
+
+@pytest.mark.parametrize(("kind", "name"), ENTRIES)
+def test_every_parameter_is_documented(kind, name):
+    function = function_of(TABLES[kind][0][name])
+    documented = re.findall(r"^ {4}(\w+(?:, \w+)*) : ", function.__doc__ or "", re.M)
+    names = {name for line in documented for name in line.split(", ")}
+    assert set(inspect.signature(function).parameters) <= names
+
+
+def modules() -> list[str]:
+    """Names of all modules of the two packages."""
+    found = []
+    for package in (gradlens, simulations):
+        prefix = f"{package.__name__}."
+        found += [package.__name__, *(module.name for module in pkgutil.walk_packages(package.__path__, prefix))]
+    return [name for name in found if not name.endswith("__main__")]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_the_examples_run(name):
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").partition(".")[0] not in OPTIONAL:
+            raise
+        pytest.skip(f"{missing.name} is not installed")
+    said: list[str] = []
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module, name):
+        runner.run(test, out=said.append)
+    assert runner.failures == 0, "".join(said)
