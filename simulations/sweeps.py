@@ -57,16 +57,10 @@ def run_sweep(
         Processes, started afresh with one torch thread each; 1, the default, for this process. A script that asks for
         more needs the usual `if __name__ == "__main__"`.
     executor : concurrent.futures.Executor, optional
-        Any other executor, as that of `dask_executor`; its workers must see the same files under the same paths. A run
-        that another process still records is waited for as long as rounds arrive, because a worker that was given up
-        may not have ended yet.
+        Any other, as that of `dask_executor`, whose workers must see the same files under the same paths. A run that
+        another process still records is waited for while rounds arrive: a worker that was given up may still be on.
     progress : bool
         Whether to show bars.
-
-    Returns
-    -------
-    Sweep
-        All runs, with the success of each attack on its control.
 
     Raises
     ------
@@ -76,7 +70,7 @@ def run_sweep(
     Examples
     --------
     >>> import tempfile
-    >>> from simulations import Scenario, sweep
+    >>> from simulations import sweep
     >>> scenarios = sweep(Scenario(rounds=1, num_clients=5, attack="label_flip"), num_malicious=[0, 1])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     len(run_sweep(scenarios, folder, progress=False).runs)
