@@ -11,3 +11,11 @@ class CannotSay(Exception):  # noqa: N818 - an answer, not a fault
 
 class EvidenceLost(RuntimeWarning):
     """A round could not be recorded; aggregation goes on."""
+
+
+class UnreadableError(InputError):
+    """A recorded round that can no longer be read: its file is missing, or is not what was recorded."""
+
+
+class EverybodyRefused(RuntimeWarning):
+    """Nothing that any client sent in a round could be recorded, so the global model learns nothing."""

@@ -14,8 +14,18 @@ from gradlens.errors import InputError
 from gradlens.log.files import read_state, read_table
 from gradlens.log.levels import Evidence
 from gradlens.log.log import UpdateLog
-from gradlens.log.manifest import MANIFEST, Manifest, Verification, describe_in_flight, read_manifest, stem, verify
+from gradlens.log.manifest import (
+    LARGEST_TEXT,
+    MANIFEST,
+    TRUTH,
+    Manifest,
+    describe_in_flight,
+    read_manifest,
+    regular_file,
+    stem,
+)
 from gradlens.log.model import ModelSpec
+from gradlens.log.verification import Verification, verify
 from gradlens.log.writer import TRUTH_COLUMNS, VERDICT_COLUMNS, read_header, sources
 
 SWEEP, CONTROLS = "sweep.json", "controls.arrow"
@@ -78,16 +88,16 @@ class Run:
     @property
     def has_truth(self) -> bool:
         """Whether the ground truth was recorded."""
-        return "truth.arrow" in self.manifest.named()
+        return TRUTH in self.manifest.named()
 
     @cached_property
     def truth(self) -> pd.DataFrame:
         """Columns round, client, compromised, poisoned; raises InputError where the run has none."""
         if not self.has_truth:
             raise InputError(f"{self.path}: the ground truth is needed here, and this run has none")
-        table = read_table(self.path / "truth.arrow")
+        table = read_table(self.path / TRUTH)
         if missing := [name for name in TRUTH_COLUMNS if name not in table.columns]:
-            raise InputError(f"{self.path}/truth.arrow: the column {missing[0]!r} is missing")
+            raise InputError(f"{self.path}/{TRUTH}: the column {missing[0]!r} is missing")
         return table
 
     @cached_property
@@ -205,11 +215,18 @@ def _has_begun(folder: Path) -> bool:
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        index = json.loads(path.read_bytes())
+        index = json.loads(regular_file(path, LARGEST_TEXT).read_bytes())
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(index, dict) or not {"axes", "runs", "controls"} <= set(index):
-        raise InputError(f"{path}: expected a table with axes, runs and controls")
+    shapes = {"axes": list, "runs": dict, "controls": dict}
+    if not isinstance(index, dict) or not all(isinstance(index.get(name), kind) for name, kind in shapes.items()):
+        raise InputError(f"{path}: expected a list of axes, and tables of runs and controls")
+    if not all(isinstance(values, list | dict) for values in index["runs"].values()):
+        raise InputError(f"{path}: expected the settings of each run")
+    if not all(isinstance(name, str) for name in (*index["axes"], *index["controls"].values())):
+        raise InputError(f"{path}: names of axes and of controls are text")
     if (found := index.get("format")) != 1:
         raise InputError(f"{path}: this version reads sweep format 1, found {found!r}; a newer gradlens wrote it?")
     for name in index["runs"]:

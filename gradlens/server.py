@@ -6,6 +6,7 @@ the server itself gets wrong is an InputError. Evidence that cannot be written i
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,17 +22,18 @@ import pyarrow as pa
 from gradlens.aggregators import Decision, FilteredAggregator, FilterStopped, filtered, mean
 from gradlens.detectors import DETECTORS, Detector
 from gradlens.detectors.verdict import verdict_on
-from gradlens.errors import EvidenceLost, InputError
+from gradlens.errors import EverybodyRefused, EvidenceLost, InputError
 from gradlens.log import Evidence, LogWriter, ModelSpec, Round, UpdateLog
 from gradlens.log.intake import Received, Sent, State, received, spec_of, state_of
 from gradlens.log.levels import Reduction
 from gradlens.log.manifest import MANIFEST, read_manifest
-from gradlens.log.writer import check_free
+from gradlens.log.writer import FolderLock, check_free
 from gradlens.settings import named_in
 
 __all__ = ["Decision", "Recorder"]
 
 HELD = 16  # rounds held without a folder
+PATIENCE = 3.0  # seconds for which a server that is about to let go of the folder is waited for
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +101,10 @@ class Recorder:
         self._ended: Mapping[str, np.ndarray] | None = None  # the global model after the last recorded round
         self._writer: LogWriter | None = None
         self._closed = False
+        self._lock: FolderLock | None = None
         if self.path is not None:
-            self._writer = _begun(self.path)
+            self._lock = FolderLock.of(self.path, PATIENCE)
+            self._writer = _begun(self.path, self._lock)
         if self._writer is not None:
             self._go_on_with(self._writer)
             self._log = self._writer.log
@@ -157,6 +161,7 @@ class Recorder:
         answers = received(
             len(log), reduction.sent, state, sent, num_examples, as_models=as_models, reduction=reduction
         )
+        _warn_if_all_refused(answers.round_)
         metrics = {"converted": len(answers.notes)} if answers.notes else {}
         self._log = log.append(answers.round_)
         self._waiting = _Waiting(
@@ -192,12 +197,13 @@ class Recorder:
             return
         self._finish(next_global)
         self._closed = True
-        if self._writer is not None:
-            try:
+        try:
+            if self._writer is not None:
                 self._writer.close()
-            except OSError as error:
-                self._writer.leave_open()
-                self._lose(f"the run was not closed: {error}")
+        except OSError as error:
+            self._lose(f"the run was not closed: {error}")
+        finally:
+            self._let_go()
 
     def leave_open(self) -> None:
         """Lets go of the folder without a closing line: another recorder can go on with the run."""
@@ -205,8 +211,13 @@ class Recorder:
             return
         self._finish(None)
         self._closed = True
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._writer is not None:
             self._writer.leave_open()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -245,7 +256,7 @@ class Recorder:
         try:
             if self._writer is None:
                 self._writer = LogWriter.create(
-                    self.path, self.model, waiting.state, source=self.source, evidence=self.evidence
+                    self.path, self.model, waiting.state, source=self.source, evidence=self.evidence, lock=self._lock
                 )
                 self._ended = waiting.state
             if waiting.gap is not None:
@@ -291,16 +302,29 @@ def _plain_source(source: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"source: expected plain values that JSON can hold, found {error}") from error
 
 
-def _begun(folder: Path) -> LogWriter | None:
+def _begun(folder: Path, lock: FolderLock) -> LogWriter | None:
     """The run in the folder, to go on with; None where one can be started. Raises InputError for all else."""
-    if (folder / MANIFEST).is_file() and read_manifest(folder).lines:
-        return LogWriter.resume(folder)
-    check_free(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MANIFEST).is_file() and read_manifest(folder).lines:
+            return LogWriter.resume(folder, lock=lock)
+        check_free(folder)
     except OSError as error:
-        raise InputError(f"{folder}: a run cannot be recorded here: {error.strerror}") from error
+        lock.release()
+        raise InputError(f"{folder}: a run cannot be recorded here: {error.strerror or error}") from error
+    except BaseException:
+        lock.release()
+        raise
     return None
+
+
+def _warn_if_all_refused(round_: Round) -> None:
+    """Warns of a round from which the server learns nothing, with the reason that was given most often."""
+    if len(round_) or not round_.refused:
+        return
+    reason, count = Counter(round_.refused.values()).most_common(1)[0]
+    others = f" ({count} of {len(round_.refused)})" if count < len(round_.refused) else ""
+    what = f"round {round_.index}: nothing of {len(round_.refused)} clients could be recorded: {reason}{others}"
+    warnings.warn(EverybodyRefused(what), stacklevel=4)
 
 
 def _equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:

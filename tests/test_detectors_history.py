@@ -9,8 +9,7 @@ import planted
 from gradlens.detectors import trajectories
 from gradlens.detectors.trajectories import flanders, fldetector, foolsgold
 from gradlens.errors import InputError
-from gradlens.log import ModelSpec, Round, UpdateLog
-from gradlens.log import log as log_history
+from gradlens.log import ModelSpec, Round, UpdateLog, accumulated
 from gradlens.statistics.prediction import prediction_residual
 
 STATE = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(2, np.float32)}
@@ -195,7 +194,7 @@ def test_foolsgold_on_sketches(monkeypatch):
         round_.updates["w"].flags.writeable = True
         round_.updates["w"][1] = round_.updates["w"][0]
     whole = foolsgold()(UpdateLog(ModelSpec.of(state), rounds))
-    for module in (log_history, trajectories):  # from the second round on
+    for module in (accumulated, trajectories):  # from the second round on
         monkeypatch.setattr(module, "BUDGET", 4 * 1200 * 4 + 1)
     sketched = foolsgold()(UpdateLog(ModelSpec.of(state), rounds))
     assert not np.array_equal(sketched.scores, whole.scores)

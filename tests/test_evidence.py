@@ -173,7 +173,9 @@ ANSWER = {  # of every log
     *("hdbscan", "isolation_forest", "local_outlier_factor", "bilgin", "krum", "multi_krum", "dnc", "flame", "rflbat"),
     *("foolsgold", "fldetector", "panel"),
 }
-NEED_NUMBERS = {"sign_agreement", "large_share", "multi_metrics", "signguard", "alignins", "rlr", "flanders"}
+NEED_NUMBERS = {
+    *("sign_agreement", "large_share", "multi_metrics", "signguard", "alignins", "rlr", "flanders"),
+}
 NEED_A_FINAL_LAYER = {"neup", "threshold_exceedings", "final_spectrum", "tolpegin", "auror", "deepsight", "freqfed"}
 NEED_ITS_ROWS = {"final_rows", "two_clusters", "agglomerative", "lfighter"}
 NEED_MORE_THAN_A_LOG = {"ddif", "fltrust"}

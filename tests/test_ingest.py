@@ -22,7 +22,6 @@ import gradlens
 from conftest import ROOT, STATE
 from gradlens import InputError
 from gradlens.ingestion import PATTERNS, ingest, with_csv_truth
-from test_cli import command  # noqa: F401 - a fixture
 from test_server import local, moved
 
 torch = pytest.importorskip("torch")
@@ -201,7 +200,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("place", ["raw.pt", "zip.pt", "raw.npz", "array.npz", "raw.safetensors"])
-def test_nothing_is_unpickled(folder, tmp_path, command, place):  # noqa: F811
+def test_nothing_is_unpickled(folder, tmp_path, command, place):
     kind, ending = os.path.splitext(place)
     source = folder(ending=ending)
     victim, bomb = source / "round_1" / f"client_c3{ending}", Bomb(tmp_path / "boom")
@@ -319,7 +318,7 @@ def test_what_an_honest_client_may_send_is_read(folder, tmp_path):
     assert done.faults == ()
 
 
-def test_numbers_of_examples_come_from_a_csv(folder, tmp_path, command):  # noqa: F811
+def test_numbers_of_examples_come_from_a_csv(folder, tmp_path, command):
     source = folder()
     for number in (2, 1, 0):  # rounds of the recording, not of the run
         (source / f"round_{number}").rename(source / f"round_{number + 1}")
@@ -551,7 +550,7 @@ def test_a_source_that_is_none(tmp_path, make, message):
         ingest(tmp_path / "in", tmp_path / "run")
 
 
-def test_truth_is_added_from_a_csv(folder, tmp_path, command):  # noqa: F811
+def test_truth_is_added_from_a_csv(folder, tmp_path, command):
     (tmp_path / "who.csv").write_text("client\nc1\nc4\n")
     status, out, _ = command("ingest", folder(), "-o", tmp_path / "run", "--truth", tmp_path / "who.csv")
     assert status == 0
@@ -617,7 +616,7 @@ def test_a_killed_ingest_leaves_an_open_run_and_a_stopped_one_nothing(tmp_path):
             assert (run.is_closed, run.verify().faults) == (False, ())
 
 
-def test_ten_thousand_clients_are_recorded_and_detectors_answer_or_abstain_in_seconds(tmp_path, command, rng):  # noqa: F811
+def test_ten_thousand_clients_are_recorded_and_detectors_answer_or_abstain_in_seconds(tmp_path, command, rng):
     """Nothing pairwise is formed above 5,000 clients."""
     count = 10_000
     weights, biases = rng.normal(size=(count, 12)).astype(np.float32), rng.normal(size=(count, 3)).astype(np.float32)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from conftest import STATE, random_round
 from gradlens.errors import CannotSay, InputError
-from gradlens.log import Layer, ModelSpec, Round, UpdateLog
-from gradlens.log import log as log_module
+from gradlens.log import Layer, ModelSpec, Round, UpdateLog, accumulated, memory
 from gradlens.log import round as round_module
+from gradlens.log.intake import received
 from gradlens.settings import whole_number
 
 
@@ -114,9 +114,9 @@ def test_what_a_client_sends_never_raises(model):
         "bad\0name": good,
     }
     claims = dict.fromkeys(sent, 5) | {"claim": float("nan"), "many": 2**70}
-    round_ = Round.collect(0, model, STATE, sent, claims)
+    round_ = received(0, model, STATE, sent, claims, as_models=False).round_
     assert list(round_.clients) == ["good", "nan", "huge"]
-    assert set(round_.refused) == set(sent) - {"good", "nan", "huge"}
+    assert set(round_.refused) == set(sent) - {"good", "nan", "huge", "bad\0name"} | {"bad\\x00name"}
     assert round_.refused["shape"] == "layer 'fc2.bias' must have shape (3,), found (4,)"
     assert round_.refused["missing"] == "layer 'fc1.bias' is missing"
     assert round_.refused["extra"] == "layer 'fc3.bias' is not in the model"
@@ -181,7 +181,7 @@ def test_a_part_of_a_round_is_that_part():
 
 
 def test_an_empty_round_has_empty_answers(model):
-    round_ = Round.collect(0, model, STATE, {"a": None}, {"a": 1})
+    round_ = received(0, model, STATE, {"a": None}, {"a": 1}, as_models=False).round_
     assert len(round_) == 0
     assert round_.gram["fc2.bias"].shape == (0, 0)
     assert round_.comparable.shape == (0,)
@@ -298,7 +298,7 @@ def test_above_the_budget_sums_are_sketched_and_inner_products_hold(monkeypatch,
         updates = {k: rng.normal(size=(6, *v.shape)).astype(np.float32) for k, v in state.items()}
         rounds.append(Round(index, list("abcdef"), np.ones(6), updates, state))
     full = UpdateLog(model, rounds).accumulated
-    monkeypatch.setattr(log_module, "BUDGET", 1_000)
+    monkeypatch.setattr(accumulated, "BUDGET", 1_000)
     sketched = UpdateLog(model, rounds).accumulated
     assert (full.sketched, sketched.sketched) == (False, True)
     assert sketched.sums["w"].shape == (6, 512)
@@ -338,7 +338,7 @@ def test_a_log_touches_one_round_at_a_time(model):
     for prefix in log.prefixes():
         assert len(prefix[-1].clients) == 4
     assert made == list(range(1_000))
-    assert len(log._memory.recent) == log_module.RECENT
+    assert len(log._memory.recent) == memory.RECENT
 
 
 def test_who_is_comparable_stays_so_in_a_part(model):

@@ -12,10 +12,9 @@ import planted
 from conftest import STATE, random_round
 from gradlens.aggregators import multi_krum
 from gradlens.errors import InputError
-from gradlens.log import ModelSpec, Round, UpdateLog, kernels
-from gradlens.log import log as log_module
+from gradlens.log import ModelSpec, Round, UpdateLog, accumulated, kernels
 from gradlens.log import round as round_module
-from gradlens.log.round import LazyLayers
+from gradlens.log.sources import ArraySource
 from gradlens.statistics import final_bias
 
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -80,12 +79,12 @@ def test_above_the_budget_nothing_is_held(monkeypatch, rng):
     matrix = rng.normal(size=(40, 20_000)).astype(np.float32)
     held = round_of(matrix)
     expected = {"median": held.median["w"], "trimmed": held.trimmed_mean("w", 2)}
-    assert "ordered" in held.__dict__
-    monkeypatch.setattr(round_module, "ORDERED", 1_000)
+    assert held.ordered.held == ("w",)
+    monkeypatch.setattr(round_module, "SORTED_BYTES", 1_000)
     round_ = round_of(matrix)
     np.testing.assert_array_equal(round_.median["w"], expected["median"])
     np.testing.assert_array_equal(round_.trimmed_mean("w", 2), expected["trimmed"])
-    assert "ordered" not in round_.__dict__
+    assert round_.ordered.held == ()
 
 
 def test_only_the_newest_round_of_a_log_holds_its_order(model):
@@ -93,7 +92,7 @@ def test_only_the_newest_round_of_a_log_holds_its_order(model):
     for prefix in log.prefixes():
         _ = prefix[-1].ordered["fc2.weight"]
         _ = prefix[-1].median["fc2.weight"]
-    assert ["ordered" in round_.__dict__ for round_ in log._memory.sources] == [False, False, False, True]
+    assert [bool(round_.ordered.held) for round_ in log._memory.sources] == [False, False, False, True]
 
 
 # --- inner products
@@ -169,8 +168,7 @@ def test_buffers_count_for_finiteness_up_to_the_end_of_float64():
 def test_recorded_in_pieces_is_the_same(rng):
     matrix = rng.normal(size=(6, 40_000)).astype(np.float32)
     whole = round_of(matrix)
-    layers = LazyLayers(["w"], lambda _: matrix, pieces=lambda _: [matrix[:2], matrix[2:]])
-    pieces = replace(whole, updates=layers)
+    pieces = replace(whole, updates=ArraySource(["w"], lambda _: [matrix[:2], matrix[2:]]))
     np.testing.assert_array_equal(pieces.gram["w"], whole.gram["w"])
     np.testing.assert_array_equal(pieces.ordered["w"], whole.ordered["w"])
     np.testing.assert_array_equal(pieces.norms["w"], whole.norms["w"])
@@ -243,11 +241,11 @@ def test_a_log_of_one_layer_reads_nothing_else():
     whole, asked = planted.PLANTED["shifted class"].log(), []
 
     def watched(round_: Round) -> Round:
-        def make(name: str) -> np.ndarray:
+        def pieces(name: str) -> list[np.ndarray]:
             asked.append(name)
-            return round_.updates[name]
+            return [round_.updates[name]]
 
-        return replace(round_, updates=LazyLayers(tuple(round_.updates), make, keep=False))
+        return replace(round_, updates=ArraySource(tuple(round_.updates), pieces))
 
     lazy = UpdateLog.lazy(whole.model, [lambda r=r: watched(r) for r in whole])
     scanned = [final_bias(prefix) for prefix in lazy.only("fc2.bias").prefixes()]
@@ -316,7 +314,7 @@ def test_sums_that_were_interrupted_are_formed_anew(model, monkeypatch):
     rounds = [random_round(i) for i in range(4)]
     log, calls = UpdateLog(model, rounds), []
     _ = log[:3].accumulated
-    honest = log_module._clipped
+    honest = accumulated.clipped
 
     def failing(*args):
         calls.append(args)
@@ -325,7 +323,7 @@ def test_sums_that_were_interrupted_are_formed_anew(model, monkeypatch):
         return honest(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(log_module, "_clipped", failing)
+        patched.setattr(accumulated, "clipped", failing)
         with pytest.raises(Interrupted):
             _ = log.accumulated
     for name, array in UpdateLog(model, rounds).accumulated.sums.items():

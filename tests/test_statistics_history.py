@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 import planted
 from gradlens.errors import CannotSay, InputError
-from gradlens.log import ModelSpec, Round, UpdateLog
-from gradlens.log import log as log_history
+from gradlens.log import ModelSpec, Round, UpdateLog, accumulated
 from gradlens.statistics import over_rounds, prediction
 from gradlens.statistics.over_rounds import (
     accomplices,
@@ -472,7 +471,7 @@ def test_above_the_budget_they_work_on_sketches(monkeypatch):
         for i in range(5)
     ]
     whole = {statistic: statistic(UpdateLog(ModelSpec.of(state), rounds)) for statistic in EVERY}
-    for module in (log_history, over_rounds, prediction):
+    for module in (accumulated, over_rounds, prediction):
         monkeypatch.setattr(module, "BUDGET", 30_000)
     for statistic, table in whole.items():
         found = statistic(UpdateLog(ModelSpec.of(state), rounds))

@@ -231,7 +231,7 @@ class CentredClipping:
             factors = clip_factors(distances, radius).astype(FINEST).astype(np.float64)
             stays = 1 - factors.sum() / len(rows)
             for name, array in centre.items():
-                centre[name] = array * stays + part.weighted_sum(name, everyone, factors, len(rows))
+                centre[name] = array * stays + part.weighted_mean(name, everyone, factors, len(rows))
         return update | {name: array.astype(np.float32) for name, array in centre.items()}
 
     def _start(self, log: UpdateLog) -> dict[str, np.ndarray]:

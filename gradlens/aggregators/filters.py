@@ -8,7 +8,8 @@ import pandas as pd
 
 from gradlens.aggregators.rules import Aggregator, Mean, clip_factors, scaled
 from gradlens.detectors import Detector, Verdict
-from gradlens.errors import InputError
+from gradlens.detectors.verdict import verdict_on
+from gradlens.errors import InputError, UnreadableError
 from gradlens.log import Round, UpdateLog
 from gradlens.log.writer import VERDICT_COLUMNS
 
@@ -149,9 +150,13 @@ class FilteredAggregator:
 
     def decision(self, log: UpdateLog) -> Decision:
         """What is decided on each client of the last round, and why; nothing is aggregated or raised for it."""
-        round_, verdict = log[-1], self.verdict(log)
+        round_ = log[-1]
+        try:
+            verdict, since = self.verdict(log), self._flagged_before(log)
+        except UnreadableError as reason:  # a server goes on without the rounds that were taken from it
+            verdict = verdict_on(round_, np.zeros(len(round_)), np.inf, abstained=f"earlier rounds are lost: {reason}")
+            since = {}
         untrusted = np.isin(verdict.clients, round_.clients[round_.comparable], invert=True)
-        since = self._flagged_before(log)
         out = verdict.flags | untrusted | np.isin(verdict.clients, list(since))
         said = Decision(verdict, verdict.clients, np.ones(len(out)), self._reasons(round_, verdict, since))
         if self.action == "record":

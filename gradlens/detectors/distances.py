@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,7 @@ def _dnc(
     samples = np.stack([drawn(round_, dimensions, rng) for _ in range(iterations)])
     order = np.argsort(samples, axis=None, kind="stable")
     numbers, whose = (
-        numbers_at(round_.linear_blocks, round_.parameters, samples.reshape(-1)[order]),
+        numbers_at(partial(round_.blocks, sketch=True), round_.parameters, samples.reshape(-1)[order]),
         order // samples.shape[1],
     )
     scores, kept = np.zeros(clients), np.ones(clients, dtype=bool)
@@ -282,7 +283,7 @@ def inner_products(round_: Round, direction: dict[str, np.ndarray]) -> np.ndarra
     products = np.zeros(len(round_))
     for name in round_.parameters:
         along, start = np.asarray(direction[name]).reshape(-1), 0
-        for block in round_.linear_blocks(name):
+        for block in round_.blocks(name, sketch=True):
             stop = start + block.shape[1]
             products += block.astype(np.float64) @ along[start:stop].astype(np.float64)
             start = stop

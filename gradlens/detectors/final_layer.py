@@ -156,7 +156,7 @@ def _margins(points: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
 
 def _lfighter(log: UpdateLog, variant: str) -> Judgement:
     round_, weight, bias = log[-1], final_weight(log), log.model.final_bias
-    rows = _rows(round_.linear_flat(weight), log.model[weight].shape[0])
+    rows = _rows(round_.flat(weight, sketch=True), log.model[weight].shape[0])
     moved = np.sqrt(np.einsum("kci,kci->kc", rows, rows)).sum(axis=0)
     if bias is not None:
         moved += np.abs(round_.flat(bias)).sum(axis=0, dtype=np.float64)

@@ -12,7 +12,7 @@ from gradlens.detectors.published import Judgement, published
 from gradlens.detectors.verdict import Detector
 from gradlens.errors import CannotSay, InputError
 from gradlens.log import Round, UpdateLog
-from gradlens.log.log import BUDGET, _sketch
+from gradlens.log.accumulated import BUDGET, sketch_rows
 from gradlens.log.round import BLOCK, PAIRWISE
 from gradlens.settings import whole_number
 from gradlens.statistics import prediction_residual
@@ -156,7 +156,7 @@ class _Adding:
         gram, sums = np.zeros((len(clients), len(clients))), {}
         for name in names:
             past = before.sums[name] if before else np.zeros((0, log.model[name].size), np.float32)
-            past = _sketch(name, past) if sketched and not was_sketched else past
+            past = sketch_rows(name, past) if sketched and not was_sketched else past
             if in_place and len(past) == len(clients):
                 sums[name] = past
             else:
@@ -174,9 +174,9 @@ class _Adding:
 def _add(sums: np.ndarray, rows: np.ndarray, round_: Round, layer: str, sketched: bool) -> None:
     comparable = np.flatnonzero(round_.comparable)
     if sketched:
-        sums[rows] += _sketch(layer, round_.linear_flat(layer)[comparable])
+        sums[rows] += sketch_rows(layer, round_.flat(layer, sketch=True)[comparable])
         return
-    updates = round_.linear_flat(layer)
+    updates = round_.flat(layer, sketch=True)
     for row, position in zip(rows.tolist(), comparable.tolist(), strict=True):
         sums[row] += updates[position]
 

@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from gradlens.errors import InputError
-from gradlens.log.manifest import beside
+from gradlens.errors import InputError, UnreadableError
+from gradlens.log.manifest import beside, regular_file
 from gradlens.log.model import Layer, ModelSpec
 from gradlens.log.round import Round
 from gradlens.log.sketches import POWERS
-from gradlens.log.sources import LazyLayers
+from gradlens.log.sources import ArraySource, LazyLayers
 
 BATCH_BYTES = 1_000_000_000  # a round up to this size is one record batch, read as views
 
@@ -66,10 +66,7 @@ def read_updates(
     def pieces(name: str) -> list[np.ndarray]:
         return [_numbers(batch.column(positions[name]), model[name]) for batch in batches]
 
-    def whole(name: str) -> np.ndarray:
-        return pieces(name)[0] if len(batches) == 1 else np.concatenate(pieces(name))
-
-    updates = LazyLayers(tuple(model), whole, keep=len(batches) == 1, pieces=pieces)
+    updates = ArraySource(tuple(model), pieces)
     clients = np.array([name for batch in batches for name in batch.column(0).to_pylist()], dtype=np.str_)
     num_examples = np.concatenate([batch.column(1).to_numpy(zero_copy_only=True) for batch in batches])
     place = 2 + len(model)
@@ -113,9 +110,11 @@ def read_table(path: Path) -> pd.DataFrame:
     return pa.Table.from_batches(batches).to_pandas()
 
 
-def replace_with(path: Path, payload: bytes) -> None:
-    """Writes a small file whole or not at all."""
+def replace_with(path: Path, payload: bytes, *, secret: bool = False) -> None:
+    """Writes a small file whole or not at all; a secret one is for its owner's eyes only."""
     with _placed(path) as file:
+        if secret:
+            os.fchmod(file.fileno(), 0o600)
         file.write(payload)
 
 
@@ -138,11 +137,16 @@ def _placed(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         part.unlink(missing_ok=True)  # a full disk is not kept full by what was not finished
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def read_batches(path: Path, schema: pa.Schema | None = None) -> tuple[list[pa.RecordBatch], Mapping[bytes, bytes]]:
@@ -151,22 +155,24 @@ def read_batches(path: Path, schema: pa.Schema | None = None) -> tuple[list[pa.R
     Raises InputError where it is none, or its columns are not those of `schema`.
     """
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = pa.ipc.open_file(pa.memory_map(str(regular_file(path))))
         found = reader.schema
         if schema is not None and not found.equals(schema):
-            raise InputError(f"{path}: its columns are not those of the model in run.json")
+            raise UnreadableError(f"{path}: its columns are not those of the model in run.json")
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         for batch in batches:
             batch.validate(full=True)
             if any(column.null_count for column in batch.columns) and schema is not None:
-                raise InputError(f"{path}: every cell must be filled, found empty ones")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
+                raise UnreadableError(f"{path}: every cell must be filled, found empty ones")
+    except UnreadableError:
+        raise
+    except InputError as error:
+        raise UnreadableError(str(error)) from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise InputError(f"{path}: not a readable Arrow file: {reason}") from error
+        raise UnreadableError(f"{path}: not a readable Arrow file: {reason}") from error
     if not batches:
-        raise InputError(f"{path}: a file of a run holds at least one record batch, found none")
+        raise UnreadableError(f"{path}: a file of a run holds at least one record batch, found none")
     return batches, found.metadata or {}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from gradlens.errors import InputError
 from gradlens.log.levels import Reduction
 from gradlens.log.model import Layer, ModelSpec
-from gradlens.log.round import Round, layer_refusal, names_refusal
+from gradlens.log.round import Round
 from gradlens.log.sources import LazyLayers
 
 BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
@@ -73,7 +73,7 @@ def as_array(value: Any) -> tuple[np.ndarray, str]:
             kind = array.dtype.name
             if array.dtype.kind == "V" and kind.startswith(("bfloat", "float")):  # types that ml_dtypes adds
                 array = array.astype(np.float32)
-    except Exception as error:  # whatever an object does when it is asked for its numbers
+    except BaseException as error:  # whatever an object does when it is asked for its numbers, SystemExit too
         raise Unfit(f"is no array: {shown(error)}") from error
     if array.dtype.kind not in "fiub":
         raise Unfit(f"must hold numbers, found {type(value).__name__} of type {array.dtype}")
@@ -139,10 +139,11 @@ def received(
     answers: dict[str, list[tuple[Any, Any]]] = {}
     refused: dict[str, str] = {}
     for client, state in sent.items() if isinstance(sent, Mapping) else sent:
-        name = printable(str(client))
-        if name != str(client):
+        text = _text(client)
+        name = printable(text)
+        if name != text:
             refused[name] = f"the client's name is longer than {LONGEST} characters or cannot be printed"
-        count = 1 if num_examples is None else num_examples.get(client, num_examples.get(str(client)))
+        count = 1 if num_examples is None else num_examples.get(client, num_examples.get(text))
         kept = state if reduction is None else _kept(state, reduction, global_model, as_models=as_models)
         del state  # the next answer may need its memory
         answers.setdefault(name, []).append((kept, count))
@@ -163,14 +164,44 @@ def received(
         if note:
             notes[name] = note
     if reduction is None:
-        round_ = Round.collect(index, model, global_model, updates, counts)
+        unfit = {name: refusal(model, layers) for name, layers in updates.items()}
+        updates = {name: layers for name, layers in updates.items() if not unfit[name]}
+        refused |= {name: reason for name, reason in unfit.items() if reason}
+        names, examples = np.array(list(updates), np.str_), np.array([counts[name] for name in updates], np.int64)
+        round_ = Round(index, names, examples, _stacked(model, updates), global_model, {}, model.buffers)
     else:
         rows = [(each.arrays, each.moments) for each in updates.values()]
         round_ = reduction.round(index, list(updates), [counts[name] for name in updates], rows, global_model, {})
-    reasons = {**round_.refused, **refused}
-    refused = {name: reasons[name] for name in answers if name in reasons}
+    refused = {name: refused[name] for name in answers if name in refused}
     notes = {name: note for name, note in notes.items() if name not in refused}
     return Received(replace(round_, refused=refused), tuple(answers), notes)
+
+
+def refusal(model: ModelSpec, layers: Mapping[str, Any]) -> str:
+    """Why an update cannot be a row of a round, '' if it can."""
+    if reason := names_refusal(model, layers):
+        return reason
+    return next(filter(None, (layer_refusal(layer, layers[layer.name]) for layer in model.layers)), "")
+
+
+def _stacked(model: ModelSpec, updates: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Layer -> the updates of all clients, [client, *shape]."""
+    stacked = {}
+    for layer in model.layers:
+        rows = np.zeros((len(updates), *layer.shape), layer.dtype)
+        for position, layers in enumerate(updates.values()):
+            with np.errstate(all="ignore"):  # beyond float32 is infinite, and recorded as such
+                rows[position] = np.asarray(layers[layer.name])
+        stacked[layer.name] = rows
+    return stacked
+
+
+def _text(client: Any) -> str:
+    """The name of a client as text, whatever its own code does when it is asked for it."""
+    try:
+        return str(client)
+    except BaseException as error:  # SystemExit too
+        return f"a {type(client).__name__} whose name raises\n{type(error).__name__}"
 
 
 def printable(name: str) -> str:
@@ -315,3 +346,30 @@ def _fingerprint(answer: _Answer | _Reduced) -> str:
             with np.errstate(all="ignore"):
                 square += float(np.square(array, dtype=np.float64).sum())
     return f"sha256 {digest.hexdigest()[:16]}, norm {np.sqrt(square):.6g}"
+
+
+def names_refusal(model: ModelSpec, sent: Collection[str]) -> str:
+    """Why layers of these names are not those of the model, '' if they are."""
+    if not sent:
+        return "sent nothing"
+    if missing := [name for name in model if name not in sent]:
+        return f"layer {missing[0]!r} is missing"
+    if unknown := [name for name in sent if name not in set(model)]:
+        return f"layer {unknown[0]!r:.80} is not in the model"
+    return ""
+
+
+def layer_refusal(layer: Layer, sent: Any) -> str:
+    """Why what was sent cannot be this layer, '' if it can."""
+    try:
+        array = np.asarray(sent)
+    except BaseException as error:  # whatever an object does when it is asked for its numbers, SystemExit too
+        return f"layer {layer.name!r} is no array: {error!r:.80}"
+    if array.dtype.kind not in "fiub":
+        return f"layer {layer.name!r} must hold numbers, found dtype {array.dtype}"
+    if array.shape != layer.shape:
+        return f"layer {layer.name!r} must have shape {layer.shape}, found {array.shape}"
+    with np.errstate(all="ignore"):
+        if layer.dtype.startswith(("int", "uint")) and not np.array_equal(array.astype(layer.dtype), array):
+            return f"layer {layer.name!r} must hold {layer.dtype}, found numbers that are none"
+    return ""

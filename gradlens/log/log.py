@@ -1,64 +1,20 @@
-"""All the rounds that the server saw: `UpdateLog`, and what adds up over them: `Accumulated`."""
+"""All the rounds that the server saw: `UpdateLog`."""
 
-import ctypes
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from hashlib import sha256
-from sys import getrefcount
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
-from weakref import WeakValueDictionary
+from typing import TypeVar, cast, overload
 
 import numpy as np
 from scipy import sparse
 
 from gradlens.errors import InputError
-from gradlens.log import kernels
-from gradlens.log.kernels import BLOCK, Columns
+from gradlens.log.accumulated import Accumulated, Accumulating
+from gradlens.log.memory import ANSWERS, Memory, hold, latest
 from gradlens.log.model import ModelSpec
 from gradlens.log.round import Round
-from gradlens.log.sketches import CountSketch
-from gradlens.log.sources import LazyLayers
-
-if TYPE_CHECKING:
-    from gradlens.detectors import Detector, Verdict
-
-BUDGET = 1_000_000_000  # bytes of accumulated updates held in full; above it they are sketched
-CLIP = 3.0  # median residual norms that one round of a client counts at most
-SKETCH = 512  # numbers that a sketch keeps of a larger layer
-LARGE = 20_000_000  # bytes of a round's updates from which freed memory is given back round by round
-HELD = 2  # references to an array that is in one table alone, as it is looked at
-RECENT = 3  # rounds held with their Grams and medians
-REMEMBERED = 4_096  # tables and verdicts held
 
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True, eq=False)
-class Accumulated:
-    """For every client seen so far, the sum of its residuals over its rounds.
-
-    A residual is the client's update minus the coordinate-wise median of that round's comparable clients. Layer by
-    layer its norm is clipped at three times the cohort's median residual norm, so that no single round decides; a
-    client that is not comparable adds nothing in that round. The sampling noise of local training averages out
-    in such a sum while a systematic conflict of objectives adds up; divide by the root of `rounds` to compare clients.
-    clients: str [client], sorted; rounds: int64 [client], summed; sums: layer -> float32 [client, number].
-    lengths, squares: layer -> float64 [client], the sums of the residuals' norms and of their squares.
-    sketched: the sums are count sketches (linear: inner products hold in expectation), to stay within 1 GB.
-    """
-
-    clients: np.ndarray
-    rounds: np.ndarray
-    sums: Mapping[str, np.ndarray]
-    lengths: Mapping[str, np.ndarray]
-    squares: Mapping[str, np.ndarray]
-    sketched: bool = False
-
-    def of(self, clients: np.ndarray) -> np.ndarray:
-        """The rows of these clients, int64 [client]."""
-        return np.searchsorted(self.clients, clients)
 
 
 class UpdateLog(Sequence[Round]):
@@ -71,7 +27,7 @@ class UpdateLog(Sequence[Round]):
 
     def __init__(self, model: ModelSpec, rounds: Iterable[Round] = ()) -> None:
         self.model = model
-        self._memory = _Memory([fitted(model, round_) for round_ in rounds])
+        self._memory = Memory([fitted(model, round_) for round_ in rounds])
         self._window = range(len(self._memory.sources))
         self._last: Round | None = None  # stands for the last round, where `keep` chose some of its clients
         self._kept = b""
@@ -133,7 +89,7 @@ class UpdateLog(Sequence[Round]):
             sources = memory.sources[:stop]
             if self._last is not None:
                 sources[-1] = self._last
-            memory = _Memory(sources)
+            memory = Memory(sources)
         memory.sources.append(fitted_round)
         longer = self._stretch(self._window)
         longer._memory, longer._window = memory, range(self._window.start, stop + 1)
@@ -171,14 +127,10 @@ class UpdateLog(Sequence[Round]):
 
     @property
     def accumulated(self) -> Accumulated:
-        """The sum of every client's residuals over the rounds of this log (`Accumulated`)."""
-        if self._last is None:
-            return self._memory.accumulated(self._window, self.model)
-        self._memory.cut = True
-        before = self._memory.accumulated(self._window[:-1], self.model)
-        return _advance(before, self._last, self.model)
+        """The sum of every client's residuals over the rounds of this log."""
+        return self.folded(Accumulating()).lend()
 
-    def verdict(self, detector: "Detector") -> "Verdict":
+    def verdict(self, detector: Callable[["UpdateLog"], Answer]) -> Answer:
         """`detector(self)`, computed once for a detector that can be hashed."""
         return self.remembered(detector)
 
@@ -191,7 +143,7 @@ class UpdateLog(Sequence[Round]):
             return question(self)
         if known is None:
             known = self._memory.answers[key] = question(self)
-            if len(self._memory.answers) > REMEMBERED:
+            if len(self._memory.answers) > ANSWERS:
                 self._memory.answers.popitem(last=False)
         return known
 
@@ -210,14 +162,14 @@ class UpdateLog(Sequence[Round]):
             held = self._memory.states.setdefault((step, self._window.start), {})
         except TypeError:  # it cannot be hashed
             held = {}
-        stop, state = _latest(held, self._window)
+        stop, state = latest(held, self._window)
         for position in range(stop, self._window.stop):
             carry = step
             if not self._memory.cut:
                 held.clear()  # what is interrupted while it changes must not be found again
                 carry = getattr(step, "carry", step)
             state = carry(state, self[: position + 1 - self._window.start])
-            _hold(held, position + 1, state, self._memory.cut)
+            hold(held, position + 1, state, self._memory.cut)
         return cast(Answer, state)
 
     def recorded(self, round_: Round, source: Callable[[], Round]) -> "UpdateLog":
@@ -235,69 +187,6 @@ class UpdateLog(Sequence[Round]):
         return longer
 
 
-@dataclass(eq=False)
-class _Memory:
-    """What a log, its prefixes and its keeps hold together."""
-
-    sources: list[Round | Callable[[], Round]]
-    recent: OrderedDict[int, Round] = field(default_factory=OrderedDict)
-    indices: dict[int, int] = field(default_factory=dict)  # of the rounds that were looked at
-    sums: dict[int, dict[int, Accumulated]] = field(default_factory=dict)  # start -> stop -> the sum until there
-    shown: WeakValueDictionary[tuple[int, int], Accumulated] = field(default_factory=WeakValueDictionary)
-    answers: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
-    states: dict[Any, dict[int, Any]] = field(default_factory=dict)  # (step, start) -> stop -> the state there
-    cut: bool = False  # a log whose last round was cut down by `keep` has asked for what adds up
-
-    def round(self, position: int) -> Round:
-        if position not in self.recent:
-            for earlier in self.recent.values():
-                earlier.forget()
-            source = self.sources[position]
-            self.recent[position] = source if isinstance(source, Round) else source()
-            self.indices[position] = self.recent[position].index
-            if len(self.recent) > RECENT:
-                self.recent.popitem(last=False)
-            if self.recent[position].nbytes > LARGE:
-                _give_back()
-        self.recent.move_to_end(position)
-        return self.recent[position]
-
-    def accumulated(self, window: range, model: ModelSpec) -> Accumulated:
-        if (shown := self.shown.get((window.start, window.stop))) is not None:
-            return shown
-        held = self.sums.setdefault(window.start, {})
-        stop, total = _latest(held, window)
-        total = total or _nothing(model)
-        for position in range(stop, window.stop):
-            ours = not self.cut and all(getrefcount(total.sums[name]) == HELD for name in total.sums)
-            if ours:
-                held.clear()  # what is interrupted while it changes must not be found again
-            total = _advance(total, self.round(position), model, in_place=ours)
-            _hold(held, position + 1, total, self.cut)
-        # with a table of its own, so that whoever holds it is seen to hold its arrays
-        shown = self.shown[window.start, window.stop] = replace(total, sums=dict(total.sums))
-        return shown
-
-
-def _give_back() -> None:
-    """Memory that was freed goes back to the system, of which the C library of Linux else keeps up to 64 MB."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _latest(held: Mapping[int, Answer], window: range) -> tuple[int, Answer | None]:
-    """Of what is held, the latest that lies within a window, and its stop; None at its start."""
-    stop = max((stop for stop in held if stop <= window.stop), default=window.start)
-    return stop, held.get(stop)
-
-
-def _hold(held: dict[int, Answer], stop: int, state: Answer, cut: bool) -> None:
-    """The latest is held; two where logs are cut down by `keep`, which go on from the one before: each is large."""
-    held[stop] = state
-    for other in [each for each in held if each != stop and not (cut and each == stop - 1)]:
-        del held[other]
-
-
 def fitted(model: ModelSpec, round_: Round) -> Round:
     """The round with the model's buffers marked; raises InputError where its layers are not the model's."""
     where = f"round {round_.index}"
@@ -309,90 +198,4 @@ def fitted(model: ModelSpec, round_: Round) -> Round:
     for layer in model.layers:
         if (shape := np.shape(round_.global_model[layer.name])) != layer.shape:
             raise InputError(f"{where}: layer {layer.name!r} must have shape {layer.shape}, found {shape}")
-    if isinstance(round_.updates, LazyLayers) or round_.buffers == model.buffers:
-        return round_
-    return replace(round_, buffers=model.buffers)
-
-
-def _nothing(model: ModelSpec) -> Accumulated:
-    sums = {name: np.zeros((0, model[name].size), np.float32) for name in model.parameters}
-    nothing = dict.fromkeys(model.parameters, np.zeros(0))
-    return Accumulated(np.zeros(0, np.str_), np.zeros(0, np.int64), sums, nothing, nothing)
-
-
-def _advance(before: Accumulated, round_: Round, model: ModelSpec, *, in_place: bool = False) -> Accumulated:
-    """The sums after one more round; a new value, so that what was handed out does not change.
-
-    in_place: nobody else holds the arrays of the sums before, which may change: they can be most of the memory.
-    """
-    clients = np.union1d(before.clients, round_.clients)
-    sketched = before.sketched or len(clients) * model.num_parameters * 4 > BUDGET
-    seen = np.searchsorted(clients, before.clients)
-    rows = np.searchsorted(clients, round_.clients[round_.comparable])
-    rounds = np.zeros(len(clients), np.int64)
-    rounds[seen] = before.rounds
-    rounds[rows] += 1
-    sums, lengths, squares = {}, {}, {}
-    for name in model.parameters:
-        residuals, norms, factors = _residuals(round_, name)
-        lengths[name], squares[name] = np.zeros(len(clients)), np.zeros(len(clients))
-        lengths[name][seen], squares[name][seen] = before.lengths[name], before.squares[name]
-        lengths[name][rows] += norms * factors
-        squares[name][rows] += (norms * factors) ** 2
-        past = before.sums[name]
-        if sketched:
-            past = past if before.sketched else _sketch(name, past)
-        if in_place and len(past) == len(clients):
-            sums[name] = past
-        else:
-            sums[name] = np.zeros((len(clients), past.shape[1]), np.float32)
-            sums[name][seen] = past
-        if sketched:
-            sums[name][rows] += _sketch(name, _clipped(residuals, factors, 0, model[name].size))
-            continue
-        for start in range(0, model[name].size, BLOCK):
-            block = _clipped(residuals, factors, start, min(start + BLOCK, model[name].size))
-            for row, numbers in zip(rows, block, strict=True):
-                sums[name][row, start : start + BLOCK] += numbers
-    return Accumulated(clients, rounds, sums, lengths, squares, sketched)
-
-
-def _residuals(round_: Round, layer: str) -> tuple[Columns, np.ndarray, np.ndarray]:
-    """What is added up: (start, stop) -> the comparable clients' updates minus the median's, float32 [client, number];
-    the norms of these residuals, float64 [client]; and what clips them at three times their median.
-    """
-    comparable, median = round_.comparable, round_.median[layer].reshape(-1)
-    columns = round_.linear(layer)
-
-    def residuals(start: int, stop: int) -> np.ndarray:
-        numbers = columns(start, stop)
-        return (numbers if comparable.all() else numbers[comparable]) - median[start:stop]
-
-    norms = np.sqrt(kernels.squares(residuals, int(comparable.sum()), median.size))
-    positive = norms[norms > 0]  # among many equal updates the median residual would be 0
-    bound = CLIP * np.median(positive) if len(positive) else np.inf
-    return residuals, norms, bound / np.maximum(norms, bound) if len(positive) else np.ones(len(norms))
-
-
-def _clipped(residuals: Columns, factors: np.ndarray, start: int, stop: int) -> np.ndarray:
-    block = residuals(start, stop)
-    return np.multiply(block, factors.astype(np.float32)[:, None], out=block)
-
-
-def _clipped_residuals(round_: Round, layer: str) -> np.ndarray:
-    """Float32 [comparable client, number]: updates minus the median's, norms clipped at three times their median."""
-    residuals, _, factors = _residuals(round_, layer)
-    return _clipped(residuals, factors, 0, round_.median[layer].size)
-
-
-def _sketch(layer: str, matrix: np.ndarray) -> np.ndarray:
-    """The count sketch of each row, float32 [client, at most 512 numbers]; a small layer stays whole."""
-    if matrix.shape[1] <= SKETCH:
-        return matrix
-    sketch = _count_sketch(layer, matrix.shape[1])
-    return np.stack([sketch.sketch(row) for row in matrix]) if len(matrix) else np.zeros((0, SKETCH), np.float32)
-
-
-@lru_cache(maxsize=64)
-def _count_sketch(layer: str, size: int) -> CountSketch:
-    return CountSketch.of(0, layer, size, SKETCH)  # whoever looks at a log again must get the same
+    return round_ if round_.buffers == model.buffers else replace(round_, buffers=model.buffers)

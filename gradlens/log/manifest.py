@@ -7,7 +7,9 @@ does. The chain proves integrity only against a head (the hash of the last line)
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +18,34 @@ from gradlens.errors import InputError
 
 FORMAT = 1
 REDUCED = 2  # of a run that does not record everything: what reads format 1 alone must not take it for whole
-MANIFEST, RUN, CLOSED = "manifest.jsonl", "run.json", "closed"
+MANIFEST, RUN, CLOSED, TRUTH = "manifest.jsonl", "run.json", "closed", "truth.arrow"
 FOLDERS = ("updates", "globals", "verdicts")
 START = "0" * 64  # what the first line names as the line before
+COMMITTED = re.compile(rf"{re.escape(RUN)}|{re.escape(TRUTH)}|(?:{'|'.join(FOLDERS)})/round-\d{{6,18}}\.arrow")
+LARGEST_TEXT = 1 << 30  # bytes of the largest manifest or run.json that is read
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The committed lines of a run, and what follows them that was never committed."""
+    """The committed lines of a run, and what follows them that was never committed.
+
+    Attributes
+    ----------
+    folder : Path
+        The folder of the run.
+    lines, hashes : tuple
+        The committed lines, and the SHA-256 of each.
+    torn : bytes
+        An unfinished last line.
+    faults : tuple of str
+        Where the chain does not hold.
+    """
 
     folder: Path
     lines: tuple[Mapping[str, Any], ...]
     hashes: tuple[str, ...]
-    torn: bytes = b""  # an unfinished last line
-    faults: tuple[str, ...] = ()  # where the chain does not hold
+    torn: bytes = b""
+    faults: tuple[str, ...] = ()
 
     @property
     def head(self) -> str:
@@ -46,47 +62,30 @@ class Manifest:
         """Whether the run was ended in order."""
         return any("closed" in line for line in self.lines)
 
+    @property
+    def sealed(self) -> bool:
+        """Whether something lies where a writer notes the head after the closing line."""
+        return os.path.lexists(self.folder / CLOSED)
+
     def named(self) -> dict[str, str]:
         """Path in the run's folder -> SHA-256 of every committed file."""
         return {path: digest for line in self.lines for path, digest in line.get("files", {}).items()}
 
-    def unnamed(self) -> list[str]:
-        """Files in the folder that no line names."""
-        own = {MANIFEST, CLOSED, *self.named()}
-        found = (p for p in self.folder.rglob("*") if not p.is_dir())
-        return sorted(str(p.relative_to(self.folder)) for p in found if str(p.relative_to(self.folder)) not in own)
-
-    @property
-    def sealed(self) -> bool:
-        """Whether the head was noted in the file `closed`, which is written after the closing line."""
-        return (self.folder / CLOSED).exists()
-
     def in_flight(self) -> list[str]:
         """The unnamed files that the next commit could have left when its writer was stopped."""
-        number = len(self.rounds)
-        names = {f"updates/{stem(number)}", f"verdicts/{stem(number)}", f"globals/{stem(number + 1)}", "truth.arrow"}
-        if not self.lines:
-            names |= {RUN, f"globals/{stem(0)}"}
-        if self.closed:
-            names = set()
-        partial = {str(beside(Path(name))) for name in (*names, CLOSED)}
-        return [] if self.sealed else [name for name in self.unnamed() if name in names | partial]
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What `verify` found: the faults, none if the evidence is what was committed."""
-
-    head: str
-    rounds: int
-    closed: bool
-    in_flight: str = ""
-    faults: tuple[str, ...] = ()
-
-    @property
-    def intact(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.faults
+        if self.closed or self.sealed:
+            partial = {str(beside(Path(CLOSED)))}
+            names: set[str] = set()
+        else:
+            number = len(self.rounds)
+            names = {f"updates/{stem(number)}", f"verdicts/{stem(number)}", f"globals/{stem(number + 1)}", TRUTH}
+            if not self.lines:
+                names |= {RUN, f"globals/{stem(0)}"}
+            partial = {str(beside(Path(name))) for name in (*names, CLOSED)}
+        if self.sealed:
+            partial = set()
+        committed = self.named()
+        return sorted(name for name in names | partial if name not in committed and os.path.lexists(self.folder / name))
 
 
 @dataclass
@@ -97,7 +96,8 @@ class Chain:
     head: str = START
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Commits one line, whole or not at all."""
+        """Commits one line, whole or not at all; raises OSError where the manifest is no longer in its place."""
+        self.check_place()
         payload = json.dumps({**line, "previous": self.head}, allow_nan=False).encode()
         end = os.fstat(self.file.fileno()).st_size
         try:
@@ -108,6 +108,16 @@ class Chain:
             os.ftruncate(self.file.fileno(), end)
             raise
         self.head = hashlib.sha256(payload).hexdigest()
+
+    def check_place(self) -> None:
+        """Raises OSError where the manifest was removed or replaced while it was being written."""
+        held = os.fstat(self.file.fileno())
+        try:
+            there = os.lstat(self.file.name)
+        except OSError as error:
+            raise OSError(f"{self.file.name}: the manifest was removed while recording") from error
+        if (held.st_dev, held.st_ino) != (there.st_dev, there.st_ino):
+            raise OSError(f"{self.file.name}: the manifest was replaced while recording")
 
 
 def beside(path: Path) -> Path:
@@ -126,14 +136,38 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def regular_file(path: Path, largest: int | None = None) -> Path:
+    """The path of a plain file; raises InputError for a link, a folder, a pipe, a device, and for too many bytes."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:  # a name with NUL or of 5,000 characters, a loop of links
+        raise InputError(f"{path!s:.200}: cannot be a file of a run: {error}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path}: expected a plain file, found {kind_of_file(found.st_mode)}")
+    if largest is not None and found.st_size > largest:
+        raise InputError(f"{path}: expected at most {largest:,} bytes, found {found.st_size:,}")
+    return path
+
+
+def kind_of_file(mode: int) -> str:
+    """What lies at a path that is no plain file, in words."""
+    kinds = {
+        stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
+    }  # fmt: skip
+    return kinds.get(stat.S_IFMT(mode), "something else")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a run's folder; raises InputError where there is none."""
     path = folder / MANIFEST
     if not folder.is_dir():
         raise InputError(f"{folder}: expected the folder of a run, found {'a file' if folder.exists() else 'nothing'}")
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(f"{folder}: expected a run with a {MANIFEST}, found none; is it the folder of a run?")
-    *complete, torn = path.read_bytes().split(b"\n")
+    *complete, torn = regular_file(path, LARGEST_TEXT).read_bytes().split(b"\n")
     lines, hashes, faults, previous = [], [], [], START
     for number, payload in enumerate(complete, start=1):
         line = _parsed(payload)
@@ -146,27 +180,6 @@ def read_manifest(folder: Path) -> Manifest:
         previous = hashlib.sha256(payload).hexdigest()
         hashes.append(previous)
     return Manifest(folder, tuple(lines), tuple(hashes), torn, tuple(faults))
-
-
-def verify(folder: Path, head: str | None = None) -> Verification:
-    """Recomputes the chain and the hash of every committed file, and looks for what is missing or was added.
-
-    `head` is the hash that was noted when the run was recorded: without it a rewritten chain cannot be told.
-    """
-    manifest = read_manifest(folder)
-    faults = [*manifest.faults, *_order_faults(manifest.lines), *_file_faults(manifest)]
-    in_flight = manifest.in_flight()
-    faults += [f"{name}: no line of the manifest names it" for name in manifest.unnamed() if name not in in_flight]
-    if manifest.torn and (manifest.closed or manifest.sealed):
-        faults.append(f"{MANIFEST}: its last line is cut")
-    if manifest.sealed:
-        sealed = (folder / CLOSED).read_text(errors="replace").strip()
-        if sealed not in manifest.hashes:
-            faults.append(f"{MANIFEST}: it was cut or rewritten after the run was closed with head {sealed:.64}")
-    if head is not None and head not in manifest.hashes:
-        faults.append(f"{MANIFEST}: no line has the head {head:.64}; the chain was cut or rewritten")
-    lost = describe_in_flight(manifest)
-    return Verification(manifest.head, len(manifest.rounds), manifest.closed, lost, tuple(faults))
 
 
 def describe_in_flight(manifest: Manifest) -> str:
@@ -191,29 +204,3 @@ def _parsed(payload: bytes) -> dict[str, Any] | None:
         return None
     numbers = [line[key] for key in ("round", "closed") if key in line]
     return line if all(type(n) is int for n in numbers) else None
-
-
-def _order_faults(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rounds are numbered 0, 1, ... and the closing line counts them."""
-    faults, count = [], 0
-    for number, line in enumerate(lines, start=1):
-        if "round" in line:
-            if line["round"] != count:
-                faults.append(f"{MANIFEST} line {number}: expected round {count}, found round {line['round']}")
-            count += 1
-        if "closed" in line and line["closed"] != count:
-            faults.append(f"{MANIFEST} line {number}: it closes {line['closed']} rounds, there are {count}")
-    return faults
-
-
-def _file_faults(manifest: Manifest) -> list[str]:
-    faults = []
-    for name, digest in manifest.named().items():
-        path = manifest.folder / name
-        if not path.resolve().is_relative_to(manifest.folder.resolve()):
-            faults.append(f"{name}: lies outside the folder of the run")
-        elif not path.is_file():
-            faults.append(f"{name}: missing")
-        elif sha256(path) != digest:
-            faults.append(f"{name}: changed since it was committed")
-    return faults

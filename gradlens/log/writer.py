@@ -5,7 +5,9 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +22,7 @@ from gradlens.log.files import (
     read_state,
     read_updates,
     replace_with,
+    sync_folder,
     write_state,
     write_table,
     write_updates,
@@ -30,13 +33,16 @@ from gradlens.log.manifest import (
     CLOSED,
     FOLDERS,
     FORMAT,
+    LARGEST_TEXT,
     MANIFEST,
     REDUCED,
     RUN,
+    TRUTH,
     Chain,
     Manifest,
     beside,
     read_manifest,
+    regular_file,
     sha256,
     stem,
 )
@@ -58,7 +64,8 @@ class LogWriter:
     array, after the last of them, whole.
     """
 
-    def __init__(self, folder: Path, reduction: Reduction, manifest: Manifest, file: Any) -> None:
+    def __init__(self, folder: Path, reduction: Reduction, manifest: Manifest, file: Any, lock: "FolderLock") -> None:
+        self._lock = lock
         self.folder, self.model, self.evidence = folder, reduction.sent, reduction.evidence
         self._reduction, self._chain = reduction, Chain(file, manifest.head)
         self.global_model = read_state(folder / "globals" / stem(len(manifest.rounds)), self.model)
@@ -74,17 +81,24 @@ class LogWriter:
         scenario: Mapping[str, Any] | None = None,
         source: Mapping[str, Any] | None = None,
         evidence: Evidence = FULL,
+        lock: "FolderLock | None" = None,
     ) -> Self:
         """Starts a run in a new or empty folder; raises InputError where something lies there already.
 
         evidence: what of each update is recorded; the global models always are whole.
         What a writer left that was stopped before its first commit is cleared away. A start that fails leaves nothing.
+        lock: of the folder, where the caller holds it already; the writer lets go of it in the end.
         """
         folder = Path(path)
-        check_free(folder)
         _check_state(model, global_model)
-        _clear(folder)
         reduction = evidence.on(model)
+        held = lock or FolderLock.of(folder)
+        try:
+            check_free(folder)
+            _clear(folder)
+        except BaseException:
+            _release(held, lock)
+            raise
         header = {"format": FORMAT, "model": model.to_json(), "software": _software()}
         if evidence != FULL:
             header |= {"format": REDUCED, "evidence": evidence.to_json()}
@@ -93,34 +107,47 @@ class LogWriter:
         try:
             for name in FOLDERS:
                 (folder / name).mkdir(parents=True)
-            replace_with(folder / RUN, json.dumps(header, indent=1, allow_nan=False).encode())
+            payload = json.dumps(header, indent=1, allow_nan=False).encode()
+            replace_with(folder / RUN, payload, secret=evidence.seed is not None)
             write_state(folder / "globals" / stem(0), model, global_model)
             file = _locked(folder / MANIFEST)
             Chain(file).append({"files": _digests(folder, [RUN, f"globals/{stem(0)}"])})
+            sync_folder(folder)
         except BaseException:
             if file is not None:
                 file.close()
             _clear(folder)
+            _release(held, lock)
             raise
-        return cls(folder, reduction, read_manifest(folder), file)
+        return cls(folder, reduction, read_manifest(folder), file, held)
 
     @classmethod
-    def resume(cls, path: Path | str) -> Self:
-        """Goes on with an open run after its last committed round; what was in flight is dropped."""
+    def resume(cls, path: Path | str, *, lock: "FolderLock | None" = None) -> Self:
+        """Goes on with an open run after its last committed round; what was in flight is dropped.
+
+        Raises InputError where there is no run, it is closed, its chain is broken, or another writer holds it.
+        """
         folder = Path(path)
         read_manifest(folder)  # says in one line where there is none
-        file = _locked(folder / MANIFEST)
-        manifest = read_manifest(folder)  # only now: whoever held the lock may have committed
-        fault = (*manifest.faults, "" if manifest.lines else "no line was committed")[0]
-        if manifest.closed and not fault:
-            fault = f"the run is closed with {len(manifest.rounds)} rounds"
-        if fault:
-            file.close()
-            raise InputError(f"{folder}: {fault}; record into a new folder")
-        for name in manifest.in_flight():
-            (folder / name).unlink()
-        os.truncate(folder / MANIFEST, (folder / MANIFEST).stat().st_size - len(manifest.torn))
-        return cls(folder, read_header(folder)[0], manifest, file)
+        held = lock or FolderLock.of(folder)
+        file = None
+        try:
+            file = _locked(folder / MANIFEST)
+            manifest = read_manifest(folder)  # only now: whoever held the lock may have committed
+            fault = (*manifest.faults, "" if manifest.lines else "no line was committed")[0]
+            if manifest.closed and not fault:
+                fault = f"the run is closed with {len(manifest.rounds)} rounds"
+            if fault:
+                raise InputError(f"{folder}: {fault}; record into a new folder")
+            for name in manifest.in_flight():
+                (folder / name).unlink()
+            os.truncate(folder / MANIFEST, (folder / MANIFEST).stat().st_size - len(manifest.torn))
+            return cls(folder, read_header(folder)[0], manifest, file, held)
+        except BaseException:
+            if file is not None:
+                file.close()
+            _release(held, lock)
+            raise
 
     def commit(
         self,
@@ -141,6 +168,7 @@ class LogWriter:
             raise InputError(f"{self.folder}: expected round {number} next, found round {round_.index}")
         round_ = fitted(self.log.model, self._reduction.of_round(round_))
         _check_state(self.model, next_global)
+        self._chain.check_place()
         names = [f"updates/{stem(number)}", f"globals/{stem(number + 1)}"]
         try:
             write_updates(self.folder / names[0], self.log.model, round_)
@@ -167,11 +195,12 @@ class LogWriter:
             return
         self._chain.append({"closed": len(self.log)})
         replace_with(self.folder / CLOSED, f"{self._chain.head}\n".encode())
-        self._chain.file.close()
+        self.leave_open()
 
     def leave_open(self) -> None:
         """Lets go of the folder without a closing line: the run can be resumed."""
         self._chain.file.close()
+        self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -204,9 +233,9 @@ def read_header(folder: Path) -> tuple[Reduction, dict[str, Any]]:
     """What is recorded of which model, and all of `run.json`; raises InputError where it is unreadable or too new."""
     path = folder / RUN
     try:
-        header = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: expected a run with a {RUN}, found none") from error
+        header = json.loads(regular_file(path, LARGEST_TEXT).read_bytes())
+    except InputError as error:
+        raise InputError(f"{folder}: expected a run with a {RUN}: {error}") from error
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
     found = header.get("format") if isinstance(header, dict) else None
@@ -224,24 +253,74 @@ def add_truth(folder: Path, chain: Chain, table: pd.DataFrame) -> None:
     """Writes `truth.arrow` and its line; raises InputError where there is one or a column is missing."""
     if missing := [name for name in TRUTH_COLUMNS if name not in table.columns]:
         raise InputError(f"truth needs the columns {', '.join(TRUTH_COLUMNS)}; {missing[0]!r} is missing")
-    if "truth.arrow" in read_manifest(folder).named():
+    if TRUTH in read_manifest(folder).named():
         raise InputError(f"{folder}: the truth is written once, and this run has one")
     types = {"round": np.int64, "client": str, "compromised": bool, "poisoned": bool}
-    write_table(folder / "truth.arrow", table[list(TRUTH_COLUMNS)].astype(types))
-    chain.append({"truth": len(table), "files": _digests(folder, ["truth.arrow"])})
+    write_table(folder / TRUTH, table[list(TRUTH_COLUMNS)].astype(types))
+    chain.append({"truth": len(table), "files": _digests(folder, [TRUTH])})
 
 
 def record_truth(folder: Path, table: pd.DataFrame) -> None:
     """Adds the truth to a run that nobody is writing, open or closed, as one more commit."""
     read_manifest(folder)  # says in one line where there is none
-    file = _locked(folder / MANIFEST)
-    try:
+    with FolderLock.of(folder), _locked(folder / MANIFEST) as file:
         manifest = read_manifest(folder)
         if fault := (*manifest.faults, "its last line is cut; go on with the run first" if manifest.torn else "")[0]:
             raise InputError(f"{folder}: {fault}")
         add_truth(folder, Chain(file, manifest.head), table)
-    finally:
-        file.close()
+
+
+@dataclass(eq=False)
+class FolderLock:
+    """The right to write into a folder, held before anybody looks at what lies there.
+
+    The folder itself is locked: it is never removed, and the lock ends with the process that holds it.
+    """
+
+    folder: Path
+    descriptor: int
+
+    @classmethod
+    def of(cls, folder: Path, patience: float = 0.0) -> Self:
+        """Takes the lock, and makes the folder where there is none.
+
+        Parameters
+        ----------
+        folder : Path
+            The folder of a run.
+        patience : float
+            Seconds for which a writer that is about to end is waited for.
+
+        Raises
+        ------
+        InputError
+            Where another writer holds the folder, or it cannot be made or opened.
+        """
+        until = time.monotonic() + patience
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            except OSError as error:
+                raise InputError(f"{folder}: a run cannot be recorded here: {error.strerror}") from error
+            if _is_locked_by_us(descriptor, folder):
+                return cls(folder, descriptor)
+            os.close(descriptor)
+            if time.monotonic() > until:
+                raise InputError(f"{folder}: another writer is recording into this folder")
+            time.sleep(0.05)
+
+    def release(self) -> None:
+        """Lets go of the folder; a second call does nothing."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 def check_free(folder: Path) -> None:
@@ -293,6 +372,21 @@ def _locked(path: Path) -> Any:
         file.close()
         raise InputError(f"{path.parent}: another writer is recording into this folder") from error
     return file
+
+
+def _release(held: FolderLock, given: FolderLock | None) -> None:
+    """Lets go of a lock that was taken here; one that was given stays the caller's."""
+    if given is None:
+        held.release()
+
+
+def _is_locked_by_us(descriptor: int, folder: Path) -> bool:
+    """Whether the lock could be taken, of the folder that is still the one at this path."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, float | int | None]:

@@ -46,4 +46,4 @@ def units(layer: str, count: int) -> list[str]:
 def deviations(round_: Round, layer: str) -> np.ndarray:
     """Updates minus the cohort's coordinate-wise median, float64 [client, number]."""
     with np.errstate(all="ignore"):  # in the rows that become NaN
-        return round_.linear_flat(layer).astype(np.float64) - round_.median[layer].reshape(-1)
+        return round_.flat(layer, sketch=True).astype(np.float64) - round_.median[layer].reshape(-1)

@@ -194,7 +194,7 @@ def _median_dots(log: UpdateLog) -> Mapping[str, tuple[np.ndarray, float]]:
 def _dots(round_: Round, layer: str, direction: np.ndarray) -> tuple[np.ndarray, float]:
     direction, rows = np.asarray(direction).reshape(-1), round_.comparable
     dots, square, start = np.zeros(int(rows.sum())), 0.0, 0
-    for block in round_.linear_blocks(layer):
+    for block in round_.blocks(layer, sketch=True):
         part = direction[start : start + block.shape[1]].astype(np.float64)
         dots += (block if rows.all() else block[rows]).astype(np.float64) @ part
         square += float(part @ part)
@@ -203,7 +203,7 @@ def _dots(round_: Round, layer: str, direction: np.ndarray) -> tuple[np.ndarray,
 
 
 def _cosines(round_: Round, layer: str, dots: np.ndarray, square: float) -> np.ndarray:
-    norms = round_.linear_norms[layer][round_.comparable] * np.sqrt(square)
+    norms = round_.gram_norms[layer][round_.comparable] * np.sqrt(square)
     return np.round(_divided(dots, norms), 12)  # BLAS sums equal rows in different orders: near 0 it would show
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from gradlens.errors import CannotSay
 from gradlens.log import Accumulated, Round, UpdateLog, kernels
-from gradlens.log.log import BUDGET, _clipped, _clipped_residuals, _residuals, _sketch
+from gradlens.log.accumulated import BUDGET, clipped, clipped_residuals, residuals_of, sketch_rows
 from gradlens.log.round import BLOCK, PAIRWISE
 from gradlens.settings import whole_number
 from gradlens.statistics.cohort import ROUNDING, cohort, table
@@ -171,12 +171,12 @@ def persistence(log: UpdateLog) -> pd.DataFrame:
 
 def _residual_blocks(round_: Round, layer: str, size: int, *, sketched: bool) -> Iterator[tuple[int, np.ndarray]]:
     """What a round adds to `Accumulated` of a layer, block after block: where it starts, float32 [client, number]."""
-    residuals, _, factors = _residuals(round_, layer)
+    residuals, _, factors = residuals_of(round_, layer)
     if sketched:
-        yield 0, _sketch(layer, _clipped(residuals, factors, 0, size))
+        yield 0, sketch_rows(layer, clipped(residuals, factors, 0, size))
         return
     for start in range(0, size, BLOCK):
-        yield start, _clipped(residuals, factors, start, min(start + BLOCK, size))
+        yield start, clipped(residuals, factors, start, min(start + BLOCK, size))
 
 
 Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (Gram [seen, seen], reference [seen]) -> [seen]
@@ -316,12 +316,12 @@ class _LabelDrifts:
         if before is None:
             sketched = 4 * labels * log.model.num_parameters > BUDGET / 4
             nothing = {name: np.zeros((1, log.model[name].size), np.float32) for name in log.model.parameters}
-            widths = {name: (_sketch(name, each) if sketched else each).shape[1] for name, each in nothing.items()}
+            widths = {name: (sketch_rows(name, each) if sketched else each).shape[1] for name, each in nothing.items()}
             crossed = {name: np.zeros((labels, width), np.float32) for name, width in widths.items()}
             before = _Drifts(np.zeros((labels, labels)), crossed, sketched)
         if not round_.comparable.any():
             return before
-        drift = _clipped_residuals(round_, bias).astype(np.float64)
+        drift = clipped_residuals(round_, bias).astype(np.float64)
         for name, sums in before.crossed.items():
             for start, now in _residual_blocks(round_, name, log.model[name].size, sketched=before.sketched):
                 sums[:, start : start + now.shape[1]] += drift.T @ now  # in float64: the clients' order changes nothing
@@ -335,8 +335,8 @@ def _gram_of_unexplained(name: str, accumulated: Accumulated, drifts: _Drifts, w
     """
     sums, crossed = accumulated.sums[name], drifts.crossed[name]
     if accumulated.sketched != drifts.sketched:  # sketches are linear: that of a sum is the sum of sketches
-        sums = sums if accumulated.sketched else _sketch(name, sums)
-        crossed = crossed if drifts.sketched else _sketch(name, crossed)
+        sums = sums if accumulated.sketched else sketch_rows(name, sums)
+        crossed = crossed if drifts.sketched else sketch_rows(name, crossed)
     gram = np.zeros((len(sums), len(sums)))
     with np.errstate(all="ignore"):  # a residual that overflowed stays in its own row and column
         for start in range(0, sums.shape[1], BLOCK):

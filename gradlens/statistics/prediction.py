@@ -8,7 +8,7 @@ import pandas as pd
 
 from gradlens.errors import CannotSay
 from gradlens.log import Round, UpdateLog
-from gradlens.log.log import BUDGET, _sketch
+from gradlens.log.accumulated import BUDGET, sketch_rows
 from gradlens.log.round import BLOCK
 from gradlens.settings import whole_number
 from gradlens.statistics.cohort import ROUNDING, cohort, table
@@ -103,7 +103,7 @@ class _Predicting:
 
 def _vector(layer: str, numbers: np.ndarray, sketched: bool) -> np.ndarray:
     """The numbers of a layer in a row: not copied, or sketched."""
-    return _sketch(layer, numbers.reshape(1, -1))[0] if sketched else numbers.reshape(-1)
+    return sketch_rows(layer, numbers.reshape(1, -1))[0] if sketched else numbers.reshape(-1)
 
 
 def _absent(course: _Course, clients: set[str], sketched: bool) -> dict[str, Layers]:
@@ -112,7 +112,7 @@ def _absent(course: _Course, clients: set[str], sketched: bool) -> dict[str, Lay
     known = dict(course.absent)
     for row, client in enumerate(course.last.clients.tolist()):
         if client in clients and course.seen[client] == course.before:
-            flat = {name: course.last.linear_flat(name)[row] for name in course.last.parameters}
+            flat = {name: course.last.flat(name, sketch=True)[row] for name in course.last.parameters}
             known[client] = {name: np.array(_vector(name, each, sketched)) for name, each in flat.items()}
     size = 4 * sum(len(each) for each in course.places[-1].values())
     return {client: known[client] for client in latest[: int(BUDGET / 2) // size]}
@@ -163,7 +163,7 @@ def _pairs(
     course: _Course, round_: Round, rows: Mapping[str, int], layer: str, sketched: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each client's update of one layer in this round and the one before it; not copied."""
-    now, last = round_.linear_flat(layer), course.last.linear_flat(layer)
+    now, last = round_.flat(layer, sketch=True), course.last.flat(layer, sketch=True)
     position = {client: row for row, client in enumerate(course.last.clients.tolist())}
     pairs = []
     for client, row in rows.items():

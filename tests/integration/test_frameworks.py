@@ -19,16 +19,17 @@ def test_every_framework_is_there(module):
     assert find_spec(module), f"{module} is not installed: the extras flower, nvflare, pfl and cluster are needed here"
 
 
-NAMED = re.findall(r"`gradlens\.integrations\.(\w+)\.(\w+)\(", (ROOT / "README.md").read_text("utf-8"))
+GUIDE = ROOT / "docs" / "howto" / "operator.md"
+NAMED = re.findall(r"`gradlens\.integrations\.(\w+)\.(\w+)\(", GUIDE.read_text("utf-8"))
 
 
 @pytest.mark.parametrize(("module", "name"), NAMED)
-def test_what_the_readme_names_is_there(module, name):
+def test_what_the_guide_names_is_there(module, name):
     needs = {"flower": "flwr", "flower_classic": "flwr", "byzfl": "numpy"}  # our side of ByzFL imports nothing of it
     pytest.importorskip(needs.get(module, module))
     assert callable(getattr(import_module(f"gradlens.integrations.{module}"), name))
 
 
-def test_the_readme_names_every_integration():
+def test_the_guide_names_every_integration():
     files = (ROOT / "gradlens" / "integrations").glob("[a-z]*.py")
     assert {module for module, _ in NAMED} == {file.stem for file in files}

@@ -1,0 +1,83 @@
+"""Writes the pages of results from the committed tables: `python docs/results.py`.
+
+The pages are committed, and a test holds them against what this writes.
+"""
+
+import csv
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+REPORTS = ROOT / "reports"
+PAGES = ROOT / "docs" / "results"
+NOTE = "<!-- Written by docs/results.py from the tables in reports/. Do not edit. -->\n\n"
+BENCH = {
+    "work": "work",
+    "peer": "peer",
+    "ours": "gradlens",
+    "theirs": "peer's",
+    "unit": "unit",
+    "ratio": "times as fast",
+}
+
+
+def pages() -> dict[str, str]:
+    """Name -> text of every page that is made of tables."""
+    from simulations.studies import attacks, defenses, gauntlet_figures, gauntlet_page
+
+    return {
+        "detectors.md": titled("Detectors", gauntlet_page.section(gauntlet_figures.committed())),
+        "defenses.md": titled("Defenses", defenses.section(defenses.committed())),
+        "attacks.md": titled("Attacks", attacks.section(*attacks.committed())),
+        "speed.md": titled("Speed", speed()),
+    }
+
+
+def speed() -> str:
+    """Beside the peers; large logs; a filter in a round of Flower; streamed sketches."""
+    parts = [
+        "What `make bench` measured, on two cores; the commands are in `tests/benchmarks/`. Ratios above 1 mean that "
+        "gradlens is faster.",
+        "## Training and rules, beside the peers",
+        tabulated("bench.csv", BENCH),
+        "## Long and large logs",
+        tabulated("scale.csv"),
+        "## A filter in a round of Flower",
+        tabulated("flower_filter.csv"),
+        "## Sketches, recorded as answers arrive",
+        tabulated("streamed.csv"),
+    ]
+    return "\n\n".join(parts)
+
+
+def titled(title: str, text: str) -> str:
+    """A page: its title, and the text with links as they are from docs/results."""
+    body = re.sub(r"\A## .*\n+", "", text)
+    return f"{NOTE}# {title}\n\n{body.replace('](reports/', '](../../reports/')}\n"
+
+
+def tabulated(name: str, columns: dict[str, str] | None = None) -> str:
+    """A committed CSV file as a table, and a link to it."""
+    with open(REPORTS / name, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = columns or {name: name.replace("_", " ") for name in rows[0]}
+    body = markdown(list(columns.values()), [[row[name] for name in columns] for row in rows])
+    return f"{body}\n\n[`reports/{name}`](reports/{name})"
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows])
+
+
+def main() -> None:
+    """Writes every page."""
+    for name, text in pages().items():
+        (PAGES / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

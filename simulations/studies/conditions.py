@@ -1,0 +1,46 @@
+"""What a simulated run is about, in words: the attack, the task, the partition and the way clients are drawn."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from gradlens.run import Sweep
+from simulations import Scenario
+
+CELL = ["task", "setting", "partition", "family"]  # the columns that name a cell of the gauntlet
+TASK_NAMES = {"fashion_mnist": "Fashion-MNIST", "digits": "digits"}
+PARTITION_NAMES = {"iid": "iid", "dirichlet": "Dirichlet 0.5"}
+
+
+def main_part(attack: Iterable[str]) -> str:
+    """The part of an attack that a figure is about; "none" without an attack.
+
+    That is the first part, the one that poisons data; beside a plain trigger it is what the trigger is combined with.
+
+    Examples
+    --------
+    >>> main_part(["label_flip", "scaling"])
+    'label_flip'
+    >>> main_part(["trigger", "norm_bound", "scaling"])
+    'norm_bound'
+    """
+    first, *others = list(attack) or ["none"]
+    if first != "trigger" or not others:
+        return first
+    return next((name for name in others if name != "scaling"), "scaling")
+
+
+def cell_of(scenario: Scenario) -> dict[str, str]:
+    """The cell of the gauntlet that a run belongs to: `CELL` -> value."""
+    alternating = ", every third round" if "alternating" in scenario.schedule else ""
+    return {
+        "task": scenario.task,
+        "setting": ("sampled" if scenario.clients_per_round else "full") + alternating,
+        "partition": next(iter(scenario.partition)),
+        "family": main_part(scenario.attack),
+    }
+
+
+def control_asr(sweep: Sweep) -> pd.Series:
+    """Attacked run -> attack success rate of its attack-free control after the last round."""
+    return sweep.controls.sort_values("round").groupby("run")["asr"].last()

@@ -1,0 +1,96 @@
+"""Where studies write, how rows are added to a table as they are computed, and tables in Markdown."""
+
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from gradlens.errors import InputError
+from gradlens.plots import percent
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORTS = ROOT / "reports"
+
+Part = tuple[tuple[object, ...], Callable[[], pd.DataFrame]]  # its values in the key columns, what computes its rows
+
+
+def run_as_command(main: Callable[[], None]) -> None:
+    """Runs a study; an `InputError` becomes one line and exit status 1."""
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def collected(
+    path: Path,
+    keys: Sequence[str],
+    parts: Sequence[Part],
+    *,
+    resume: bool = False,
+    float_format: str | None = None,
+    progress: str = "parts",
+) -> pd.DataFrame:
+    """Writes the rows of each part of a study as soon as they are computed.
+
+    Parameters
+    ----------
+    path : Path
+        The table, in CSV.
+    keys : sequence of str
+        The columns whose values tell parts apart.
+    parts : sequence of (values of the key columns, function that computes the rows)
+        In the order in which they are written.
+    resume : bool
+        Keep the rows that are there, and skip the parts that they belong to; by default a new table is begun.
+    float_format : str, optional
+        Of real numbers, such as "%.4f".
+    progress : str
+        What the bar counts.
+
+    Returns
+    -------
+    DataFrame
+        The whole table, as read from the file.
+    """
+    done = set(pd.read_csv(path)[list(keys)].itertuples(index=False, name=None)) if resume and path.exists() else set()
+    begun = bool(done)
+    for key, rows in tqdm(parts, desc=progress, disable=None):
+        if key not in done:
+            append(rows(), path, new=not begun, float_format=float_format)
+            begun = True
+    return pd.read_csv(path)
+
+
+def append(rows: pd.DataFrame, path: Path, *, new: bool = False, float_format: str | None = None) -> None:
+    """Adds rows to a table on disk; new: replaces it instead."""
+    new = new or not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mode = "w" if new else "a"
+    rows.to_csv(path, mode=mode, header=new, index=False, lineterminator="\n", float_format=float_format)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows])
+
+
+def share(value: float) -> str:
+    """A share in per cent, an en dash for none."""
+    return "–" if np.isnan(value) else percent(value)
+
+
+def value_at(table: pd.DataFrame, row: Hashable, column: Hashable) -> float:
+    """The number in one place of a table; NaN where there is no such row or column."""
+    if row not in table.index or column not in table.columns:
+        return np.nan
+    return float(cast(Any, table.loc)[row, column])
+
+
+def figures_by(table: pd.DataFrame, keys: Sequence[str], value: str) -> dict[tuple[Any, ...], float]:
+    """Values of the key columns -> the mean of a column over the rows that have them, in order of appearance."""
+    means = table.groupby(list(keys), sort=False)[value].mean()
+    return {key if isinstance(key, tuple) else (key,): float(mean) for key, mean in means.items()}
