@@ -86,11 +86,11 @@ def imported(setting: str, name: str) -> Any:
         )
     module, _, function = name.partition(":")
     try:
-        value = getattr(importlib.import_module(module), function, None)
+        value = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the module does when it is imported
-        raise InputError(f"{setting}: module {module} cannot be imported: {_first_line(error)}") from error
+        raise InputError(f"{setting}: cannot import {name!r}: {' '.join(str(error).split())}") from error
     if not callable(value):
-        raise InputError(f"{setting}: module {module} has no function {function}")
+        raise InputError(f"{setting}: expected a function, {name!r} is of type {type(value).__name__}")
     return value
 
 

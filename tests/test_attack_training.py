@@ -109,7 +109,7 @@ def test_a_penalty_of_ones_own():
     ("penalty", "found"),
     [
         ("l2", "expected norm, cosine, final_bias or module:function, found 'l2'"),
-        ("no_such_module:f", "module no_such_module cannot be imported"),
+        ("no_such_module:f", "cannot import 'no_such_module:f'"),
     ],
 )
 def test_an_unknown_penalty_is_one_line(penalty, found):

@@ -474,8 +474,8 @@ def test_the_stage_of_the_built_in_attacks_is_that_of_their_place():
     ("parts", "found"),
     [
         ({"triger": {}}, r"attack: there is no 'triger'; did you mean trigger"),
-        ({"no_such_module:f": {}}, "attack: module no_such_module cannot be imported"),
-        ({"test_attacks:LETTERS": {}}, "attack: module test_attacks has no function LETTERS"),
+        ({"no_such_module:f": {}}, "attack: cannot import 'no_such_module:f'"),
+        ({"test_attacks:LETTERS": {}}, "attack: expected a function"),
         ({"builtins:dict": {}}, "builtins:dict must build an Attack, found a dict"),
     ],
 )

@@ -210,7 +210,7 @@ def scenario(tmp_path, text):
         (["verify", "run", "--head", "abc"], "--head: expected 64 hexadecimal digits, found 'abc'"),
         (["verify", "run", "--head", "\x1b[31mx"], "found '\\x1b[31mx'"),
         (["list", "detector"], "there is no 'detector'; did you mean detectors?"),
-        (["detect", "run", "-d", "nowhere:at_all"], "--detector: module nowhere cannot be imported"),
+        (["detect", "run", "-d", "nowhere:at_all"], "--detector: cannot import 'nowhere:at_all'"),
         (["replay", "run", "-d", "kurm"], "kurm"),
         (["verify", "no\x1b[31m\nOWNED"], "no\\x1b[31m OWNED"),
     ],

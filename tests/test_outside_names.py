@@ -135,8 +135,8 @@ def test_every_name_of_a_scenario_may_be_a_function(tmp_path):
         ({"schedule": "own_names:loud"}, "schedule: own_names:loud builds no schedule, found a"),
         ({"partition": "own_names:odd"}, "partition: own_names:odd builds no partition, found a Schedule"),
         ({"partition": "own_names:needs"}, "partition: needs() missing 1 required positional argument: 'value'"),
-        ({"detector": "own_names:quiet"}, "detector: module own_names has no function quiet"),
-        ({"model": "no_such_module:f"}, "model: module no_such_module cannot be imported"),
+        ({"detector": "own_names:quiet"}, "detector: cannot import 'own_names:quiet'"),
+        ({"model": "no_such_module:f"}, "model: cannot import 'no_such_module:f'"),
         ({"aggregator": "builtins:dict"}, "aggregator: builtins:dict does not say what settings it has"),
     ],
 )
