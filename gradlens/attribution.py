@@ -1,6 +1,6 @@
 """Attribution: what a client's updates say about labels, who is responsible for a sample, who sends the same.
 
-Ground truth is not needed; `attribution_accuracy` says how often the suspected labels are right where it is known.
+Ground truth is not needed; where it is known, `attribution_accuracy` says how often the suspected labels are right.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,33 +11,67 @@ from scipy.sparse.csgraph import connected_components
 
 from gradlens.errors import CannotSay, InputError
 from gradlens.evaluation import bootstrap
+from gradlens.geometry import ROUNDING, TIE, cosines, ratio
 from gradlens.log import Round, UpdateLog
 from gradlens.scorers import robustly_scaled
 from gradlens.statistics.cohort import SMALLEST, cohort, table, units
 
 __all__ = ["Gradient", "attribution_accuracy", "influence", "label_drift", "suspected_labels", "sybils"]
 
-# global model -> gradient of the loss at it; both layer -> array; a layer that is not given has no gradient
+# global model -> gradient of the loss at it; both layer -> array; layers that it leaves out have no gradient
 Gradient = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
-EQUAL = 1e-12  # of 1 - cosine: what summing the same products in another order makes
-ORDINARY = 10  # rounds of a client that its ordinary label skew is taken from
-ROUNDING = 1e-9  # of the largest evidence: below it nothing points anywhere
+ORDINARY = 10  # rounds of a client that tell its ordinary label skew
 
 
 def label_drift(log: UpdateLog, learning_rate: float | None = None) -> pd.DataFrame:
-    """Which labels each client of the last round saw more of, or less of, than the model predicts, beside the cohort.
+    """Which labels each client of the last round saw more or less of than the model predicts, beside the cohort.
 
-    Under plain SGD and softmax cross-entropy the final bias moves by exactly learning rate x sum over local steps of
-    mean over the batch of (y - p): label minus predicted probability. The cohort's median is subtracted, so that what
-    all clients have in common (the model's own bias, classes it is still learning) cancels.
-    learning_rate: None: float64 [client, class] in logits; given: the bias is divided by it, which gives the surplus
-    of labels, in shares of a batch summed over steps. A class is a unit of the final layer, "fc2.bias[c]".
-    Without a final bias the row sums of the final weight stand in, "fc2.weight[c]": each sample then counts by the sum
-    of its features, so the numbers are no count of labels and no learning rate is taken. `attrs["unit"]` says which.
-    Raises: CannotSay below 3 comparable clients or without a final layer, InputError on a learning rate that is no
-    positive number or has nothing to divide.
-    Source: Jebreel et al. 2022, arXiv:2207.01982, eq. (1); Bilgin 2021, arXiv:2111.14683.
+    Parameters
+    ----------
+    log : UpdateLog
+    learning_rate : float, optional
+        Of the clients. The final bias is divided by it, which gives the surplus of labels, in shares of a batch summed
+        over steps; without it the table is in logits.
+
+    Returns
+    -------
+    DataFrame, float64 [client, class]
+        A class is a unit of the final layer, "fc2.bias[c]", or without a final bias "fc2.weight[c]". ``attrs["unit"]``
+        says in which unit the numbers are.
+
+    Raises
+    ------
+    CannotSay
+        With fewer than 3 comparable clients, or without a final layer.
+    InputError
+        For a learning rate that is no positive number, or in a model without a final bias to divide by it.
+
+    Notes
+    -----
+    Under plain SGD and softmax cross-entropy the final bias moves by exactly ::
+
+        learning rate * sum over local steps of mean over the batch of (y - p)
+
+    label minus predicted probability [1]_. The cohort's median is subtracted, so that what all clients have in common
+    (the model's own bias, classes it is still learning) cancels. Without a final bias the row sums of the final weight
+    stand in: each sample then counts by the sum of its features, so the numbers are no count of labels and no learning
+    rate is taken. Reading the bias for poisoned labels is due to [2]_.
+
+    References
+    ----------
+    .. [1] Jebreel et al. 2022, arXiv:2207.01982, eq. (1).
+    .. [2] Bilgin 2021, arXiv:2111.14683.
+
+    Examples
+    --------
+    >>> from gradlens.attribution import label_drift
+    >>> from gradlens.examples import example_log
+    >>> drift = label_drift(example_log())
+    >>> drift.loc["client-9"].idxmin(), drift.loc["client-9"].idxmax()  # it flips label 3 to label 1
+    ('fc2.bias[3]', 'fc2.bias[1]')
+    >>> drift.attrs["unit"]
+    'logits'
     """
     round_ = cohort(log)
     layer = log.model.final_bias or _final_layer(log)
@@ -58,25 +92,53 @@ def label_drift(log: UpdateLog, learning_rate: float | None = None) -> pd.DataFr
 
 
 def suspected_labels(log: UpdateLog, rounds: Collection[int] | None = None) -> pd.DataFrame:
-    """Which label each client of the last round seems to push towards, and which it takes away, if it is malicious.
+    """Which label each client of the last round pushes towards, and which it takes away, if it is malicious.
 
-    The final weight's update is a sum over samples of (y - p) x features: surplus labels, and what they were seen on.
-    It is taken with the whole update brought to the cohort's median norm, as a boost would multiply what is common,
-    too; beside the cohort's median; and beside the median of the client's own last 10 rounds before the suspicion,
-    which is its ordinary label skew. Its leading singular component is one kind of sample and the labels that it
-    gained and lost: the evidence [class], signed for features that are not negative, as behind a ReLU. In a model
-    without a final weight it is the final bias. Over several rounds it adds up, divided by the root of their number.
-    rounds: indices of the rounds under suspicion (those in which the client was flagged, say); None: the last one.
-    The client's rounds before the first of them are taken as ordinary: where it has poisoned for as long as half of
-    the last 10, name the rounds, or the attack itself counts as ordinary.
-    Returns: index client; target (Int64): the class of the largest surplus; source (Int64): the class that holds more
-    than half of the whole deficit, <NA> = many: a trigger relabels all classes, a flip one; strength: its largest
-    surplus beside those of the cohort, in robust sigmas; rounds: how many of those under suspicion it took part in.
-    <NA> and NaN for who is not comparable or took part in none; target and source are <NA> where no class gained. A
-    client that is not malicious has a largest surplus as well: strength says whether it is one to speak of.
-    Raises: CannotSay below 3 comparable clients or without a final layer, InputError if a round is not in the log.
-    Source: the identity is Jebreel et al. 2022, arXiv:2207.01982, eq. (1); the baselines and the component are our
-    own, chosen on simulations of digits and Fashion-MNIST; `reports/gauntlet.html` has how often they are right.
+    Parameters
+    ----------
+    log : UpdateLog
+    rounds : collection of int, optional
+        Indices of the rounds under suspicion, such as those in which the client was flagged; by default the last one.
+        The client's rounds before the first of them count as ordinary. Name them where it has poisoned for as long as
+        half of its last 10 rounds, or the attack itself counts as ordinary.
+
+    Returns
+    -------
+    DataFrame [client]
+        target (Int64): the class of the largest surplus. source (Int64): the class that holds more than half of the
+        whole deficit; <NA> means many, as a trigger relabels all classes and a flip one. strength: the client's largest
+        surplus beside those of the cohort, in robust sigmas. rounds: how many of those under suspicion it took part in.
+        <NA> and NaN for clients that are not comparable or took part in none; target and source are <NA> where no class
+        gained. A client that is not malicious has a largest surplus as well: the strength says whether it matters.
+
+    Raises
+    ------
+    CannotSay
+        With fewer than 3 comparable clients, or without a final layer.
+    InputError
+        If a round is not in the log.
+
+    Notes
+    -----
+    The final weight's update is a sum over samples of (y - p) x features [1]_: surplus labels, and what they were seen
+    on. It is taken with the whole update scaled to the cohort's median norm, since a boost multiplies what is common,
+    too; then minus the cohort's median; then minus the median of the client's own last 10 rounds before the suspicion,
+    which is its ordinary label skew. Its leading singular component is one kind of sample and the labels that it gained
+    and lost: the evidence [class], signed for features that are not negative, as behind a ReLU. In a model without a
+    final weight the final bias takes its place. Over several rounds it adds up, divided by the root of their number.
+    The baselines and the component are our own, chosen on simulations of digits and Fashion-MNIST;
+    `reports/gauntlet.html` has how often they are right.
+
+    References
+    ----------
+    .. [1] Jebreel et al. 2022, arXiv:2207.01982, eq. (1).
+
+    Examples
+    --------
+    >>> from gradlens.attribution import suspected_labels
+    >>> from gradlens.examples import example_log
+    >>> suspected_labels(example_log()).columns.tolist()
+    ['target', 'source', 'strength', 'rounds']
     """
     round_ = cohort(log)
     evidence, count = _accumulated(log, _final_layer(log), rounds)
@@ -85,7 +147,7 @@ def suspected_labels(log: UpdateLog, rounds: Collection[int] | None = None) -> p
     strength = np.full(len(rows), np.nan)
     if known.any():
         strength[known] = robustly_scaled(rows[known].max(axis=1, keepdims=True))[:, 0]
-    points = rows.max(axis=1, initial=0) > ROUNDING * np.abs(rows).max(initial=0)
+    points = rows.max(axis=1, initial=0) > TIE * np.abs(rows).max(initial=0)
     answer = {
         "target": pd.Series(np.where(points, rows.argmax(axis=1), np.nan)).astype("Int64"),
         "source": pd.Series(np.where(points, [_source(row) for row in rows], np.nan)).astype("Int64"),
@@ -107,22 +169,62 @@ def influence(
 ) -> pd.DataFrame:
     """How far each client's updates moved the model towards given outputs on given samples (FLForensics).
 
-    gradient: global model (layer -> array, before the round) -> gradient, layer -> array, of the mean loss of the
-    misclassified samples with the output that they got as their label. A client's influence is the sum over its rounds
-    of learning rate / participants x <-gradient, update / |update|>: positive = it lowered that loss, so it is
-    responsible; in units of loss per unit of weight x learning rate. clean: the same gradient for samples that are
-    rightly of that class (the authors' code: uniform noise labelled with it). In the plane of both influences malicious
-    clients have a large first one beside a small second; benign ones rich in the class have both.
-    rounds: the check-points, None: all (the paper stores every 10th). normalised: as the authors' code, each
-    update counts by its direction, whatever its boost; False: the first-order change of the loss by the update as
-    sent, in units of loss, which holds the learning rate already: `learning_rate` must then be left alone.
-    learning_rate: one for all or round -> rate. per_round: divided by the number of rounds taken part in, for
-    client sampling. Clients do not count in rounds in which they sent something that is not finite.
-    Returns: index client (all of the log, sorted), influence, clean_influence (if asked for), rounds.
-    Raises: InputError where a gradient names an unknown layer, has another shape or is not finite; CannotSay where a
-    round was not recorded whole.
-    Source: Jia et al. 2024, arXiv:2407.07221; what the abstract page leaves open follows the authors' code,
-    github.com/jyqhahah/FLForensics, which takes the gradient after the round instead of before it.
+    Parameters
+    ----------
+    log : UpdateLog
+    gradient : callable
+        Global model (layer -> array, before the round) -> gradient (layer -> array) of the mean loss of the
+        misclassified samples, with the output that they got as their label.
+    clean : callable, optional
+        The same gradient for samples that are rightly of that class (the authors' code: uniform noise labelled with
+        it). In the plane of both influences malicious clients have a large first one beside a small second one; benign
+        ones rich in the class have both.
+    rounds : collection of int, optional
+        The checkpoints, by default all rounds (the paper stores every 10th).
+    normalised : bool, default True
+        Whether each update counts by its direction, whatever its boost, as in the authors' code. False gives the
+        first-order change of the loss by the update as sent, in units of loss; it holds the learning rate already, so
+        `learning_rate` must then be left alone.
+    learning_rate : float or mapping of int to float, default 1.0
+        One for all rounds, or round -> rate.
+    per_round : bool, default False
+        Whether influences are divided by the number of rounds that the client took part in, for client sampling.
+
+    Returns
+    -------
+    DataFrame [client]
+        Of all clients of the log, sorted by name: influence, clean_influence (with `clean`), rounds. Positive means
+        that the client lowered that loss, so it is responsible; in units of loss per unit of weight x learning rate.
+
+    Raises
+    ------
+    InputError
+        If a gradient names an unknown layer, has another shape or is not finite.
+    CannotSay
+        If a round was not recorded whole.
+
+    Notes
+    -----
+    Summed over the client's rounds [1]_::
+
+        learning rate / participants * <-gradient, update / |update|>
+
+    Clients do not count in rounds in which they sent something that is not finite. What the abstract page leaves open
+    follows the authors' code, github.com/jyqhahah/FLForensics, which takes the gradient after the round instead of
+    before it.
+
+    References
+    ----------
+    .. [1] Jia et al. 2024, arXiv:2407.07221.
+
+    Examples
+    --------
+    >>> from gradlens.attribution import influence
+    >>> from gradlens.examples import example_log
+    >>> def gradient(state):  # of a loss that falls as label 1 gains on label 3
+    ...     return {"fc2.bias": [0.0, -1.0, 0.0, 1.0]}
+    >>> influence(example_log(), gradient, normalised=False)["influence"].idxmax()
+    'client-9'
     """
     if not normalised and learning_rate != 1.0:
         raise InputError("learning_rate weighs normalised updates; an update as sent holds its own already")
@@ -136,7 +238,7 @@ def influence(
             raise CannotSay(f"round {round_.index} was recorded without all of its numbers: a gradient meets none")
         weight = learning_rate[round_.index] if isinstance(learning_rate, Mapping) else learning_rate
         finite = np.flatnonzero(round_.finite)
-        moved = np.stack([_descent(round_, finite, log.model.parameters, ask) for ask in wanted.values()], axis=1)
+        moved = np.stack([_descent(round_, finite, log.model.parameters, loss) for loss in wanted.values()], axis=1)
         if normalised:
             norms = round_.total_norms[finite]
             moved /= np.where(norms > 0, norms, 1)[:, None]
@@ -149,21 +251,51 @@ def influence(
     values = np.array([sums[client] for client in clients]).reshape(len(clients), len(wanted) + 1)
     if per_round:
         values[:, :-1] /= np.maximum(values[:, -1:], 1)
-    found = pd.DataFrame(values, pd.Index(clients, name="client", dtype=object), [*wanted, "rounds"])
-    return found.astype({"rounds": np.int64})
+    table_ = pd.DataFrame(values, pd.Index(clients, name="client", dtype=object), [*wanted, "rounds"])
+    return table_.astype({"rounds": np.int64})
 
 
 def sybils(log: UpdateLog, similarity: float = 0.99, nearer: float = 10.0) -> pd.DataFrame:
     """Groups of clients that sent nearly the same update in the last round, or copies of it in another size.
 
-    Two clients are linked if the cosine of their whole updates is at least `similarity` and 1 - cosine at least
-    `nearer` times smaller than that of the cohort's median pair: where local training has little noise all honest
-    updates are alike, and that is no group. Equal updates are always linked, and so are updates of nothing but 0. A
-    group is what links connect; a client whose update is copied is in the group of its copies.
-    similarity, nearer: own choice; in the simulated iid and Dirichlet runs honest pairs stay below 0.93.
-    Returns: index client, group (from 0, the largest first, then by name), similarity (the largest cosine to
-    another member), size (of the group); empty where nobody is in a group, without clients that are not comparable.
-    Raises: CannotSay above 5,000 clients, InputError on a setting out of its range.
+    Parameters
+    ----------
+    log : UpdateLog
+    similarity : float, default 0.99
+        The cosine from which two updates are linked; our own choice. In the simulated iid and Dirichlet runs honest
+        pairs stay below 0.93.
+    nearer : float, default 10.0
+        How many times smaller 1 - cosine must be than for the cohort's median pair; our own choice.
+
+    Returns
+    -------
+    DataFrame [client]
+        group (from 0, the largest first, then by name), similarity (the largest cosine to another member), size (of the
+        group). Empty where nobody is in a group; without clients that are not comparable.
+
+    Raises
+    ------
+    CannotSay
+        With more than 5,000 clients.
+    InputError
+        For a setting out of its range.
+
+    Notes
+    -----
+    Two clients are linked by the cosine of their whole updates. Where local training has little noise all honest
+    updates are alike, and that is no group: hence `nearer`. Equal updates are always linked, and so are updates of
+    nothing but 0. A group is what links connect; a client whose update is copied is in the group of its copies.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gradlens import UpdateLog
+    >>> from gradlens.attribution import sybils
+    >>> from gradlens.examples import example_log
+    >>> log = example_log()
+    >>> twice = log[-1].combined(np.eye(10)[[0, 1, 2, 3, 4, 5, 6, 7, 9, 9]])  # client-8 copies client-9
+    >>> sybils(UpdateLog(log.model, [twice])).index.tolist()
+    ['client-8', 'client-9']
     """
     if not 0 < similarity <= 1:
         raise InputError(f"similarity is a cosine above 0 and at most 1, found {similarity}")
@@ -176,7 +308,7 @@ def sybils(log: UpdateLog, similarity: float = 0.99, nearer: float = 10.0) -> pd
     apart = 1 - cosine
     pairs = apart[np.triu_indices(len(order), 1)]
     bound = min(1 - similarity, np.median(pairs) / nearer) if len(pairs) else 0.0
-    linked = apart <= max(bound, EQUAL)
+    linked = apart <= max(bound, ROUNDING)
     np.fill_diagonal(linked, False)
     _, labels = connected_components(linked, directed=False)
     sizes = np.bincount(labels, minlength=1)
@@ -194,12 +326,33 @@ def sybils(log: UpdateLog, similarity: float = 0.99, nearer: float = 10.0) -> pd
 def attribution_accuracy(suspected: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """How often the suspected labels are right, for each combination of `by`.
 
-    suspected: rows of `suspected_labels` (of the flagged or the malicious clients: the caller's choice) with columns
-    target, source, true_target, true_source, `seed` (one run if there is no such column) and those of `by`. A true
-    source of <NA> means many, and <NA> is then the right answer; rows without a true target say nothing of the target.
-    Returns: *by, label ("target", "source"), value (share right, per seed, then the mean over seeds), low, high (95 %
-    bootstrap over seeds, NaN for one), seeds, clients (rows that were judged).
-    Raises: InputError if a column is missing.
+    Parameters
+    ----------
+    suspected : DataFrame
+        Rows of `suspected_labels` (of the flagged or of the malicious clients, by choice) with the columns
+        target, source, true_target, true_source, those of `by`, and seed (without it, all rows are one run). A true
+        source of <NA> means many, and <NA> is then the right answer; rows without a true target do not count.
+    by : sequence of str, default ()
+        Columns that name the condition.
+
+    Returns
+    -------
+    DataFrame
+        ``*by``, label ("target", "source"), value (the share that is right, per seed, then the mean over seeds), low,
+        high (95 % bootstrap over seeds, NaN for one), seeds, clients (rows that were judged).
+
+    Raises
+    ------
+    InputError
+        If a column is missing.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from gradlens.attribution import attribution_accuracy
+    >>> rows = pd.DataFrame({"target": [1, 1], "source": [3, 2], "true_target": [1, 1], "true_source": [3, 3]})
+    >>> attribution_accuracy(rows)[["label", "value"]].values.tolist()
+    [['target', 1.0], ['source', 0.5]]
     """
     needed = [*by, "target", "source", "true_target", "true_source"]
     if missing := [name for name in needed if name not in suspected]:
@@ -209,12 +362,13 @@ def attribution_accuracy(suspected: pd.DataFrame, by: Sequence[str] = ()) -> pd.
     rows = []
     for key, part in parts:
         for label in ("target", "source"):
-            told = part[part["true_target"].notna()]
-            right = told.groupby("seed" if "seed" in told else np.zeros(len(told)), sort=False)[f"{label}_is_right"]
+            labelled = part[part["true_target"].notna()]
+            seeds = "seed" if "seed" in labelled else np.zeros(len(labelled))
+            right = labelled.groupby(seeds, sort=False)[f"{label}_is_right"]
             values = right.mean().to_numpy(np.float64)
             row = dict(zip(by, key, strict=True)) | {"label": label, "value": values.mean() if len(values) else np.nan}
             row |= dict(zip(("low", "high"), bootstrap(values), strict=True))
-            rows.append(row | {"seeds": len(values), "clients": len(told)})
+            rows.append(row | {"seeds": len(values), "clients": len(labelled)})
     return pd.DataFrame(rows, columns=[*by, "label", "value", "low", "high", "seeds", "clients"])
 
 
@@ -232,7 +386,7 @@ def _beside(rows: np.ndarray, comparable: np.ndarray) -> np.ndarray:
 
 
 def _to_median_norm(log: UpdateLog) -> np.ndarray:
-    """Of the last round: what brings each comparable client's update to their median norm, float64 [comparable]."""
+    """The factors that scale each comparable client's last update to their median norm, float64 [comparable]."""
     round_ = log[-1]
     norms = round_.total_norms[round_.comparable]
     return np.median(norms) / np.where(norms > 0, norms, 1) if len(norms) else norms
@@ -241,7 +395,7 @@ def _to_median_norm(log: UpdateLog) -> np.ndarray:
 def _matched_drift(log: UpdateLog, layer: str) -> dict[str, np.ndarray]:
     """Client of the last round -> its update of the layer at the median norm, beside the cohort's, [unit, number].
 
-    Nobody where fewer than three clients can be compared.
+    Empty with fewer than three comparable clients.
     """
     round_ = log[-1]
     factors = log.remembered(_to_median_norm)
@@ -253,7 +407,7 @@ def _matched_drift(log: UpdateLog, layer: str) -> dict[str, np.ndarray]:
 
 
 def _accumulated(log: UpdateLog, layer: str, rounds: Collection[int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """The last round's clients: evidence beside their ordinary rounds [client, class], and how many rounds it is of."""
+    """The last round's clients: evidence beyond their ordinary rounds [client, class], and the number of its rounds."""
     chosen = {log.last_index} if rounds is None else _known(log, rounds)
     clients, start = log[-1].clients.tolist(), min(chosen)
     since, count = np.zeros((len(clients), *_matrix(log, layer))), np.zeros(len(clients), np.int64)
@@ -281,7 +435,7 @@ def _matrix(log: UpdateLog, layer: str) -> tuple[int, int]:
 
 
 def _leading(matrices: np.ndarray) -> np.ndarray:
-    """The leading singular component of each [client, class, number]: its share of each class, [client, class].
+    """The classes' side of the leading singular component of each [client, class, number], [client, class].
 
     Signed so that the numbers' side sums to a positive number.
     """
@@ -298,12 +452,12 @@ def _leading(matrices: np.ndarray) -> np.ndarray:
 
 
 def _known(log: UpdateLog, rounds: Collection[int]) -> set[int]:
-    """The rounds, if there are any and all of them are in the log."""
-    found = {prefix.last_index for prefix in log.prefixes()}
-    missing = sorted(set(rounds) - found)
+    """The rounds as a set; raises InputError where there are none, or one is not in the log."""
+    recorded = {prefix.last_index for prefix in log.prefixes()}
+    missing = sorted(set(rounds) - recorded)
     if missing or not rounds:
         what = f"round {missing[0]}" if missing else "none"
-        raise InputError(f"rounds must name rounds of the log, {min(found)} to {max(found)}, found {what}")
+        raise InputError(f"rounds must name rounds of the log, {min(recorded)} to {max(recorded)}, found {what}")
     return set(rounds)
 
 
@@ -314,12 +468,12 @@ def _source(row: np.ndarray) -> float:
 
 
 def _descent(round_: Round, rows: np.ndarray, layers: Sequence[str], gradient: Gradient) -> np.ndarray:
-    """<-gradient at the round's global model, update> of these rows, float64 [row]."""
-    found = {name: np.asarray(array) for name, array in gradient(round_.global_model).items()}
-    if unknown := sorted(set(found) - set(layers)):
+    """<-gradient at the round's global model, update> for these rows, float64 [row]."""
+    gradients = {name: np.asarray(array) for name, array in gradient(round_.global_model).items()}
+    if unknown := sorted(set(gradients) - set(layers)):
         raise InputError(f"the gradient is of layers of the model, {', '.join(layers)}, found {unknown[0]!r}")
     moved = np.zeros(len(rows))
-    for name, array in found.items():
+    for name, array in gradients.items():
         if array.shape != np.shape(round_.global_model[name]) or not np.isfinite(array).all():
             expected = f"shape {np.shape(round_.global_model[name])} and finite numbers"
             raise InputError(f"the gradient of {name!r} must have {expected}, found shape {array.shape}")
@@ -331,16 +485,16 @@ def _descent(round_: Round, rows: np.ndarray, layers: Sequence[str], gradient: G
 
 
 def _cosines(round_: Round, order: np.ndarray) -> np.ndarray:
-    """Cosines of the whole updates of these clients, float64 [client, client]; 1 among updates of nothing but 0."""
+    """Cosines of the whole updates of these clients, float64 [client, client]; 1 between updates of nothing but 0."""
     gram = np.sum([round_.gram[name][np.ix_(order, order)] for name in round_.parameters], axis=0)
     norms = np.sqrt(np.diagonal(gram))
-    cosine = gram / np.where(norms > 0, norms, 1)[:, None] / np.where(norms > 0, norms, 1)
+    cosine = cosines(ratio(gram, norms[:, None]), norms[None, :])  # by one after the other: no product underflows
     cosine[np.ix_(norms == 0, norms == 0)] = 1
-    return np.clip(cosine, -1, 1)
+    return cosine
 
 
 def _right(suspected: pd.DataFrame, label: str) -> np.ndarray:
     """Whether the suspected label is the true one, or both are <NA>."""
-    found, true = (suspected[name].astype("Int64") for name in (label, f"true_{label}"))
-    both = found.isna() & true.isna()
-    return ((found == true).fillna(value=False) | both).to_numpy(bool)
+    guess, true = (suspected[name].astype("Int64") for name in (label, f"true_{label}"))
+    both = guess.isna() & true.isna()
+    return ((guess == true).fillna(value=False) | both).to_numpy(bool)

@@ -1,8 +1,10 @@
-"""The house keeps its order: who may import whom, what importing costs, which names are public."""
+"""The house keeps its order: who may import whom, how large a room is, what importing costs, which names are public."""
 
 import ast
 import subprocess
 import sys
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,13 @@ GROUND = {"errors", "settings", "geometry", "clustering", "words", "names"}
 ARROWS = {
     "errors": set(),
     "settings": {"errors"},
-    "words": set(),
     "names": {"errors"},
+    "geometry": {"errors", "settings"},
+    "clustering": {"errors", "settings", "geometry"},
+    "words": set(),
     "moved": set(),
-    "examples": {"log"},
     "log": GROUND,
+    "examples": {"log"},
     "processes": GROUND,
     "run": {*GROUND, "log"},
     "statistics": {*GROUND, "log"},
@@ -39,6 +43,10 @@ ARROWS = {
         "plots",
     },
 }  # fmt: skip
+ABOVE = {"__init__", "__main__", "cli"}  # what may import everything
+# file names that stand twice, for the same subject seen by two packages
+SAME_SUBJECT = {"final_layer", "localization"}
+LONGEST_FUNCTION, LONGEST_FILE = 60, 500
 PUBLIC = {
     "Round", "ModelSpec", "UpdateLog", "LogWriter", "Run", "Sweep", "Verdict", "CannotSay", "score_by", "calibrate",
     "filtered", "localize", "evaluate", "report", "open", "STATISTICS", "SCORERS", "DETECTORS", "AGGREGATORS",
@@ -49,45 +57,137 @@ def sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
+EVERY_FILE = [*sources("gradlens"), *sources("simulations")]
+TREES = {path: ast.parse(path.read_text()) for path in EVERY_FILE}
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def module_file(dotted: str) -> Path | None:
+    """The file of a module of ours, None for a name that is no module."""
+    path = ROOT.joinpath(*dotted.split("."))
+    candidates = (path.with_suffix(".py"), path / "__init__.py")
+    return next((each for each in candidates if each in TREES), None)
+
+
 def imports(path: Path) -> set[str]:
-    """Dotted names that a file imports when it runs; those for type checkers only are left out."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-    found = set()
-    for node in ast.walk(tree):
+    """Dotted names that a file imports anywhere, inside functions and for type checkers too."""
+    names = set()
+    for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            for alias in node.names:
+                member = f"{node.module}.{alias.name}"
+                names.add(member if module_file(member) else node.module)
+    return names
 
 
 def of_gradlens(path: Path) -> set[str]:
     """The modules of gradlens that a file imports."""
-    names = {path.stem for path in (ROOT / "gradlens").iterdir()}
-    parts = [name.split(".") for name in imports(path) if name.startswith("gradlens.")]
-    return {part[1] for part in parts if part[1] in names}
+    return {name.split(".")[1] for name in imports(path) if name.startswith("gradlens.")}
 
 
-@pytest.mark.parametrize("path", sources("gradlens"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", sources("gradlens"), ids=named)
 def test_the_arrows_of_gradlens(path):
     module = path.relative_to(ROOT / "gradlens").parts[0].removesuffix(".py")
-    if module in ("__init__", "__main__", "cli"):
-        return
-    assert of_gradlens(path) - {module} <= ARROWS[module]
+    if module not in ABOVE:
+        assert of_gradlens(path) - {module} <= ARROWS[module]
 
 
-@pytest.mark.parametrize("path", sources("gradlens"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", sources("gradlens"), ids=named)
 def test_only_the_command_line_reaches_up_to_simulations(path):
     reaches = any(name.split(".")[0] == "simulations" for name in imports(path))
     assert not reaches or path.parent.name == "cli"
 
 
+def test_simulations_do_not_reach_up_to_their_studies():
+    studies = ROOT / "simulations" / "studies"
+    below = [path for path in sources("simulations") if studies not in path.parents]
+    assert [named(path) for path in below if any(n.startswith("simulations.studies") for n in imports(path))] == []
+
+
+def test_no_file_imports_itself_through_others():
+    graph = {
+        path: {file for name in imports(path) if (file := module_file(name)) is not None} - {path}
+        for path in EVERY_FILE
+        if path != ROOT / "gradlens" / "__init__.py"  # its names are imported when they are used
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(named(path) for path in error.args[1]))
+
+
 def test_every_module_has_its_arrows():
     modules = {path.relative_to(ROOT / "gradlens").parts[0].removesuffix(".py") for path in sources("gradlens")}
-    assert modules - {"__init__", "__main__", "cli"} == set(ARROWS)
+    assert modules - ABOVE == set(ARROWS)
+
+
+@pytest.mark.parametrize("path", EVERY_FILE, ids=named)
+def test_no_private_name_of_another_module(path):
+    borrowed, modules = [], set()
+    for node in ast.walk(TREES[path]):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] in ("gradlens", "simulations")
+        ):
+            borrowed += [alias.name for alias in node.names if is_private(alias.name)]
+            modules |= {a.asname or a.name for a in node.names if module_file(f"{node.module}.{a.name}")}
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            borrowed += [node.attr] if is_private(node.attr) else []
+    assert borrowed == []
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_no_public_function_shadows_its_module():
+    shadowing = []
+    for init in (path for path in EVERY_FILE if path.name == "__init__.py"):
+        modules = {path.stem for path in init.parent.glob("*.py")}
+        modules |= {path.parent.name for path in init.parent.glob("*/__init__.py")}
+        for node in TREES[init].body:
+            if isinstance(node, ast.ImportFrom):
+                names = {a.asname or a.name for a in node.names if not module_file(f"{node.module}.{a.name}")}
+                shadowing += [f"{named(init)}: {name}" for name in names & modules]
+    assert shadowing == []
+
+
+def test_a_file_is_found_by_its_name():
+    places = defaultdict(list)
+    for path in EVERY_FILE:
+        if path.name not in ("__init__.py", "__main__.py"):
+            places[path.stem].append(named(path))
+    twice = {stem: files for stem, files in places.items() if len(files) > 1}
+    assert {stem: files for stem, files in twice.items() if stem not in SAME_SUBJECT} == {}
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without those of its docstring."""
+    first, documented = function.body[0], ast.get_docstring(function) is not None
+    docstring = (first.end_lineno or first.lineno) - first.lineno + 1 if documented else 0
+    return (function.end_lineno or function.lineno) - function.lineno + 1 - docstring
+
+
+def test_every_function_fits_a_screen():
+    lengths = {
+        f"{named(path)}: {node.name}": lines_of_code(node)
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+def test_every_file_is_easy_to_read_through():
+    lengths = {named(path): path.read_text().count("\n") for path in EVERY_FILE}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
 
 
 def test_importing_gradlens_imports_neither_torch_nor_simulations_nor_a_framework():
@@ -111,13 +211,6 @@ def test_torch_is_pinned_and_every_constraint_is_a_version():
     assert "torch==2.13.0" in lines
     assert not any(name in line for line in lines for name in ("torchvision", "hdbscan", "hydra"))
     assert all(line.count("==") == 1 for line in lines)
-
-
-def test_no_file_is_larger_than_it_should_be():
-    lengths = {
-        str(p.relative_to(ROOT)): p.read_text().count("\n") for p in sources("gradlens") + sources("simulations")
-    }
-    assert {name: n for name, n in lengths.items() if n > 600} == {}
 
 
 def test_an_integration_is_one_short_file():

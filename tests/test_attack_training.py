@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gradlens.errors import InputError
 from gradlens.log import ModelSpec
 from simulations.attacks import ATTACKS, Reference, Training, build_attack
-from simulations.attacks.hiding import hiding
+from simulations.attacks.hidden_layers import hiding
 from simulations.attacks.local_training import constrain_and_scale, neurotoxin, norm_bound, own_training
 from test_attack_sending import flat, rows_of
 from test_attacks import PARAMETERS, STATE, reference, send, updates_of

@@ -11,8 +11,10 @@ from sklearn.cluster import HDBSCAN
 from sklearn.decomposition import PCA
 
 import planted
-from gradlens.detectors.clusters import _clusters_by_gap, cosine_distances, deepsight, flame, freqfed, rflbat
+from gradlens.clustering import gap_clusters
+from gradlens.detectors.clusters import deepsight, flame, freqfed, rflbat
 from gradlens.errors import InputError
+from gradlens.geometry import cosine_distances
 
 STATE = {
     "body.weight": np.zeros((3, 4), np.float32),
@@ -333,7 +335,7 @@ def naive_rflbat(log, eps1, eps2):
 
     everybody = np.arange(len(rows))
     accepted = everybody[sums(everybody) < eps1 * np.median(sums(everybody))]
-    labels = _clusters_by_gap(plane[accepted], 10, 5, 0)
+    labels = gap_clusters(plane[accepted], 10, 5, 0)
     alike = {}
     for label in set(labels):
         members = accepted[labels == label]
@@ -356,21 +358,21 @@ def test_rflbat_step_by_step(seed, eps1, eps2):
 def test_gap_statistic_counts_the_groups(groups, rng):
     middles = np.array([[0, 0], [10, 0], [0, 10]])[:groups]
     points = np.concatenate([middle + 0.3 * rng.normal(size=(6 + i, 2)) for i, middle in enumerate(middles)])
-    labels = _clusters_by_gap(points, 10, 5, 0)
+    labels = gap_clusters(points, 10, 5, 0)
     sizes = sorted(Counter(labels.tolist()).values())
     assert sizes == [6 + i for i in range(groups)]
 
 
 def test_gap_statistic_finds_one_group_in_one():
     """FLPoison's gap statistic, off by one, never says 1 (peers.md 0.3)."""
-    ones = [len(set(_clusters_by_gap(np.random.default_rng(s).random((20, 2)), 10, 5, 0))) == 1 for s in range(30)]
+    ones = [len(set(gap_clusters(np.random.default_rng(s).random((20, 2)), 10, 5, 0))) == 1 for s in range(30)]
     assert sum(ones) >= 24
 
 
 def test_gap_statistic_by_hand():
     """Two points three times each: within two groups there is nothing left, whatever the reference."""
     points = np.repeat([[0.0, 0.0], [1.0, 2.0]], 3, axis=0)
-    labels = _clusters_by_gap(points, 10, 5, 0)
+    labels = gap_clusters(points, 10, 5, 0)
     assert len(set(labels[:3])) == len(set(labels[3:])) == 1
     assert labels[0] != labels[3]
 

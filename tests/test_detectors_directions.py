@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planted
-from gradlens.detectors.directions import _largest, _majority, _mean_shift, alignins, fltrust, rlr, signguard
+from gradlens.clustering import majority_cluster, mean_shift
+from gradlens.detectors.directions import alignins, fltrust, kth_largest, rlr, signguard
 from gradlens.detectors.distances import drawn
 from gradlens.errors import InputError
 from one_round import flat, log_of, model_of
@@ -164,7 +165,7 @@ def test_largest_finds_the_kth_among_many(seed, size, kind):
         "runs": np.where(np.arange(size) % max(1, size // 8192), 1.0, 100.0),  # a sample by steps sees 100 alone
     }[kind].astype(np.float32)
     k = int(rng.integers(1, size + 1))
-    edge, above, at = _largest(numbers, k)
+    edge, above, at = kth_largest(numbers, k)
     assert edge == np.sort(numbers)[size - k]
     assert above == (numbers > edge).sum()
     np.testing.assert_array_equal(at, np.flatnonzero(numbers == edge))
@@ -318,7 +319,7 @@ def test_mean_shift_is_scikit_learns(seed, count, groups):
     x = rng.random((groups, 3))[rng.integers(0, groups, count)] + 0.05 * rng.random((count, 3))
     bandwidth = estimate_bandwidth(x, quantile=0.5)
     expected = MeanShift(bandwidth=bandwidth, cluster_all=False).fit(x)
-    labels, centres = _mean_shift(x, bandwidth)
+    labels, centres = mean_shift(x, bandwidth)
     sizes = [sorted(np.bincount(found[found >= 0])) for found in (labels, expected.labels_)]
     assert sizes[0] == sizes[1]
     order, other = np.lexsort(np.round(centres, 6).T), np.lexsort(np.round(expected.cluster_centers_, 6).T)
@@ -327,14 +328,14 @@ def test_mean_shift_is_scikit_learns(seed, count, groups):
 
 def test_the_majority_is_the_largest_cluster():
     """The nearest 4 of a client reach from each of the three ones to the zeros: the bandwidth is a third of that."""
-    members, distances = _majority(np.concatenate([np.ones((3, 3)), np.zeros((6, 3))]))
+    members, distances = majority_cluster(np.concatenate([np.ones((3, 3)), np.zeros((6, 3))]))
     assert members.tolist() == [False] * 3 + [True] * 6
     np.testing.assert_allclose(distances, [3] * 3 + [0] * 6, atol=1e-12)
 
 
 @pytest.mark.parametrize("x", [np.repeat(np.eye(2), 3, axis=0), np.eye(3), np.zeros((4, 3))])
 def test_among_equal_clusters_none_is_the_minority(x):
-    members, distances = _majority(x)
+    members, distances = majority_cluster(x)
     assert members.all()
     assert distances.tolist() == [0] * len(x)
 

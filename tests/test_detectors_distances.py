@@ -5,8 +5,9 @@ import pytest
 from hypothesis import strategies as st
 
 import planted
-from gradlens.detectors.distances import dnc, drawn, krum, multi_krum, multi_metrics, numbers_at, squared_distances
+from gradlens.detectors.distances import dnc, drawn, krum, multi_krum, multi_metrics, numbers_at
 from gradlens.errors import InputError
+from gradlens.geometry import squared_distances
 from one_round import flat, log_of, model_of
 
 seeds = st.integers(0, 2**32 - 1)

@@ -13,7 +13,8 @@ from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.preprocessing import StandardScaler
 
 import planted
-from gradlens.detectors.final_layer import auror, bilgin, lfighter, tolpegin, two_groups
+from gradlens.clustering import two_means_by_column
+from gradlens.detectors.final_layer import auror, bilgin, lfighter, tolpegin
 from gradlens.errors import InputError
 from gradlens.log import ModelSpec, UpdateLog
 
@@ -278,7 +279,7 @@ def test_lfighter_counts_the_bias_when_it_chooses_classes_and_only_then():
     )
 )
 def test_two_groups_is_the_best_of_all_splits(x):
-    gaps, minority = two_groups(x)
+    gaps, minority = two_means_by_column(x)
     for column, gap, smaller in zip(x.T.astype(np.float64), gaps, minority.T, strict=True):
         if np.ptp(column) == 0:
             assert gap == 0
@@ -296,7 +297,9 @@ def test_two_groups_is_the_best_of_all_splits(x):
 
 
 def test_two_groups_by_hand():
-    gaps, minority = two_groups(np.array([[0, 0, 7], [1, 0, 7], [2, 9, 7], [11, 9, 7], [0.0, 4, 7]], np.float32))
+    gaps, minority = two_means_by_column(
+        np.array([[0, 0, 7], [1, 0, 7], [2, 9, 7], [11, 9, 7], [0.0, 4, 7]], np.float32)
+    )
     np.testing.assert_allclose(gaps, [11 - 3 / 4, 9 - 4 / 3, 0])
     assert minority.T.tolist() == [[False] * 3 + [True, False], [False, False, True, True, False], [False] * 5]
 

@@ -19,20 +19,18 @@ from sklearn.ensemble import IsolationForest
 from sklearn.neighbors import LocalOutlierFactor
 from sklearn.svm import OneClassSVM
 
+from gradlens.clustering import density_clusters, lloyd, two_means
 from gradlens.errors import InputError
 from gradlens.scorers import (
     SCORERS,
     agglomerative_margin,
-    density_clusters,
     hdbscan_outlier,
     isolation_forest,
-    lloyd,
     local_outlier_factor,
     outlier,
     robust_zscore,
     robustly_scaled,
     two_cluster_margin,
-    two_means,
     zscore,
 )
 

@@ -1,7 +1,8 @@
 """Detectors: a log -> a verdict on the clients of its last round.
 
-`score_by` makes one of any statistic and any scorer, `calibrate` sets its threshold by a named null,
-`detect` asks several after every round of a log; `DETECTORS` names them all, the published ones after their papers.
+`score_by` makes a detector of any statistic and any scorer, `calibrate` sets its threshold by a named null, and
+`detect` asks several detectors after every round of a log. `DETECTORS` names them all, the published ones after their
+papers.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,24 +16,28 @@ from gradlens.detectors.final_layer import auror, bilgin, lfighter, tolpegin
 from gradlens.detectors.panels import panel
 from gradlens.detectors.trajectories import flanders, fldetector, foolsgold
 from gradlens.detectors.verdict import TEXTBOOK, Detector, Verdict, calibrate, detect, score_by
+from gradlens.statistics import Statistic
 
 __all__ = ["DETECTORS", "USUAL", "Detector", "Verdict", "calibrate", "detect", "score_by"]
 
-_by_z = partial(partial, score_by, scorer=scorers.robust_zscore, threshold=TEXTBOOK)
+
+def _by_robust_z(statistic: Statistic) -> Callable[..., Detector]:
+    return partial(score_by, statistic, scorer=scorers.robust_zscore, threshold=TEXTBOOK)
+
 
 DETECTORS: Mapping[str, Callable[..., Detector]] = {
     # a statistic by its robust z
-    "final_bias": _by_z(statistics.final_bias),
-    "final_rows": _by_z(statistics.final_rows),
-    "layer_norms": _by_z(statistics.layer_norms),
-    "layer_cosines": _by_z(statistics.layer_cosines),
-    "spectral": _by_z(statistics.spectral),
-    "accumulated_norms": _by_z(statistics.accumulated_norms),
-    "accumulated_spectral": _by_z(statistics.accumulated_spectral),
-    "accumulated_neighbours": _by_z(statistics.accumulated_neighbours),
-    "accomplices": _by_z(statistics.accomplices),
-    "label_drift_residual": _by_z(statistics.label_drift_residual),
-    "persistence": _by_z(statistics.persistence),
+    "final_bias": _by_robust_z(statistics.final_bias),
+    "final_rows": _by_robust_z(statistics.final_rows),
+    "layer_norms": _by_robust_z(statistics.layer_norms),
+    "layer_cosines": _by_robust_z(statistics.layer_cosines),
+    "spectral": _by_robust_z(statistics.spectral),
+    "accumulated_norms": _by_robust_z(statistics.accumulated_norms),
+    "accumulated_spectral": _by_robust_z(statistics.accumulated_spectral),
+    "accumulated_neighbours": _by_robust_z(statistics.accumulated_neighbours),
+    "accomplices": _by_robust_z(statistics.accomplices),
+    "label_drift_residual": _by_robust_z(statistics.label_drift_residual),
+    "persistence": _by_robust_z(statistics.persistence),
     # a statistic by other scorers
     "two_clusters": partial(score_by, statistics.final_rows, scorers.two_cluster_margin, threshold=TEXTBOOK),
     "agglomerative": partial(score_by, statistics.final_rows, scorers.agglomerative_margin, threshold=TEXTBOOK),
@@ -65,5 +70,5 @@ DETECTORS: Mapping[str, Callable[..., Detector]] = {
     "panel": panel,
 }
 
-# what the command line and reports ask unless told otherwise: quick, without a model to run
+# the default of the command line and of reports: quick, and without a model to run
 USUAL = ("final_bias", "final_rows", "layer_norms", "layer_cosines", "accumulated_norms", "panel")

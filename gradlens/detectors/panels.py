@@ -1,12 +1,11 @@
 """The panel: several statistics of every layer, judged together, with one score and what it was made of.
 
-No single number tells an attacker from a client with unusual labels: skew moves everything, but in proportion.
-The panel learns from attack-free clients how its parts move together and asks how far a client is from that (its
-Mahalanobis distance): a first layer that moves more than the client's final bias explains is far out, though neither
-of the two is unusual by itself. Beside that it listens to each part alone, where a weak but plain sign would drown;
-there to the weight matrices before the final layer, since skew speaks in the final layer and chance in the biases.
-How far out is told by the share of benign clients that read as high, so that no reading outshouts the others only
-because benign clients differ in it by leaps.
+No single number tells an attacker from a client with unusual labels: label skew moves everything, but in proportion.
+The panel learns from attack-free clients how its parts move together and measures how far a client is from that (its
+Mahalanobis distance): a first layer that moves more than the client's final bias explains is far out, though neither of
+the two is unusual by itself. It also listens to each part alone, since a weak but plain sign would drown in the whole.
+There it takes the weight matrices before the final layer only, since skew shows in the final layer and chance in the
+biases.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,32 +14,44 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri_exp
 
 from gradlens import statistics
 from gradlens.detectors.published import Judgement, judged
+from gradlens.detectors.reference import Fit, Observed, Reference, own_fit
 from gradlens.detectors.verdict import TEXTBOOK, Detector, Verdict
 from gradlens.errors import CannotSay, InputError
 from gradlens.log import ModelSpec, UpdateLog
 from gradlens.scorers import robustly_scaled
 from gradlens.statistics import Statistic
+from gradlens.statistics.cohort import SMALLEST
 
 __all__ = ["PARTS", "Observed", "Panel", "Part", "panel"]
 
 MATRICES, VECTORS = 4, 2  # groups of layers before the final one that lie together, in a model of more layers
-FAR = 20.0  # robust sigmas that one round counts at most
-ROWS = 5  # null rows for every feature, at least, where there are as many
-TAIL = 0.05  # of the null's rows, beyond which their shares are taken to fall exponentially
-SMALLEST = 3
+FAR = 20.0  # robust sigmas that one round adds at most
 
 
 @dataclass(frozen=True)
 class Part:
     """A statistic with a column per layer, and how the panel reads it.
 
-    averaged: over the client's rounds, each in robust sigmas of its cohort; False: the statistic looks back by itself.
-    logarithm: of a size, so that twice and half are equally far. suspicious: 1 where more of it is, -1 where less, 0
-    for a part that tells nothing by itself.
+    Parameters
+    ----------
+    statistic : Statistic
+        Its columns are the layers.
+    averaged : bool, default False
+        Whether it is averaged over the client's rounds, each in robust sigmas of its cohort. False for a statistic that
+        looks back by itself.
+    logarithm : bool, default False
+        Whether its logarithm is taken, for a size, so that twice and half are equally far.
+    suspicious : {1, -1, 0}, default 1
+        1 where more of it is suspicious, -1 where less is, 0 for a part that tells nothing by itself.
+
+    Examples
+    --------
+    >>> from gradlens.detectors.panels import PARTS
+    >>> PARTS["direction"].suspicious
+    -1
     """
 
     statistic: Statistic
@@ -65,50 +76,74 @@ PARTS: Mapping[str, Part] = {
 
 
 def panel() -> Detector:
-    """How far each client's statistics, layer by layer, are from what benign clients show: together, or part by part.
+    """How far each client's statistics, layer by layer, are from those of benign clients: together, or part by part.
 
-    Parts are the statistics of `PARTS`, layer by layer (of a model of more than 8 layers in 8 groups): of each round,
-    averaged over the client's rounds, and accumulated. They are centred on the cohort's median, scaled and drawn in by
-    arcsinh. The readings are their Mahalanobis distance under a Ledoit-Wolf covariance, "together", and for each part
-    its mean over the weights before the final layer in the suspicious direction; each as far out, in standard
-    deviations of a normal variable, as the share of benign clients that read as high (out of sample in five folds; in
-    the highest twentieth that share falls exponentially). The score is the largest reading. The verdict's
-    evidence holds the readings, then every feature by itself.
-    Of sketches the part "signs" cannot say and is 0: a null must be recorded at the level of what it calibrates.
-    `calibrate(panel(), null)` learns all of that from the null. Uncalibrated the scales come from the cohort itself and
-    nothing is known of the covariance, which tells much less; then a client is flagged whose score lies 3.5 robust
-    sigmas above the cohort's median.
-    Source: the panel is this project's; the estimator is Ledoit & Wolf 2004, J. Multivariate Analysis 88.
+    Returns
+    -------
+    Panel
+        Calibrate it: ``calibrate(panel(), null)`` learns from the null what benign clients show.
+
+    Notes
+    -----
+    Features are the statistics of `PARTS`, layer by layer (in 8 groups for a model of more than 8 layers): of each
+    round, averaged over the client's rounds, or accumulated. They are centered on the cohort's median, scaled, and
+    drawn in by arcsinh. There are several readings: "together", the Mahalanobis distance under a Ledoit-Wolf covariance
+    [1]_; and for each part its mean over the weights before the final layer, in the suspicious direction. Each reading
+    becomes the standard normal quantile of the share of benign clients that read lower (out of sample, in five folds;
+    in the highest twentieth the share above falls exponentially), so that no reading outshouts the others only because
+    benign clients differ in it by leaps. The score is the largest reading. The verdict's evidence holds the readings,
+    then every feature by itself. The panel is this project's own.
+
+    Uncalibrated, the scales come from the cohort itself and nothing is known of the covariance, which tells much less;
+    a client is then flagged whose score lies 3.5 robust sigmas above the cohort's median.
+
+    **Abstains** when fewer than 3 clients are comparable. A part that cannot say is 0 for all; for sketches this is
+    "signs".
+
+    **Fails when** the null is not like what it calibrates: it must be recorded at the same evidence level, on the same
+    model, with label skew of the same kind. And it fails as its parts do.
+
+    References
+    ----------
+    .. [1] Ledoit & Wolf 2004, J. Multivariate Analysis 88.
+
+    Examples
+    --------
+    >>> from gradlens import DETECTORS, calibrate
+    >>> from gradlens.examples import example_log
+    >>> nulls = [example_log(num_malicious=0, seed=seed) for seed in range(1, 6)]
+    >>> verdict = calibrate(DETECTORS["panel"](), nulls, fpr=0.01)(example_log())
+    >>> str(verdict.clients[verdict.scores.argmax()])
+    'client-9'
     """
     return Panel(tuple(PARTS.items()))
 
 
-@dataclass(frozen=True, eq=False)
-class Observed:
-    """What the panel saw in one log: a row per comparable client and round.
-
-    positions: int64 [row], rounds before this one; clients: str [row]; features: names [feature]; values: float64
-    [row, feature], all layer groups of the first part first; heard: of which groups a part's reading is the mean.
-    """
-
-    positions: np.ndarray
-    clients: np.ndarray
-    features: tuple[str, ...]
-    values: np.ndarray
-    heard: tuple[bool, ...]
-
-
 @dataclass(frozen=True)
 class Panel:
-    """What `panel` builds; reference: what benign clients show, None: each cohort shows it itself."""
+    """The detector that `panel` builds.
+
+    Parameters
+    ----------
+    parts : tuple of (str, Part) pairs
+        What it reads.
+    reference : Reference, optional
+        What benign clients show; without it each cohort is its own reference.
+
+    Examples
+    --------
+    >>> from gradlens import DETECTORS
+    >>> DETECTORS["panel"]().readings[:4]
+    ['together', 'size', 'distance', 'direction']
+    """
 
     parts: tuple[tuple[str, Part], ...]
-    reference: "Reference | None" = None
+    reference: Reference | None = None
 
     def __call__(self, log: UpdateLog) -> Verdict:
         """The verdict on the last round."""
         null = "uncalibrated: each cohort itself" if self.reference is None else "uncalibrated: fitted to a null"
-        return judged(log, self._judge, SMALLEST, null)
+        return judged(log, self._judge, null)
 
     def _judge(self, log: UpdateLog) -> Judgement:
         features, values = self.seen(log)
@@ -129,7 +164,7 @@ class Panel:
         return ["together", *(name for name, part in self.parts if part.suspicious)]
 
     def directions(self, heard: Sequence[bool]) -> np.ndarray:
-        """What of each feature a part's reading is made of, float64 [feature, part that tells something]."""
+        """What each part's reading is made of, float64 [feature, part that tells something]."""
         layers = np.array(heard) / sum(heard)
         columns = [
             np.kron(np.eye(len(self.parts))[i] * part.suspicious, layers)
@@ -139,9 +174,14 @@ class Panel:
         return np.stack(columns, axis=1)
 
     def seen(self, log: UpdateLog) -> tuple[tuple[str, ...], np.ndarray]:
-        """Names [feature] and values [client of the last round, feature], minus the cohort's median.
+        """What the panel sees in the last round.
 
-        A part that cannot say, yet or of sketches, is 0 throughout: nobody stands out by it.
+        Returns
+        -------
+        features : tuple of str
+        values : ndarray, float64 [client, feature]
+            Minus the cohort's median. A part that cannot say, yet or of sketches, is 0 for all, so nobody stands out by
+            it.
         """
         groups = _groups(log.model)
         names = tuple(f"{part}: {_named(group, log.model)}" for part, _ in self.parts for group in groups)
@@ -175,15 +215,25 @@ class Panel:
                 scores[rows] = fit.readings(values).max(axis=1)
         return scores
 
-    def _fit(self, position: int, features: tuple[str, ...], values: np.ndarray, heard: tuple[bool, ...]) -> "Fit":
+    def _fit(self, position: int, features: tuple[str, ...], values: np.ndarray, heard: tuple[bool, ...]) -> Fit:
         if self.reference is None:
-            return _own_fit(values, self.directions(heard))
+            return own_fit(values, self.directions(heard))
         return self.reference.at(position, features)
 
     def fitted(self, nulls: Sequence[UpdateLog | Observed]) -> tuple["Panel", np.ndarray]:
-        """The panel that knows what these attack-free logs show, and their own scores, each out of sample.
+        """Learns what attack-free logs show.
 
-        A row is scored by what the other logs show (of one log: the other clients), in five folds.
+        Parameters
+        ----------
+        nulls : sequence of UpdateLog or Observed
+
+        Returns
+        -------
+        panel : Panel
+            The panel that knows what these logs show.
+        scores : ndarray, float64 [row]
+            Their own scores, each out of sample in five folds: by what the other logs show or, of one log, the other
+            clients.
         """
         seen = [null if isinstance(null, Observed) else self.observed(null) for null in nulls]
         reference = Reference.of(seen, self.directions(seen[0].heard) if seen else np.zeros((0, 0)))
@@ -191,144 +241,6 @@ class Panel:
 
     def __repr__(self) -> str:
         return "panel()" if self.reference is None else f"panel(fitted to {len(self.reference.values)} rows)"
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """What benign clients show: rows of attack-free logs; fold: which rows belong together, int64 [row]."""
-
-    features: tuple[str, ...]
-    positions: np.ndarray
-    fold: np.ndarray
-    values: np.ndarray
-    directions: np.ndarray
-
-    @classmethod
-    def of(cls, seen: Sequence[Observed], directions: np.ndarray, folds: int = 5) -> "Reference":
-        """The rows of several logs; raises InputError where they are of different models."""
-        if len({each.features for each in seen}) != 1:
-            raise InputError("the null of a panel must be of one model; found logs whose layers differ")
-        if len(seen) > 1:
-            fold = np.concatenate([np.full(len(each.values), i % folds) for i, each in enumerate(seen)])
-        else:
-            fold = np.unique(seen[0].clients, return_inverse=True)[1] % folds
-        positions = np.concatenate([each.positions for each in seen])
-        return cls(seen[0].features, positions, fold, np.concatenate([each.values for each in seen]), directions)
-
-    @lru_cache(maxsize=4_096)  # noqa: B019 - a reference lives as long as its detector
-    def at(self, position: int, features: tuple[str, ...]) -> "Fit":
-        """The fit for the round after `position` others: of the null's rows after as many, or the nearest."""
-        if features != self.features:
-            raise InputError(f"the panel was calibrated on another model: {self.features[0]!r}, found {features[0]!r}")
-        near = self._near(position, np.ones(len(self.values), bool))
-        return Fit.of(self.values[near], self.fold[near], self.directions)
-
-    def scores_out_of_sample(self) -> np.ndarray:
-        """The score of every row by the fit of the other folds, float64 [row]."""
-        scores = np.zeros(len(self.values))
-        for fold in np.unique(self.fold):
-            others = self.fold != fold
-            if not others.any():
-                raise InputError("the null of a panel needs at least two logs, or two clients of one")
-            for position in np.unique(self.positions[~others]):
-                rows = ~others & (self.positions == position)
-                near = self._near(position, others)
-                fit = Fit.of(self.values[near], self.fold[near], self.directions)
-                scores[rows] = fit.readings(self.values[rows]).max(axis=1)
-        return scores
-
-    def _near(self, position: int, allowed: np.ndarray) -> np.ndarray:
-        """The rows nearest in position, bool [row], until there are five for every feature."""
-        distance = np.where(allowed, np.abs(self.positions - position), np.iinfo(np.int64).max)
-        wanted = min(ROWS * self.values.shape[1], int(allowed.sum()))
-        return allowed & (distance <= np.sort(distance)[wanted - 1])
-
-
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """What benign rows are like: scale, mean [feature], precision [feature, feature]; directions [feature, part].
-
-    null: the raw readings of the benign rows themselves, each column ascending, float64 [row, reading].
-    among_attackers: not all of these are benign, so that only their median and their spread tell anything.
-    """
-
-    scale: np.ndarray
-    mean: np.ndarray
-    precision: np.ndarray
-    directions: np.ndarray
-    null: np.ndarray
-    among_attackers: bool = False
-
-    @classmethod
-    def of(cls, rows: np.ndarray, fold: np.ndarray, directions: np.ndarray) -> "Fit":
-        """The fit to benign rows [row, feature]; the rows of each fold [row] are read by the fit to the others."""
-        null, folds = np.empty((len(rows), 1 + directions.shape[1])), np.unique(fold)
-        for each in folds:
-            among = fold != each if len(folds) > 1 else np.ones(len(rows), bool)
-            apart = cls(*_learnt(rows[among]), directions, null)
-            null[fold == each] = apart.raw(rows[fold == each])
-        return cls(*_learnt(rows), directions, np.sort(null, axis=0))
-
-    def drawn(self, values: np.ndarray) -> np.ndarray:
-        """The features as they are compared, scaled and drawn in, minus their mean: [client, feature] -> the same."""
-        return np.arcsinh(values / self.scale) - self.mean
-
-    def raw(self, values: np.ndarray) -> np.ndarray:
-        """[client, feature] -> the distance and the parts' means [client, reading]."""
-        z = self.drawn(values)
-        squares = np.einsum("ij,ij->i", z @ self.precision, z) / z.shape[1]
-        return np.column_stack([np.sqrt(np.maximum(squares, 0)), z @ self.directions])
-
-    def readings(self, values: np.ndarray) -> np.ndarray:
-        """[client, feature] -> [client, reading], in standard deviations; the first is "together"."""
-        raw = self.raw(values)
-        if self.among_attackers:
-            centre = np.median(self.null, axis=0)
-            return (raw - centre) / _positive(1.4826 * np.median(np.abs(self.null - centre), axis=0))
-        pairs = zip(self.null.T, raw.T, strict=True)
-        return np.stack([_normal_scores(null, numbers) for null, numbers in pairs], axis=1)
-
-
-def _learnt(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scale, mean and precision of rows [row, feature]."""
-    from sklearn.covariance import ledoit_wolf  # takes a second to import
-
-    low, high = np.quantile(rows, [0.01, 0.99], axis=0)
-    scale = _positive(np.sqrt(np.mean(np.clip(rows, low, high) ** 2, axis=0)))
-    drawn = np.arcsinh(rows / scale)
-    covariance = ledoit_wolf(drawn)[0] if len(rows) > 1 else np.eye(rows.shape[1])
-    floor = 1e-6 * max(np.trace(covariance) / len(covariance), 1e-12)
-    return scale, drawn.mean(axis=0), np.linalg.inv(covariance + floor * np.eye(len(covariance)))
-
-
-def _normal_scores(null: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """How far out numbers lie among those of a null, ascending, in standard deviations of a normal variable.
-
-    By the share of the null that is larger; in its highest twentieth that share falls exponentially with the mean
-    excess, so that numbers beyond the largest still differ.
-    """
-    count = len(null)
-    below = (np.searchsorted(null, numbers, "left") + np.searchsorted(null, numbers, "right")) / 2
-    logs = np.log((count - below + 0.5) / (count + 1))
-    many = min(max(int(TAIL * count), 10), count // 2)
-    if many:
-        start = null[-many]
-        excess = max((null[-many:] - start).mean(), 1e-9 * (abs(start) + 1))
-        far = numbers > start
-        logs[far] = np.log(many / count) - (numbers[far] - start) / excess
-    return -ndtri_exp(logs)
-
-
-def _positive(spread: np.ndarray) -> np.ndarray:
-    return np.where(spread > 0, spread, 1.0)
-
-
-def _own_fit(values: np.ndarray, directions: np.ndarray) -> Fit:
-    """The fit to a cohort by itself: robust scales alone, since fewer clients than features tell no covariance."""
-    mad = 1.4826 * np.median(np.abs(values), axis=0)
-    scale = _positive(np.where(mad > 0, mad, 1.2533 * np.abs(values).mean(axis=0)))
-    fit = Fit(scale, np.zeros(len(scale)), np.eye(len(scale)), directions, np.zeros((0, 0)), among_attackers=True)
-    return replace(fit, null=fit.raw(values))
 
 
 def _part_values(part: Part, log: UpdateLog) -> np.ndarray:
@@ -359,7 +271,7 @@ class _Averages:
     sums: np.ndarray
 
     def of(self, clients: np.ndarray) -> np.ndarray:
-        """Mean deviation of these clients [client, layer]; 0 for one that was never comparable."""
+        """Mean deviation of these clients [client, layer]; 0 for a client that was never comparable."""
         if not len(self.clients):
             return np.zeros((len(clients), self.sums.shape[1]))
         rows = np.minimum(np.searchsorted(self.clients, clients), len(self.clients) - 1)
@@ -369,7 +281,7 @@ class _Averages:
 
 @dataclass(frozen=True)
 class _Average:
-    """One more round of a statistic, in robust sigmas of its cohort: a step for `UpdateLog.folded`."""
+    """Adds one more round of a statistic, in robust sigmas of its cohort: a step for `UpdateLog.folded`."""
 
     statistic: Statistic
     logarithm: bool
@@ -396,7 +308,7 @@ class _Average:
 
 @lru_cache(maxsize=64)
 def _groups(model: ModelSpec) -> tuple[tuple[int, ...], ...]:
-    """Positions of the layers judged together: each by itself, or matrices and vectors in a few groups each."""
+    """Positions of the layers judged together: each alone, or matrices and vectors in a few groups each."""
     names = model.parameters
     if len(names) <= MATRICES + VECTORS + 2:
         return tuple((i,) for i in range(len(names)))
@@ -409,9 +321,9 @@ def _groups(model: ModelSpec) -> tuple[tuple[int, ...], ...]:
 
 @lru_cache(maxsize=64)
 def _heard(model: ModelSpec) -> tuple[bool, ...]:
-    """Which of these groups are weights before the final layer; all, where there are none."""
+    """Which of these groups are weights before the final layer; all, where none is."""
     first = [model[model.parameters[group[0]]] for group in _groups(model)]
-    weights = tuple(len(each.sent_shape) > 1 and each.name != model.final_weight for each in first)
+    weights = tuple(len(layer.sent_shape) > 1 and layer.name != model.final_weight for layer in first)
     return weights if any(weights) else (True,) * len(weights)
 
 

@@ -1,65 +1,131 @@
-"""Published detectors that look back over a client's rounds: FoolsGold, FLDetector, FLANDERS."""
+"""Published detectors that follow a client's rounds: FoolsGold, FLDetector, FLANDERS."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from gradlens.detectors.published import Judgement, published
+from gradlens.clustering import gap_count, lower_cluster_end
+from gradlens.detectors.published import Judgement, evidence_of, published
 from gradlens.detectors.verdict import Detector
-from gradlens.errors import CannotSay, InputError
+from gradlens.errors import CannotSay
+from gradlens.geometry import TIE, pairwise_cosines, ratio
 from gradlens.log import Round, UpdateLog
 from gradlens.log.accumulated import BUDGET, sketch_rows
 from gradlens.log.round import BLOCK, PAIRWISE
-from gradlens.settings import whole_number
+from gradlens.settings import one_of, positive, whole_number
 from gradlens.statistics import prediction_residual
 
 __all__ = ["flanders", "fldetector", "foolsgold"]
 
-ROUNDING = 1e-9  # differences of scores below it are sums in another order
-MOST_CLUSTERS = 7  # that FLDetector's gap statistic tries
-REFERENCES = 10  # uniform samples it compares with
-
 
 def foolsgold(kappa: float = 1.0, layers: str = "all") -> Detector:
-    """Trusts a client the less, the more its history points the way another client's does; flags weights below 0.5.
+    """Trusts a client less, the more its history points the way of another's; flags weights below 0.5.
 
-    A history is the sum of the client's updates over its rounds, of everybody seen so far. cs_ij: cosine of two
-    histories, 0 for j = i, so that no maximum is below 0; v_i = max over j of cs_ij; pardoning: cs_ij *= v_i / v_j
-    where v_i < v_j; w_i = 1 - max over j of cs_ij, divided by the largest; weight = kappa (ln(w_i / (1 - w_i)) + 0.5),
-    from 0 to 1.
-    Score: 1 - w_i before that logit, which tells apart what the clipped weights do not: from 0, the client least like
-    any other, to 1. The paper has no flags; 0.5 is our own choice, at kappa 1 a score above 0.5.
-    kappa: how steeply weights fall with similarity; 1 is the paper's and the official code's. layers: "all", or
-    "final": the final weight alone, as in several reproductions, for the features that tell labels (the paper weights
-    these more).
-    Histories of more than 1 GB are sketched (`Accumulated`). Rounds in which a client was not comparable do not count.
-    Raises: InputError unless `kappa` is above 0 and `layers` one of the two. Abstains where all histories point the
-    same way: everybody would be everybody's sybil; above 5,000 clients seen; without a final weight if it is asked for.
-    Source: Fung, Yoon & Beschastnikh 2020, "The Limitations of Federated Learning in Sybil Settings", RAID, algorithm
-    1; arXiv:1808.04866; github.com/DistributedML/FoolsGold.
+    Parameters
+    ----------
+    kappa : float, default 1.0
+        How steeply weights fall with similarity; 1 is the paper's and the official code's.
+    layers : {"all", "final"}, default "all"
+        What the histories hold: all layers, or the final weight alone, as in several reproductions, for the features
+        that tell labels (the paper gives these more weight).
+
+    Returns
+    -------
+    Detector
+        Its verdicts have weights from 0 to 1.
+
+    Raises
+    ------
+    InputError
+        For a setting out of its range.
+
+    Notes
+    -----
+    A history is the sum of a client's updates over its rounds, for everybody seen so far; rounds in which the client
+    was not comparable do not count. With cs_ij the cosine of two histories, 0 for j = i so that no maximum is below 0
+    [1]_::
+
+        v_i = max over j of cs_ij
+        cs_ij is multiplied by v_i / v_j where v_i < v_j     (pardoning)
+        w_i = 1 - max over j of cs_ij, divided by the largest of these
+        weight = kappa * (ln(w_i / (1 - w_i)) + 0.5), clipped to 0 and 1
+
+    The score is 1 - w_i, before the logarithm, which tells apart what the clipped weights do not: from 0, for the
+    client least like any other, to 1. The paper has no flags; a weight below 0.5 is our own choice, at kappa 1 a score
+    above 0.5. Histories of more than 1 GB are sketched (`Accumulated`).
+
+    **Abstains** when fewer than 3 clients are comparable, when all histories point the same way (everybody would be
+    everybody's sybil), when more than 5,000 clients have been seen, or without a final weight if `layers` is "final".
+
+    **Fails when** there is a single attacker, who is like nobody; and on data that are alike for all clients (iid),
+    where benign histories point the same way, too.
+
+    References
+    ----------
+    .. [1] Fung, Yoon & Beschastnikh 2020, "The Limitations of Federated Learning in Sybil Settings", RAID, algorithm 1;
+       arXiv:1808.04866; github.com/DistributedML/FoolsGold.
+
+    Examples
+    --------
+    >>> from gradlens import DETECTORS
+    >>> from gradlens.examples import example_log
+    >>> verdict = DETECTORS["foolsgold"]()(example_log(rounds=8, num_malicious=3))
+    >>> sorted(verdict.clients[verdict.scores.argsort()[-3:]].tolist())
+    ['client-7', 'client-8', 'client-9']
     """
-    if layers not in ("all", "final"):
-        raise InputError(f"foolsgold: layers must be 'all' or 'final', found {layers!r}")
-    return published(_foolsgold, kappa=_positive("foolsgold", "kappa", kappa), layers=layers)
+    kappa = positive("foolsgold: kappa", kappa)
+    return published(_foolsgold, kappa=kappa, layers=one_of("foolsgold: layers", layers, "all", "final"))
 
 
 def fldetector(window: int = 10, start: int | None = None, seed: int = 0) -> Detector:
-    """Flags the clients whose updates are harder to predict from their own past, if they form a cluster of their own.
+    """Flags clients whose updates are harder to predict from their own past, if they form a cluster of their own.
 
-    Score: the statistic `prediction_residual` minus 1: 0 = predicted as well as the average client, 1 = twice as badly.
-    Decision: the gap statistic over k = 1 to 7 clusters of the scores, scaled to 0 to 1, with 10 uniform reference
-    samples; the smallest k with gap(k) >= gap(k + 1) - s(k + 1). Where it is 1 there is no attack; else 2-means, and
-    the cluster of the larger mean is flagged. In one dimension both are solved exactly, not from random starts.
-    window: rounds that are averaged, and pairs that L-BFGS uses; 10 is the official code's. start: rounds before the
-    first decision; None: window + 1, our own choice: the official code waits 50. seed: of the reference samples.
-    Raises: InputError where one is no whole number of at least 1 (seed: 0). Abstains before `start` rounds, or while
-    most clients have no earlier update to predict from.
-    Source: Zhang, Cao, Jia & Gong 2022, KDD, arXiv:2207.09209, algorithms 1-3; gap statistic: Tibshirani, Walther &
-    Hastie 2001; github.com/zaixizhang/FLDetector, train_mnist.py.
+    Parameters
+    ----------
+    window : int, default 10
+        Rounds that are averaged, and pairs that L-BFGS uses; 10 is the official code's.
+    start : int, optional
+        Rounds before the first decision; by default ``window + 1``, our own choice. The official code waits 50.
+    seed : int, default 0
+        Of the reference samples.
+
+    Returns
+    -------
+    Detector
+
+    Raises
+    ------
+    InputError
+        For a setting out of its range.
+
+    Notes
+    -----
+    The score is the statistic `prediction_residual` minus 1: 0 means predicted as well as the average client, 1 twice
+    as badly [1]_. The gap statistic [2]_ looks for 1 to 7 clusters of the scores, scaled to 0 to 1, with 10 uniform
+    reference samples. Where it finds one there is no attack; otherwise 2-means splits the scores and the cluster of the
+    larger mean is flagged. On a line both are solved exactly, not from random starts.
+
+    **Abstains** when fewer than 3 clients are comparable, before `start` rounds, or while most clients have no earlier
+    update to predict from.
+
+    **Fails when** an attacker is consistent: updates that are poisoned alike in every round are predicted well.
+
+    References
+    ----------
+    .. [1] Zhang, Cao, Jia & Gong 2022, KDD, arXiv:2207.09209, algorithms 1-3; github.com/zaixizhang/FLDetector,
+       train_mnist.py.
+    .. [2] Tibshirani, Walther & Hastie 2001 (the gap statistic).
+
+    Examples
+    --------
+    >>> from gradlens import DETECTORS
+    >>> from gradlens.examples import example_log
+    >>> DETECTORS["fldetector"]()(example_log()).abstained
+    'the log has 4 rounds, FLDetector decides from 11 on'
+    >>> verdict = DETECTORS["fldetector"](window=3)(example_log(rounds=8))
+    >>> str(verdict.clients[verdict.scores.argmax()])
+    'client-9'
     """
     window = whole_number("fldetector: window", window, least=1)
     start = None if start is None else whole_number("fldetector: start", start, least=1)
@@ -75,43 +141,81 @@ def flanders(
     iterations: int = 100,
     seed: int = 0,
 ) -> Detector:
-    """Flags the clients whose local models stray farthest from a forecast that a matrix autoregression makes of them.
+    """Flags clients whose local models stray farthest from a matrix autoregression's forecast.
 
-    X_t [client, number]: the local models (global model + update) at a fixed sample of coordinates. A [client, client]
-    and B [number, number] minimise sum over t of |X_t - A X_t-1 B|^2 + ridge over the rounds before the last, by
-    alternating least squares from A = B = 1; the forecast is A X B. Score: L2 norm of the client's model - forecast,
-    over the cohort's median (mean, where that is 0) of it, minus 1. The num_malicious highest are flagged.
-    num_malicious: f; None: fewer than half, (n - 1) // 2, our own choice: the method itself sets no bound. window:
-    rounds, the last among them, at least 3; 5 is our own choice. sampled: coordinates, 500 in the authors' code;
-    seed: of their choice.
-    alpha, beta: ridge on A and B, iterations: 1, 1, 100 in that code; all are of X over its largest absolute value.
-    Where that code differs: its first pair predicts the first round from the last, it starts at random, and it fits A
-    and B to shifted numbers but applies them to unshifted ones. Not taken over: flagged clients' models are not
-    replaced in the history by the aggregate, since what was aggregated is not for a detector to know. A client that
-    was absent or not comparable in an earlier round counts there as the global model. Equal scores at the border
-    are flagged or not together: not.
-    Raises: InputError for a setting out of its range. Abstains before 3 rounds, where most of the clients were not in
-    the round before, or where f clients or fewer took part.
-    Source: Gabrielli, Belli, Matrullo, Miori & Tolomei 2023, arXiv:2303.16668; github.com/adap/flower,
-    baselines/flanders; matrix autoregression: Chen, Xiao & Yang 2021, "Autoregressive models for matrix-valued time
-    series".
+    Parameters
+    ----------
+    num_malicious : int, optional
+        The number f of clients that are flagged; by default fewer than half, (n - 1) // 2, our own choice: the method
+        itself sets no bound.
+    window : int, default 5
+        Rounds, the last one included, at least 3; the default is our own.
+    sampled : int, default 500
+        Coordinates that are looked at, as in the authors' code.
+    alpha : float, default 1.0
+        Ridge on A, as in that code; of X over its largest absolute value.
+    beta : float, default 1.0
+        Ridge on B, likewise.
+    iterations : int, default 100
+        Of the alternating least squares, as in that code.
+    seed : int, default 0
+        Of the sampled coordinates.
+
+    Returns
+    -------
+    Detector
+
+    Raises
+    ------
+    InputError
+        For a setting out of its range.
+
+    Notes
+    -----
+    X_t [client, number] holds the local models (global model + update) at a fixed sample of coordinates [1]_. A
+    [client, client] and B [number, number] minimize ::
+
+        sum over t of |X_t - A X_(t-1) B|^2 + alpha |A|^2 + beta |B|^2
+
+    over the rounds before the last (matrix autoregression [2]_), by alternating least squares from A = B = 1; the
+    forecast is A X B. The score is the L2 norm of the client's model - forecast, over the cohort's median of it (its
+    mean where that is 0), minus 1. The `num_malicious` highest are flagged; equal scores at the border are not.
+
+    The authors' code differs: its first pair predicts the first round from the last, it starts at random, and it fits A
+    and B to shifted numbers but applies them to unshifted ones. Nor are flagged clients' models replaced in the history
+    by the aggregate here, since a detector does not know what was aggregated. A client that was absent or not
+    comparable in an earlier round counts there as the global model.
+
+    **Abstains** when fewer than 3 clients are comparable, before 3 rounds, when most clients were not in the round
+    before, when f clients or fewer took part, or when the updates were not recorded whole.
+
+    **Fails when** nobody is malicious, since it flags f clients all the same; when an attacker changes as steadily as
+    the others do; and under client sampling, which leaves little history.
+
+    References
+    ----------
+    .. [1] Gabrielli, Belli, Matrullo, Miori & Tolomei 2023, arXiv:2303.16668; github.com/adap/flower,
+    baselines/flanders.
+    .. [2] Chen, Xiao & Yang 2021, "Autoregressive models for matrix-valued time series".
+
+    Examples
+    --------
+    >>> from gradlens import DETECTORS
+    >>> from gradlens.examples import example_log
+    >>> verdict = DETECTORS["flanders"](num_malicious=1)(example_log())
+    >>> verdict.clients[verdict.flags].tolist()
+    ['client-9']
     """
     return published(
         _flanders,
         num_malicious=None if num_malicious is None else whole_number("flanders: num_malicious", num_malicious),
         window=whole_number("flanders: window", window, least=3),
         sampled=whole_number("flanders: sampled", sampled, least=1),
-        alpha=_positive("flanders", "alpha", alpha),
-        beta=_positive("flanders", "beta", beta),
+        alpha=positive("flanders: alpha", alpha),
+        beta=positive("flanders: beta", beta),
         iterations=whole_number("flanders: iterations", iterations, least=1),
         seed=whole_number("flanders: seed", seed),
     )
-
-
-def _positive(detector: str, setting: str, value: Any) -> float:
-    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InputError(f"{detector}: {setting} must be a finite number above 0, found {value!r}")
-    return float(value)
 
 
 # FoolsGold
@@ -129,7 +233,7 @@ class _Histories:
 
 @dataclass(frozen=True)
 class _Adding:
-    """The histories of a log, from round to round (`UpdateLog.folded`)."""
+    """Adds the updates of one more round to the histories: a step for `UpdateLog.folded`."""
 
     layers: str
 
@@ -137,7 +241,7 @@ class _Adding:
         return self._advanced(before, log, in_place=False)
 
     def carry(self, before: _Histories | None, log: UpdateLog) -> _Histories:
-        """The same, in the memory of the histories before."""
+        """Does the same in the memory of the histories before."""
         return self._advanced(before, log, in_place=True)
 
     def _advanced(self, before: _Histories | None, log: UpdateLog, in_place: bool) -> _Histories:
@@ -195,28 +299,22 @@ def _foolsgold(log: UpdateLog, kappa: float, layers: str) -> Judgement:
     if layers == "final" and log.model.final_weight is None:
         raise CannotSay("the model has no final weight (a layer of two or more dimensions)")
     round_, histories = log[-1], log.folded(_Adding(layers))
-    trust, nearest = _trust(_cosines(histories.gram))
+    cosines = pairwise_cosines(histories.gram)
+    np.fill_diagonal(cosines, 0)
+    trust, nearest = _trust(np.minimum(cosines, 1))
     rows = [histories.clients.index(client) for client in round_.clients.tolist()]
     weights = _logit(trust[rows], kappa)
-    evidence = pd.DataFrame({"similarity": nearest[rows]}, index=pd.Index(round_.clients, name="client"))
+    evidence = evidence_of(round_, {"similarity": nearest[rows]})
     return Judgement(1 - trust[rows], weights < 0.5, weights, evidence)
 
 
-def _cosines(gram: np.ndarray) -> np.ndarray:
-    norms = np.sqrt(np.diagonal(gram))
-    products = np.outer(norms, norms)
-    cosines = np.divide(gram, products, out=np.zeros_like(gram), where=products > 0)
-    np.fill_diagonal(cosines, 0)
-    return np.minimum(cosines, 1)
-
-
 def _trust(cosines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """1 - the largest pardoned similarity, over the largest such; and that similarity; both [seen]."""
+    """1 - the largest pardoned similarity, over the largest such value; and that similarity; both [seen]."""
     most = cosines.max(axis=1)
-    ratio = np.divide(most[:, None], most[None, :], out=np.ones_like(cosines), where=most[None, :] > most[:, None])
-    pardoned = (cosines * ratio).max(axis=1)
+    pardon = ratio(most[:, None], np.maximum(most[:, None], most[None, :]), otherwise=1.0)
+    pardoned = (cosines * pardon).max(axis=1)
     trust = 1 - pardoned
-    if trust.max() <= ROUNDING:
+    if trust.max() <= TIE:
         raise CannotSay(f"the histories of all {len(trust)} clients point the same way")
     return trust / trust.max(), pardoned
 
@@ -235,58 +333,12 @@ def _fldetector(log: UpdateLog, window: int, start: int | None, seed: int) -> Ju
         raise CannotSay(f"the log has {len(log)} rounds, FLDetector decides from {needed} on")
     evidence = prediction_residual(log, window)
     scores = evidence["update"].to_numpy() - 1
-    if np.ptp(scores) <= ROUNDING:
+    if np.ptp(scores) <= TIE:
         return Judgement(np.zeros(len(scores)), np.zeros(len(scores), dtype=bool), evidence=evidence)
     flags = np.zeros(len(scores), dtype=bool)
-    if _number_of_clusters(scores, seed) > 1:
-        flags = scores > np.sort(scores)[_last_of_lower_cluster(scores)]
+    if gap_count(scores, seed) > 1:
+        flags = scores > lower_cluster_end(scores)
     return Judgement(scores, flags, evidence=evidence)
-
-
-def _number_of_clusters(scores: np.ndarray, seed: int) -> int:
-    """The gap statistic's, from 1 to 7; of scores that are not all equal."""
-    scaled = np.sort((scores - scores.min()) / np.ptp(scores))
-    uniform = np.sort(np.random.default_rng(seed).uniform(size=(REFERENCES, len(scores))), axis=1)
-    most = min(MOST_CLUSTERS, len(scores) - 1)  # with as many clusters as scores nothing is left within
-    spread = np.stack([_within(sample, most) for sample in (scaled, *uniform)])  # [sample, k - 1]
-    with np.errstate(divide="ignore"):  # 0 where there are no more different scores than clusters
-        own, logs = np.log(spread[0]), np.log(spread[1:])
-        gaps = np.log(spread[1:].mean(axis=0)) - own
-    error = np.array([np.std(each) if np.isfinite(each).all() else 0.0 for each in logs.T])
-    error *= np.sqrt(1 + 1 / REFERENCES)
-    fits = gaps[:-1] >= gaps[1:] - error[1:]
-    return int(np.argmax(fits)) + 1 if fits.any() else most
-
-
-def _within(ordered: np.ndarray, most: int) -> np.ndarray:
-    """The smallest sum of squares within k clusters of ordered numbers, for k = 1 to `most`: float64 [k - 1].
-
-    Clusters in one dimension are stretches, so the best ones follow from the best ones of every beginning.
-    """
-    cost = _costs(ordered)
-    best, found = cost[0], [cost[0, -1]]
-    for _ in range(most - 1):
-        before = np.concatenate([[np.inf], best[:-1]])  # of what lies before a last cluster that begins here
-        best = (before[:, None] + cost).min(axis=0)
-        found.append(best[-1])
-    within = np.array(found)
-    return np.where(within > ROUNDING * len(ordered), within, 0)
-
-
-def _costs(ordered: np.ndarray) -> np.ndarray:
-    """The sum of squares about the mean of the i-th to the j-th number, float64 [i, j], infinite where j < i."""
-    count = len(ordered)
-    first, second = (np.concatenate([[0], np.cumsum(p)]) for p in (ordered, ordered**2))
-    lengths = np.arange(1, count + 1)[None, :] - np.arange(count)[:, None]
-    totals = first[None, 1:] - first[:-1, None]
-    costs = second[None, 1:] - second[:-1, None] - totals**2 / np.maximum(lengths, 1)
-    return np.where(lengths > 0, np.maximum(costs, 0), np.inf)
-
-
-def _last_of_lower_cluster(scores: np.ndarray) -> int:
-    """Where the lower one of two clusters ends among the ordered scores."""
-    cost = _costs(np.sort(scores))
-    return int(np.argmin(cost[0, :-1] + cost[1:, -1]))
 
 
 # FLANDERS
@@ -294,9 +346,9 @@ def _last_of_lower_cluster(scores: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class _Sampling:
-    """The local models at a sample of coordinates, of the last rounds (`UpdateLog.folded`).
+    """Keeps the local models of the last rounds at a sample of coordinates: a step for `UpdateLog.folded`.
 
-    Of each round: the global model [number], and client -> its local model [number], where it was comparable.
+    For each round: the global model [number], and client -> its local model [number] where it was comparable.
     """
 
     window: int
@@ -349,17 +401,17 @@ def _flanders(
     errors = np.linalg.norm(models[-1] - _forecast(models[:-1], alpha, beta, iterations), axis=1)
     unit = np.median(errors) if np.median(errors) > 0 else errors.mean()
     scores = errors / unit - 1 if unit > 0 else errors
-    if np.ptp(scores) <= ROUNDING:
+    if np.ptp(scores) <= TIE:
         scores = np.zeros(len(scores))
     border = np.sort(scores)[len(scores) - flagged - 1]
-    return Judgement(scores, scores > border + ROUNDING)
+    return Judgement(scores, scores > border + TIE)
 
 
 def _forecast(models: np.ndarray, alpha: float, beta: float, iterations: int) -> np.ndarray:
-    """The next of a series of matrices [round, client, number] by X_t = A X_t-1 B, fitted by alternating least squares.
+    """Forecasts the next of a series of matrices [round, client, number] by X_t = A X_(t-1) B.
 
-    B is never formed: X B = (X F') (F F' + beta)^-1 Y, with F the stacked A X_t-1 and Y the stacked X_t, so that all
-    but the forecast itself is inner products of clients' rows.
+    A and B are fitted by alternating least squares. B is never formed: X B = (X F') (F F' + beta)^-1 Y, with F the
+    stacked A X_(t-1) and Y the stacked X_t, so that all but the forecast itself is inner products of clients' rows.
     """
     scale = np.abs(models).max()
     if scale == 0:

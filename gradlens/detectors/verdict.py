@@ -1,7 +1,7 @@
-"""Detectors: a log -> a verdict on the clients of its last round.
+"""Verdicts, detectors made of a statistic and a scorer, and the calibration of thresholds.
 
-`score_by` makes one of any statistic and any scorer, `calibrate` sets its threshold by a named null,
-`detect` asks several after every round of a log.
+`score_by` makes a detector of any statistic and any scorer, `calibrate` sets its threshold by a named null, and
+`detect` asks several detectors after every round of a log.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,17 +20,37 @@ from gradlens.statistics import Statistic
 
 __all__ = ["TEXTBOOK", "Detector", "Verdict", "calibrate", "detect", "score_by", "verdict_on"]
 
-TEXTBOOK = 3.5  # Iglewicz & Hoaglin 1993, for one feature; the largest of several passes it more often
+TEXTBOOK = 3.5  # Iglewicz & Hoaglin 1993, for one feature; the largest of several exceeds it more often
 
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What a detector says of the clients of one round: of those recorded, in the round's order, then the refused.
+    """What a detector says of the clients of one round: those recorded, in the round's order, then the refused ones.
 
-    scores: float64 [client], higher = more suspicious; flags: bool [client]; evidence: what the score was made of
-    [recorded client, feature]; weights: float64 [client], of soft verdicts; abstained: why there is no verdict:
-    the comparable clients then score 0 and are not flagged; null: what the threshold rests on.
     Clients that were refused or are not comparable score +inf and are flagged in every verdict.
+
+    Parameters
+    ----------
+    clients : ndarray, str [client]
+    scores : ndarray, float64 [client]
+        Higher is more suspicious.
+    flags : ndarray, bool [client]
+    weights : ndarray, float64 [client], optional
+        Of a soft verdict, from 0 to 1.
+    evidence : DataFrame [recorded client, feature], optional
+        What the score was made of.
+    abstained : str, default ""
+        Why there is no verdict; the comparable clients then score 0 and are not flagged.
+    null : str, default ""
+        What the threshold rests on.
+
+    Examples
+    --------
+    >>> from gradlens import DETECTORS
+    >>> from gradlens.examples import example_log
+    >>> verdict = DETECTORS["layer_norms"]()(example_log())
+    >>> verdict.clients[verdict.flags].tolist(), verdict.null
+    (['client-9'], 'uncalibrated: textbook 3.5')
     """
 
     clients: np.ndarray
@@ -42,7 +62,15 @@ class Verdict:
     null: str = ""
 
     def table(self, round_: int, detector: str) -> pd.DataFrame:
-        """The verdict as rows round, client, detector, score, flag, abstained."""
+        """The verdict as rows round, client, detector, score, flag, abstained.
+
+        Parameters
+        ----------
+        round_ : int
+            The round's index.
+        detector : str
+            The detector's name.
+        """
         return _rows([(round_, detector, self.clients, self.scores, self.flags, self.abstained)])
 
 
@@ -50,17 +78,68 @@ Detector = Callable[[UpdateLog], Verdict]
 
 
 def score_by(statistic: Statistic, scorer: Scorer, threshold: float) -> Detector:
-    """The detector that flags whoever the scorer gives more than `threshold` on the statistic's table.
+    """The detector that flags clients to which a scorer gives more than a threshold on a statistic's table.
 
-    threshold: in the scorer's units, uncalibrated: see `calibrate`. The detector abstains where the statistic
-    cannot say. Raises: InputError, when called, if the scorer does not give one number per client.
+    Parameters
+    ----------
+    statistic : Statistic
+        One of `STATISTICS`, or a function of your own, ``log -> table``.
+    scorer : Scorer
+        One of `SCORERS`, or a function of your own, ``table -> scores``.
+    threshold : float
+        In the scorer's units, uncalibrated; see `calibrate`.
+
+    Returns
+    -------
+    Detector
+
+    Raises
+    ------
+    InputError
+        When called, if the scorer does not give one number per client.
+
+    Notes
+    -----
+    Flagged are the clients with ``scorer(statistic(log)) > threshold``.
+
+    **Abstains** when the statistic or the scorer cannot say.
+
+    **Fails when** the statistic does, and when the scorer does. A threshold that was not calibrated flags benign
+    clients at a rate that nobody knows.
+
+    Examples
+    --------
+    >>> from gradlens import score_by
+    >>> from gradlens.examples import example_log
+    >>> from gradlens.scorers import robust_zscore
+    >>> from gradlens.statistics import layer_norms
+    >>> detector = score_by(layer_norms, robust_zscore, threshold=3.5)
+    >>> detector
+    score_by(layer_norms, robust_zscore, threshold=3.5)
+    >>> verdict = detector(example_log())
+    >>> verdict.clients[verdict.flags].tolist()
+    ['client-9']
     """
     return ScoreDetector(statistic, scorer, float(threshold))
 
 
 @dataclass(frozen=True)
 class ScoreDetector:
-    """What `score_by` builds."""
+    """The detector that `score_by` builds.
+
+    Parameters
+    ----------
+    statistic : Statistic
+    scorer : Scorer
+    threshold : float
+        In the scorer's units.
+
+    Examples
+    --------
+    >>> from gradlens import DETECTORS
+    >>> DETECTORS["final_bias"]()
+    score_by(final_bias, robust_zscore, threshold=3.5)
+    """
 
     statistic: Statistic
     scorer: Scorer
@@ -89,14 +168,46 @@ class ScoreDetector:
 def calibrate(detector: Detector, null: Any = None, fpr: float = 0.05) -> Detector:
     """The same detector with its threshold set so that a share `fpr` of benign updates is flagged.
 
-    null: in order of preference, attack-free logs or runs of other seeds (a sequence); a stretch of a log that is
-    declared clean (an `UpdateLog`), or the first rounds of whatever log is asked about (their number), in which nobody
-    is flagged for a score: a live filter's shadow mode; or None, each cohort itself, its majority taken as benign.
-    But for None the threshold is a rank of the m scores found there, the k-th smallest with k = ceil((m + 1)(1 - fpr)):
-    an update exchangeable with them passes it with probability at most `fpr`. With None it is the median
-    + the normal quantile x 1.4826 MAD of the cohort's scores: then the rate is nominal.
-    Raises: InputError where the null has too few scores for `fpr` (after too few first rounds the detector abstains),
-    or its truth knows of a poisoned update.
+    Parameters
+    ----------
+    detector : Detector
+    null : sequence of Run or UpdateLog, UpdateLog, int or None, default None
+        What the threshold rests on, in order of preference: attack-free logs or runs of other seeds (a sequence); a
+        stretch of a log that is declared clean (an `UpdateLog`), or the first rounds of the log that is judged (their
+        number), in which nobody is flagged for a score (a live filter's shadow mode); or None, each cohort itself, its
+        majority taken as benign.
+    fpr : float, default 0.05
+        The share of benign updates that is flagged.
+
+    Returns
+    -------
+    Detector
+        Its verdicts name the null.
+
+    Raises
+    ------
+    InputError
+        If the null has too few scores for `fpr` (after too few first rounds the detector abstains instead), or its
+        truth knows of a poisoned update.
+
+    Notes
+    -----
+    With a null the threshold is a rank of its m scores: the k-th smallest with k = ceil((m + 1)(1 - fpr)). An update
+    that is exchangeable with them passes it with probability at most `fpr`. With None it is ::
+
+        median + normal quantile of 1 - fpr * 1.4826 MAD
+
+    of the cohort's scores; the rate is then nominal.
+
+    Examples
+    --------
+    >>> from gradlens import DETECTORS, calibrate
+    >>> from gradlens.examples import example_log
+    >>> nulls = [example_log(num_malicious=0, seed=seed) for seed in (1, 2, 3)]
+    >>> detector = calibrate(DETECTORS["layer_norms"](), nulls, fpr=0.05)
+    >>> verdict = detector(example_log())
+    >>> verdict.clients[verdict.flags].tolist(), verdict.null
+    (['client-9'], 'attack-free: 3 runs, 120 scores, fpr 0.05')
     """
     if not 0 < fpr < 1:
         raise InputError(f"fpr is a rate above 0 and below 1, found {fpr}")
@@ -124,7 +235,23 @@ def calibrate(detector: Detector, null: Any = None, fpr: float = 0.05) -> Detect
 
 @dataclass(frozen=True)
 class CalibratedDetector:
-    """What `calibrate` builds; threshold: None where each cohort sets its own."""
+    """The detector that `calibrate` builds of a null.
+
+    Parameters
+    ----------
+    detector : Detector
+    threshold : float or None
+        None where each cohort sets its own.
+    fpr : float
+    null : str
+        What the threshold rests on, in words.
+
+    Examples
+    --------
+    >>> from gradlens import DETECTORS, calibrate
+    >>> calibrate(DETECTORS["layer_norms"]()).threshold is None
+    True
+    """
 
     detector: Detector
     threshold: float | None
@@ -146,7 +273,21 @@ class CalibratedDetector:
 
 @dataclass(frozen=True)
 class ShadowedDetector:
-    """What `calibrate` builds of a number of first rounds."""
+    """The detector that `calibrate` builds of a number of first rounds.
+
+    Parameters
+    ----------
+    detector : Detector
+    rounds : int
+        The first rounds of a log, in which nobody is flagged for a score.
+    fpr : float
+
+    Examples
+    --------
+    >>> from gradlens import DETECTORS, calibrate
+    >>> calibrate(DETECTORS["krum"](), null=3)
+    calibrate(krum(num_malicious=None, neighbours='paper', power=2.0, by_layer=False), null=3, fpr=0.05)
+    """
 
     detector: Detector
     rounds: int
@@ -169,7 +310,7 @@ class ShadowedDetector:
 
 @dataclass(frozen=True)
 class _Calibration:
-    """A log -> the detector calibrated on it."""
+    """Calibrates a detector on a log, so that a log can remember it."""
 
     detector: Detector
     fpr: float
@@ -181,7 +322,24 @@ class _Calibration:
 def detect(run: Any, detectors: Mapping[str, Detector]) -> pd.DataFrame:
     """What each detector says after each round of a log, or of a run's log.
 
-    Returns: a row per update and detector: round, client, detector, score, flag, abstained (the reason, or "").
+    Parameters
+    ----------
+    run : Run or UpdateLog
+    detectors : mapping of str to Detector
+        The names appear in the table.
+
+    Returns
+    -------
+    DataFrame
+        A row per update and detector: round, client, detector, score, flag, abstained (the reason, or "").
+
+    Examples
+    --------
+    >>> from gradlens import DETECTORS, detect
+    >>> from gradlens.examples import example_log
+    >>> table = detect(example_log(), {"norms": DETECTORS["layer_norms"]()})
+    >>> table.shape, table["client"][table["flag"]].unique().tolist()
+    ((40, 6), ['client-9'])
     """
     log: UpdateLog = getattr(run, "log", run)
     answers = []
@@ -192,16 +350,27 @@ def detect(run: Any, detectors: Mapping[str, Detector]) -> pd.DataFrame:
     return _rows(answers)
 
 
-def verdict_on(round_: Round, scores: np.ndarray, threshold: float, **said: Any) -> Verdict:
-    """The verdict on recorded and refused clients, who is not comparable at +inf and flagged."""
+def verdict_on(round_: Round, scores: np.ndarray, threshold: float, **fields: Any) -> Verdict:
+    """The verdict on recorded and refused clients.
+
+    Parameters
+    ----------
+    round_ : Round
+    scores : ndarray, float64 [recorded client]
+        Those of clients that are not comparable are replaced by +inf.
+    threshold : float
+        Clients above it are flagged.
+    **fields
+        The other fields of the `Verdict`.
+    """
     refused = sorted(round_.refused)
     clients = np.concatenate([round_.clients, np.array(refused, dtype=np.str_)])
     scores = np.concatenate([np.where(round_.comparable, scores, np.inf), np.full(len(refused), np.inf)])
-    return Verdict(clients, scores, (scores > threshold) | np.isposinf(scores), **said)
+    return Verdict(clients, scores, (scores > threshold) | np.isposinf(scores), **fields)
 
 
 def nominal_threshold(scores: np.ndarray, fpr: float) -> float:
-    """Median + normal quantile x 1.4826 MAD of a cohort's scores [client]: what `calibrate` without a null cuts at."""
+    """Median + normal quantile * 1.4826 MAD of a cohort's scores [client]: the cut of `calibrate` without a null."""
     finite = scores[np.isfinite(scores)]
     if not len(finite):
         return np.inf
@@ -211,7 +380,7 @@ def nominal_threshold(scores: np.ndarray, fpr: float) -> float:
 
 
 def rank_threshold(scores: np.ndarray, fpr: float, what: str) -> float:
-    """The null score [score] that a share `fpr` of the null and one more lie above; raises InputError for too few."""
+    """The null score that a share `fpr` of the null and one more score exceed; raises InputError for too few scores."""
     flagged = int(np.floor((len(scores) + 1) * fpr + 1e-9))  # of the null and one more, those above the threshold
     if flagged < 1:
         needed = int(np.ceil(1 / fpr - 1e-9)) - 1
@@ -225,14 +394,14 @@ def _null_scores(detector: Detector, log: UpdateLog) -> np.ndarray:
 
 
 def _attack_free(source: Any) -> UpdateLog:
-    """The log of a null; raises InputError if it is none, or the truth of its run knows of a poisoned update."""
+    """The log of a null; raises InputError if it is none, or if its run's truth knows of a poisoned update."""
     if isinstance(source, UpdateLog):
         return source
     if not isinstance(getattr(source, "log", None), UpdateLog):
         raise InputError(f"a null is a sequence of runs or logs, a stretch of a log, or None, found {source!r:.80}")
     try:
         poisoned = int(source.truth["poisoned"].sum())
-    except InputError:  # nobody wrote the truth down: the caller's word counts
+    except InputError:  # without recorded truth the caller's word counts
         poisoned = 0
     if poisoned:
         raise InputError(f"a null must be free of attacks, found {poisoned} poisoned updates in run {source.name}")
@@ -253,12 +422,12 @@ def _name(function: Any) -> str:
 def _rows(answers: Sequence[tuple[int, str, np.ndarray, np.ndarray, np.ndarray, str]]) -> pd.DataFrame:
     sizes = [len(clients) for _, _, clients, *_ in answers]
 
-    def each(position: int, dtype: Any) -> np.ndarray:
+    def repeated(position: int, dtype: Any) -> np.ndarray:
         return np.repeat(np.array([answer[position] for answer in answers], dtype=dtype), sizes)
 
     def joined(position: int, dtype: Any) -> np.ndarray:
         return np.concatenate([np.zeros(0, dtype), *(answer[position] for answer in answers)])
 
-    columns = {"round": each(0, np.int64), "client": joined(2, np.str_), "detector": each(1, np.str_)}
-    columns |= {"score": joined(3, np.float64), "flag": joined(4, bool), "abstained": each(5, np.str_)}
+    columns = {"round": repeated(0, np.int64), "client": joined(2, np.str_), "detector": repeated(1, np.str_)}
+    columns |= {"score": joined(3, np.float64), "flag": joined(4, bool), "abstained": repeated(5, np.str_)}
     return pd.DataFrame(columns)

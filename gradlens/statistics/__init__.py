@@ -1,11 +1,19 @@
-"""Statistics: what of a log's last round is measured, a table [client, feature].
+"""Statistics: a log -> a table [client, feature] of measurements in its last round.
 
-A feature is named after its layer, "fc1.weight", or after one unit of it, "fc2.bias[2]". Rows of clients that
-are not comparable (`Round.comparable`) are NaN, and no reference rests on them.
+A feature is named after its layer, "fc1.weight", or after one unit of it, "fc2.bias[2]". Rows of clients that are not
+comparable (`Round.comparable`) are NaN, and no median, mean or spread rests on them. A statistic without an answer
+raises `CannotSay` with the reason.
 """
 
 from collections.abc import Mapping
 
+from gradlens.statistics.accumulation import (
+    accumulated_neighbours,
+    accumulated_norms,
+    accumulated_spectral,
+    label_drift_residual,
+    persistence,
+)
 from gradlens.statistics.cohort import Statistic
 from gradlens.statistics.final_layer import (
     ddif,
@@ -18,26 +26,15 @@ from gradlens.statistics.final_layer import (
     threshold_exceedings,
 )
 from gradlens.statistics.layers import (
-    aggregate_cosines,
     global_cosines,
     kurtosis,
     large_share,
     layer_cosines,
     layer_norms,
-    neighbour_cosines,
-    neighbour_distances,
     sign_agreement,
-    spectral,
 )
-from gradlens.statistics.over_rounds import (
-    accomplices,
-    accumulated_neighbours,
-    accumulated_norms,
-    accumulated_spectral,
-    consistency,
-    label_drift_residual,
-    persistence,
-)
+from gradlens.statistics.over_rounds import accomplices, consistency
+from gradlens.statistics.pairs import aggregate_cosines, neighbour_cosines, neighbour_distances, spectral
 from gradlens.statistics.prediction import prediction_residual
 
 __all__ = [

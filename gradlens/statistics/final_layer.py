@@ -7,24 +7,60 @@ import numpy as np
 import pandas as pd
 
 from gradlens.errors import CannotSay, InputError
+from gradlens.geometry import ratio
 from gradlens.log import Round, UpdateLog
 from gradlens.statistics.cohort import cohort, deviations, table, units
 
 Predict = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # a model's state -> probabilities [sample, class]
 
-SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)  # below it a softmax in float32 is 0
+SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)  # a smaller softmax output is 0 in float32
 SMALLEST_THRESHOLD = 0.01  # of the largest NEUP, by DeepSight
 
 
 def final_bias(log: UpdateLog) -> pd.DataFrame:
     """Each client's final-layer bias update in the last round, minus the cohort's median.
 
-    Under softmax cross-entropy and plain SGD the bias of class c moves by learning rate x sum over steps of
-    mean(y_c - p_c): a client with more labels c than the model predicts moves it up. It measures label conflict,
-    so a label-skewed benign client moves it too.
-    Returns: float64 [client, class] in logits, a column per class, "fc2.bias[c]".
-    Raises: CannotSay below 3 comparable clients, or if the model has no final bias.
-    Source: Bilgin 2021, arXiv:2111.14683; the identity is Jebreel et al. 2022, arXiv:2207.01982, eq. (1).
+    Parameters
+    ----------
+    log : UpdateLog
+        The rounds so far; the last one is judged.
+
+    Returns
+    -------
+    DataFrame, float64 [client, class]
+        In logits; a column per class, "fc2.bias[c]".
+
+    Raises
+    ------
+    CannotSay
+        Where it abstains.
+
+    Notes
+    -----
+    Under softmax cross-entropy and plain SGD the bias of class c moves by ::
+
+        learning rate * sum over local steps of mean over the batch of (y_c - p_c)
+
+    (label minus predicted probability [1]_), so a client with more labels c than the model predicts moves it up.
+    Reading the bias for poisoned labels is due to [2]_.
+
+    **Abstains** when fewer than 3 clients are comparable, or the model has no final bias.
+
+    **Fails when** benign clients differ in their labels: it measures label conflict, and label skew is one. It also
+    fades once the backdoor has been learned, since labels and predictions then agree.
+
+    References
+    ----------
+    .. [1] Jebreel et al. 2022, arXiv:2207.01982, eq. (1).
+    .. [2] Bilgin 2021, arXiv:2111.14683.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> from gradlens.statistics import final_bias
+    >>> bias = final_bias(example_log())
+    >>> bias.loc["client-9"].idxmin(), bias.loc["client-9"].idxmax()  # it flips label 3 to label 1
+    ('fc2.bias[3]', 'fc2.bias[1]')
     """
     round_ = cohort(log)
     layer = _final_bias(log)
@@ -32,48 +68,138 @@ def final_bias(log: UpdateLog) -> pd.DataFrame:
 
 
 def final_bias_deviation(log: UpdateLog, centre: Literal["mean", "median"] = "mean") -> pd.DataFrame:
-    """The largest deviation of each client's final-layer bias from the cohort's, over the classes.
+    """The largest deviation, over the classes, of each client's final-layer bias from the cohort's center.
 
-    m_i = max over classes k of |centre over clients j of b_k(j) - b_k(i)|, over the comparable clients; of local biases
-    or of their updates, which is the same.
-    centre: "mean", the paper's, which the deviating clients move, or "median".
-    Returns: float64 [client, 1] in logits; the column is the bias's name, "fc2.bias".
-    Raises: CannotSay below 3 comparable clients, or if the model has no final bias; InputError for another centre.
-    Source: Bilgin 2021, arXiv:2111.14683, as its notebook computes it.
+    Parameters
+    ----------
+    log : UpdateLog
+        The rounds so far; the last one is judged.
+    centre : {"mean", "median"}, default "mean"
+        The cohort's center: the mean of the paper, which deviating clients move, or the median.
+
+    Returns
+    -------
+    DataFrame, float64 [client, 1]
+        In logits; the column is the bias's name, "fc2.bias".
+
+    Raises
+    ------
+    CannotSay
+        Where it abstains.
+    InputError
+        For another center.
+
+    Notes
+    -----
+    Over the comparable clients j, with b the local biases or their updates, which gives the same [1]_::
+
+        m_i = max over classes k of |mean over j of b_k(j) - b_k(i)|
+
+    **Abstains** when fewer than 3 clients are comparable, or the model has no final bias.
+
+    **Fails when** benign clients differ in their labels, as `final_bias` does, and when several attackers move the mean
+    towards themselves.
+
+    References
+    ----------
+    .. [1] Bilgin 2021, arXiv:2111.14683, as its notebook computes it.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> from gradlens.statistics import final_bias_deviation
+    >>> final_bias_deviation(example_log())["fc2.bias"].idxmax()
+    'client-9'
     """
     if centre not in ("mean", "median"):
         raise InputError(f"final_bias_deviation: centre must be 'mean' or 'median', found {centre!r}")
     round_ = cohort(log)
     layer = _final_bias(log)
     bias = round_.flat(layer).astype(np.float64)
-    middle = np.mean if centre == "mean" else np.median
+    center = np.mean if centre == "mean" else np.median
     with np.errstate(all="ignore"):  # in the rows that become NaN
-        largest = np.abs(bias - middle(bias[round_.comparable], axis=0)).max(axis=1)
+        largest = np.abs(bias - center(bias[round_.comparable], axis=0)).max(axis=1)
     return table(round_, [layer], largest[:, None])
 
 
 def final_bias_direction(log: UpdateLog) -> pd.DataFrame:
     """Which labels each client's final-layer bias pulls up and down, whatever the size of the pull.
 
-    The deviation from the cohort's median bias (`final_bias`), divided by its L2 norm. Clients without a pull of their
-    own have one all the same, made of noise: it tells clients apart by label, not attackers from others.
-    Returns: float64 [client, class], rows of norm 1, 0 where there is no deviation; a column per class, "fc2.bias[c]".
-    Raises: CannotSay below 3 comparable clients, or if the model has no final bias.
+    Parameters
+    ----------
+    log : UpdateLog
+        The rounds so far; the last one is judged.
+
+    Returns
+    -------
+    DataFrame, float64 [client, class]
+        Rows of L2 norm 1, or of 0 where a client does not deviate; a column per class, "fc2.bias[c]".
+
+    Raises
+    ------
+    CannotSay
+        Where it abstains.
+
+    Notes
+    -----
+    The deviation of `final_bias`, divided by its L2 norm.
+
+    **Abstains** when fewer than 3 clients are comparable, or the model has no final bias.
+
+    **Fails when** it is used to tell attackers from others: a client without any pull has a direction all the same,
+    made of noise. It tells clients apart by label.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> from gradlens.statistics import final_bias_direction
+    >>> direction = final_bias_direction(example_log()).loc["client-9"]
+    >>> direction.idxmin(), direction.idxmax()
+    ('fc2.bias[3]', 'fc2.bias[1]')
     """
     round_ = cohort(log)
     layer = _final_bias(log)
     deviation = deviations(round_, layer)
     with np.errstate(all="ignore"):  # in the rows that become NaN
         norms = np.sqrt(np.einsum("kc,kc->k", deviation, deviation))[:, None]
-        direction = np.divide(deviation, norms, out=np.zeros_like(deviation), where=norms > 0)
+        direction = ratio(deviation, norms)
     return table(round_, units(layer, log.model[layer].size), direction)
 
 
 def final_rows(log: UpdateLog) -> pd.DataFrame:
     """How far each class's row of the final weight strays from the cohort's median row in the last round.
 
-    Returns: float64 [client, class], L2 norms in units of the weight, a column per class, "fc2.weight[c]".
-    Raises: CannotSay below 3 comparable clients, or if the model has no final weight.
+    Parameters
+    ----------
+    log : UpdateLog
+        The rounds so far; the last one is judged.
+
+    Returns
+    -------
+    DataFrame, float64 [client, class]
+        L2 norms, in units of the weight; a column per class, "fc2.weight[c]".
+
+    Raises
+    ------
+    CannotSay
+        Where it abstains.
+
+    Notes
+    -----
+    For class c with row W_c of the final weight's update::
+
+        |W_c(i) - median over clients j of W_c(j)|_2
+
+    **Abstains** when fewer than 3 clients are comparable, or the model has no final weight with a row per class.
+
+    **Fails when** benign clients differ in their labels: rows move with label skew as they do with poison.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> from gradlens.statistics import final_rows
+    >>> final_rows(example_log()).max(axis=1).idxmax()
+    'client-9'
     """
     round_ = cohort(log)
     layer = final_weight(log)
@@ -84,13 +210,46 @@ def final_rows(log: UpdateLog) -> pd.DataFrame:
 
 
 def neup(log: UpdateLog) -> pd.DataFrame:
-    """DeepSight's normalised update energy of each class: its share of the energy of a client's final-layer update.
+    """The share of each class in the energy of a client's final-layer update (DeepSight's NEUP).
 
-    E_c = (|db_c| + sum over h of |dW_ch|)^2, NEUP_c = E_c / sum over classes of E; a row sums to 1, whatever the
-    size of the update. Without a final bias the weight's part alone. An update of 0 prefers no class: 1 / classes each.
-    Returns: float64 [client, class], a column per class, "fc2.weight[c]".
-    Raises: CannotSay below 3 comparable clients, or if the model has no final weight.
-    Source: Rieger et al. 2022, NDSS, arXiv:2201.00763 (update energy, NEUP).
+    Parameters
+    ----------
+    log : UpdateLog
+        The rounds so far; the last one is judged.
+
+    Returns
+    -------
+    DataFrame, float64 [client, class]
+        Shares that sum to 1 in each row; a column per class, "fc2.weight[c]".
+
+    Raises
+    ------
+    CannotSay
+        Where it abstains.
+
+    Notes
+    -----
+    With db the bias's update (left out where there is none) and dW the weight's [1]_::
+
+        E_c = (|db_c| + sum over h of |dW_ch|)^2,  NEUP_c = E_c / sum over classes of E
+
+    An update of 0 prefers no class and has 1 / classes everywhere. The size of an update does not matter.
+
+    **Abstains** when fewer than 3 clients are comparable, or the model has no final weight with a row per class.
+
+    **Fails when** benign clients differ in their labels, or poisoned samples are so few that clean ones dominate the
+    energy.
+
+    References
+    ----------
+    .. [1] Rieger et al. 2022, NDSS, arXiv:2201.00763 (update energy, NEUP).
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> from gradlens.statistics import neup
+    >>> neup(example_log()).sum(axis=1).round(6).unique().tolist()
+    [1.0]
     """
     round_ = cohort(log)
     layer = final_weight(log)
@@ -98,13 +257,45 @@ def neup(log: UpdateLog) -> pd.DataFrame:
 
 
 def threshold_exceedings(log: UpdateLog) -> pd.DataFrame:
-    """DeepSight's count of the classes on which a client's final-layer update really works: few suggest few labels.
+    """The number of classes that carry much of a client's final-layer update; few suggest training on few labels.
 
-    TE_i = number of classes c with NEUP_c > max(0.01, 1 / classes) x the client's largest NEUP (`neup`). A count is
-    coarse where classes are few.
-    Returns: float64 [client, 1], whole numbers up to the number of classes; the column is the weight's name.
-    Raises: CannotSay below 3 comparable clients, or if the model has no final weight.
-    Source: Rieger et al. 2022, NDSS, arXiv:2201.00763 (threshold exceedings); 0.01 and 1 / classes are its.
+    Parameters
+    ----------
+    log : UpdateLog
+        The rounds so far; the last one is judged.
+
+    Returns
+    -------
+    DataFrame, float64 [client, 1]
+        Whole numbers up to the number of classes; the column is the final weight's name.
+
+    Raises
+    ------
+    CannotSay
+        Where it abstains.
+
+    Notes
+    -----
+    The number of classes c with (`neup`) ::
+
+        NEUP_c > max(0.01, 1 / classes) * the client's largest NEUP
+
+    where 0.01 and 1 / classes are the paper's [1]_.
+
+    **Abstains** when fewer than 3 clients are comparable, or the model has no final weight with a row per class.
+
+    **Fails when** the model has few classes, since a count is then coarse, and when benign clients hold few labels.
+
+    References
+    ----------
+    .. [1] Rieger et al. 2022, NDSS, arXiv:2201.00763 (threshold exceedings).
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> from gradlens.statistics import threshold_exceedings
+    >>> threshold_exceedings(example_log())["fc2.weight"].between(1, 4).all().item()
+    True
     """
     round_ = cohort(log)
     energies = _neup(log, round_)
@@ -114,18 +305,59 @@ def threshold_exceedings(log: UpdateLog) -> pd.DataFrame:
 
 
 def ddif(log: UpdateLog, predict: Predict | None = None) -> pd.DataFrame:
-    """DeepSight's division differences: how much more probable than the global model a client's makes each class.
+    """How a client's model changes the probability of each class on random inputs (DeepSight's division differences).
 
-    DDif_c = mean over random inputs x of f_i(x)_c / f_global(x)_c, where f_i is the client's local model (global +
-    update, buffers too). Softmax outputs below 1.2e-38, float32's smallest normal number, count as that.
-    predict: layer -> array in, probabilities [sample, class] out; the caller's function holds the model and its
-    random inputs, the same in every call. DeepSight takes 20,000 inputs for each of 3 seeds and clusters each seed
-    apart: one `partial(ddif, predict=...)` per seed, or all inputs in one.
-    Returns: float64 [client, class], ratios, 1 where the update changes nothing; a column per class, "fc2.weight[c]".
-    A client whose model answers with NaN has a row of NaN.
-    Raises: CannotSay below 3 comparable clients, without `predict`, or if the model has no final weight; InputError
-    where `predict` gives no matrix of a column per class, NaN for the global model, or another shape for a client.
-    Source: Rieger et al. 2022, NDSS, arXiv:2201.00763 (division differences).
+    Parameters
+    ----------
+    log : UpdateLog
+        The rounds so far; the last one is judged.
+    predict : callable, optional
+        Takes a model's state (layer -> array) and returns softmax outputs [sample, class]. It holds the model and its
+        random inputs, the same ones in every call. DeepSight takes 20,000 inputs for each of 3 seeds and clusters
+        each seed by itself: pass one ``partial(ddif, predict=...)`` per seed, or all inputs in one.
+
+    Returns
+    -------
+    DataFrame, float64 [client, class]
+        Ratios, 1 where the update changes nothing; a column per class, "fc2.weight[c]". NaN in the row of a client
+        whose model answers with NaN.
+
+    Raises
+    ------
+    CannotSay
+        Where it abstains.
+    InputError
+        If `predict` returns no matrix with a column per class, numbers for the global model that are not finite, or
+        another shape for a client.
+
+    Notes
+    -----
+    With f_i the client's model (global model + update, buffers included) [1]_::
+
+        DDif_c = mean over random inputs x of f_i(x)_c / f_global(x)_c
+
+    Outputs below 1.2e-38, the smallest normal number of float32, count as that.
+
+    **Abstains** when fewer than 3 clients are comparable, without `predict`, when the model has no final weight with a
+    row per class, or when not all numbers of the updates were recorded.
+
+    **Fails when** random inputs do not reach what a trigger reaches, and when benign clients differ in their labels.
+
+    References
+    ----------
+    .. [1] Rieger et al. 2022, NDSS, arXiv:2201.00763 (division differences).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gradlens.examples import example_log
+    >>> from gradlens.statistics import ddif
+    >>> hidden = np.random.default_rng(0).random((50, 8))
+    >>> def predict(state):
+    ...     odds = np.exp(hidden @ state["fc2.weight"].T + state["fc2.bias"])
+    ...     return odds / odds.sum(axis=1, keepdims=True)
+    >>> ddif(example_log(), predict=predict).shape
+    (10, 4)
     """
     round_ = cohort(log)
     if predict is None:
@@ -142,23 +374,55 @@ def ddif(log: UpdateLog, predict: Predict | None = None) -> pd.DataFrame:
         after = np.asarray(predict(_local_model(round_, row)), np.float64)
         if after.shape != before.shape:
             raise InputError(f"ddif: predict gave {before.shape} for the global model, {after.shape} for a client")
-        with np.errstate(all="ignore"):  # a client's NaN is its own
+        with np.errstate(all="ignore"):  # NaN stays in the row of the client that caused it
             ratios = np.maximum(after, SMALLEST_PROBABILITY) / np.maximum(before, SMALLEST_PROBABILITY)
             values[row] = ratios.mean(axis=0)
     return table(round_, units(layer, classes), values)
 
 
 def final_spectrum(log: UpdateLog, share: float = 0.5) -> pd.DataFrame:
-    """Share of the energy of a client's final-layer update that lies in its low frequencies.
+    """The share of low frequencies in the energy of a client's final-layer update.
 
-    The final weight, flattened row by row, and the final bias after it, if there is one, go through an orthonormal
-    type-II discrete cosine transform; energy is the sum of squares. The final layer only, as FreqFed does: it
+    Parameters
+    ----------
+    log : UpdateLog
+        The rounds so far; the last one is judged.
+    share : float, default 0.5
+        How much of the frequencies counts as low, rounded down, at least one of them; the low half is FreqFed's [1]_.
+
+    Returns
+    -------
+    DataFrame, float64 [client, 1]
+        From 0 to 1, about `share` for white noise, 0 for an update of 0; the column is the final weight's name.
+
+    Raises
+    ------
+    CannotSay
+        Where it abstains.
+    InputError
+        Unless `share` lies between 0 and 1.
+
+    Notes
+    -----
+    The final weight, flattened row by row and followed by the final bias, if there is one, goes through an orthonormal
+    type-II discrete cosine transform; energy is the sum of squares. FreqFed looks at the final layer only, too: it
     clusters the low half of the frequencies of the local weights there, which this sums up in one number.
-    share: of the frequencies, from the lowest up, rounded down, at least one; the low half is FreqFed's.
-    Returns: float64 [client, 1], from 0 to 1, `share` for white noise, 0 for an update of 0; the column is the
-    weight's name.
-    Raises: CannotSay below 3 comparable clients, or if the model has no final weight; InputError unless 0 < share < 1.
-    Source: Fereidooni et al. 2024, NDSS, arXiv:2312.04432.
+
+    **Abstains** when fewer than 3 clients are comparable, or the model has no final weight with a row per class.
+
+    **Fails when** malicious updates have the spectrum of benign ones, as those of most label flips nearly do: it is one
+    number where FreqFed compares whole spectra.
+
+    References
+    ----------
+    .. [1] Fereidooni et al. 2024, NDSS, arXiv:2312.04432.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> from gradlens.statistics import final_spectrum
+    >>> final_spectrum(example_log())["fc2.weight"].between(0, 1).all().item()
+    True
     """
     if not 0 < share < 1:
         raise InputError(f"final_spectrum: share must lie between 0 and 1, found {share!r}")
@@ -193,7 +457,7 @@ def final_weight(log: UpdateLog) -> str:
 
 
 def _neup(log: UpdateLog, round_: Round) -> np.ndarray:
-    """Normalised update energies, float64 [client, class]; NaN or infinite where a client is not comparable."""
+    """Normalized update energies, float64 [client, class]; NaN or infinite where a client is not comparable."""
     weight, bias = final_weight(log), log.model.final_bias
     classes = log.model[weight].shape[0]
     with np.errstate(all="ignore"):

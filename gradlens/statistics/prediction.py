@@ -1,4 +1,4 @@
-"""What a client's updates were to be expected to be, from its own earlier ones and the course of the global model."""
+"""Predicts each update from the client's past updates and the global model's trajectory (FLDetector)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,43 +7,79 @@ import numpy as np
 import pandas as pd
 
 from gradlens.errors import CannotSay
+from gradlens.geometry import ROUNDING
 from gradlens.log import Round, UpdateLog
 from gradlens.log.accumulated import BUDGET, sketch_rows
 from gradlens.log.round import BLOCK
 from gradlens.settings import whole_number
-from gradlens.statistics.cohort import ROUNDING, cohort, table
+from gradlens.statistics.cohort import cohort, table
 
 
 def prediction_residual(log: UpdateLog, window: int = 10) -> pd.DataFrame:
-    """How badly each client's updates of the last rounds were predicted from its own earlier ones, FLDetector's score.
+    """How badly each client's recent updates were predicted from its own earlier ones (FLDetector's score).
 
-    Predicted is g_i(t') + H (w_t - w_t'), from the client's last update g_i before round t, in round t', and the move
-    of the global model w since then; H by L-BFGS (the compact form of Byrd, Nocedal & Schnabel 1994) from the latest
-    `window` pairs of moves of the global model and changes of the cohort's median update, known before round t. The
-    L2 norms of update - prediction over the whole update are divided by their mean over the round's comparable clients
-    and averaged over those of the last `window` rounds in which the client has one.
-    Where this differs from the paper: it divides by the sum, which depends on the number of clients; it has every
-    client in every round, t' = t - 1. Under client sampling t' may be earlier, up to `window` rounds; a client without
-    a prediction in the last `window` rounds has 1, the average. A pair without curvature (the global model or the
-    median did not change) is left out; without any, the prediction is the last update itself. Beyond 0.5 GB the
-    vectors are sketched (`Accumulated`).
-    window: rounds; 10 is the official code's.
-    Returns: float64 [client, 1], 1 = as badly as the average client; the column is "update".
-    Raises: CannotSay below 3 comparable clients, or before half of them have a prediction; InputError unless `window`
-    is at least 1.
-    Source: Zhang, Cao, Jia & Gong 2022, KDD, arXiv:2207.09209; the median is the official code's default aggregation.
+    Parameters
+    ----------
+    log : UpdateLog
+        The rounds so far; the clients of the last one are judged.
+    window : int, default 10
+        Rounds that are averaged, and pairs that L-BFGS uses; 10 is the official code's.
+
+    Returns
+    -------
+    DataFrame, float64 [client, 1]
+        1 = as badly as the average client, also for a client without a prediction; the column is "update".
+
+    Raises
+    ------
+    CannotSay
+        Where it abstains.
+    InputError
+        Unless `window` is a whole number of at least 1.
+
+    Notes
+    -----
+    With g_i(t') the client's last update before round t, in round t', and w_t the global model::
+
+        g_i(t') + H (w_t - w_t')
+
+    is the prediction [1]_. H v comes from L-BFGS in the compact form of Byrd, Nocedal & Schnabel 1994, with the latest
+    `window` pairs of moves of the global model and changes of the cohort's median update (the official code's default
+    aggregation) that were known before round t. A pair without curvature (the global model or the median did not
+    change) is left out; without any pair the prediction is the last update itself. The L2 norms of update - prediction,
+    over the whole update, are divided by their mean over the round's comparable clients and averaged over those of the
+    last `window` rounds in which the client has one.
+
+    This differs from the paper in two points. The paper divides by the sum, which depends on the number of clients. And
+    it has every client in every round, so t' = t - 1; under client sampling t' may be earlier, by up to `window`
+    rounds. Beyond 0.5 GB the vectors are sketched (`Accumulated`).
+
+    **Abstains** when fewer than 3 clients are comparable, or before half of them have a prediction.
+
+    **Fails when** an attacker is consistent: updates that are poisoned alike in every round are predicted well.
+
+    References
+    ----------
+    .. [1] Zhang, Cao, Jia & Gong 2022, KDD, arXiv:2207.09209.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> from gradlens.statistics import prediction_residual
+    >>> prediction_residual(example_log())["update"].idxmax()
+    'client-9'
     """
     whole_number("prediction_residual: window", window, least=1)
     round_ = cohort(log)
     shares = log.folded(_Predicting(int(window))).shares
-    found = [[of[client] for of in shares if client in of] for client in round_.clients.tolist()]
-    predicted = np.array([len(each) > 0 for each in found])
+    residuals = [[of[client] for of in shares if client in of] for client in round_.clients.tolist()]
+    predicted = np.array([len(of_client) > 0 for of_client in residuals])
     if 2 * predicted[round_.comparable].sum() < round_.comparable.sum():
         raise CannotSay(
             f"by round {round_.index} most of its clients have no earlier update to predict from"
             f" within {window} round{'s' if window > 1 else ''}"
         )
-    values = np.array([np.mean(each) if each else 1.0 for each in found])
+    values = np.array([np.mean(of_client) if of_client else 1.0 for of_client in residuals])
     return table(round_, ["update"], values[:, None])
 
 
@@ -52,12 +88,12 @@ Layers = Mapping[str, np.ndarray]  # layer -> float32 [number]
 
 @dataclass(frozen=True, eq=False)
 class _Course:
-    """What predictions rest on: of at most the last `window` rounds and the one before them.
+    """The state that predictions rest on, from at most the last `window` rounds and the one before them.
 
-    last: the last round; before: its number of predecessors; places, middles: the global models and the median updates
-    until then, oldest first; seen: client -> the number of predecessors of its last comparable round; absent: the
-    updates of those of them that are not in the last round; shares: for each round, client -> its residual over the
-    mean one.
+    last: the last round; before: the number of rounds before it; places, middles: the global models and the median
+    updates until then, oldest first; seen: client -> the number of rounds before its last comparable one; absent: the
+    last updates of those clients that are not in the last round; shares: for each round, client -> the norm of its
+    residual, over the mean norm.
     """
 
     last: Round
@@ -71,7 +107,7 @@ class _Course:
 
 @dataclass(frozen=True)
 class _Predicting:
-    """The course of a log, from round to round (`UpdateLog.folded`)."""
+    """Carries the state from round to round: a step for `UpdateLog.folded`."""
 
     window: int
 
@@ -87,7 +123,7 @@ class _Predicting:
             middle = course.middles[-1]
         before = course.before + 1
         places = (*course.places, place)
-        shares = _shares(course, round_, places, sketched)
+        shares = relative_residuals(course, round_, places, sketched)
         seen = {client: when for client, when in course.seen.items() if when > before - window}
         absent = _absent(course, set(seen) - set(present), sketched)
         return _Course(
@@ -107,18 +143,18 @@ def _vector(layer: str, numbers: np.ndarray, sketched: bool) -> np.ndarray:
 
 
 def _absent(course: _Course, clients: set[str], sketched: bool) -> dict[str, Layers]:
-    """The last updates of these clients; of as many as 0.5 GB hold, the latest ones."""
+    """The last updates of these clients; no more than 0.5 GB hold, the latest ones first."""
     latest = sorted(clients, key=lambda client: (-course.seen[client], client))
     known = dict(course.absent)
     for row, client in enumerate(course.last.clients.tolist()):
         if client in clients and course.seen[client] == course.before:
             flat = {name: course.last.flat(name, sketch=True)[row] for name in course.last.parameters}
-            known[client] = {name: np.array(_vector(name, each, sketched)) for name, each in flat.items()}
-    size = 4 * sum(len(each) for each in course.places[-1].values())
+            known[client] = {name: np.array(_vector(name, numbers, sketched)) for name, numbers in flat.items()}
+    size = 4 * sum(len(numbers) for numbers in course.places[-1].values())
     return {client: known[client] for client in latest[: int(BUDGET / 2) // size]}
 
 
-def _shares(course: _Course, round_: Round, places: tuple[Layers, ...], sketched: bool) -> dict[str, float]:
+def relative_residuals(course: _Course, round_: Round, places: tuple[Layers, ...], sketched: bool) -> dict[str, float]:
     """Client -> the norm of its update minus the predicted one, over the mean of these norms."""
     rows = {c: r for r, c in enumerate(round_.clients.tolist()) if round_.comparable[r] and c in course.seen}
     if not rows:
@@ -128,7 +164,7 @@ def _shares(course: _Course, round_: Round, places: tuple[Layers, ...], sketched
         return {}
     led_to = course.before + 1 - np.arange(len(places) - 2, -1, -1)  # which round each move led to
     steps = (led_to[None, :] > np.array([course.seen[client] for client in rows])[:, None]).astype(np.float64)
-    change = _hessian_times(gram, steps)
+    change = hessian_times(gram, steps)
     left = squares - 2 * (change * products).sum(axis=1) + np.einsum("ki,ij,kj->k", change, gram, change)
     norms = np.sqrt(np.where(left > ROUNDING * squares, left, 0))
     mean = norms.mean()
@@ -138,9 +174,9 @@ def _shares(course: _Course, round_: Round, places: tuple[Layers, ...], sketched
 def _inner_products(
     course: _Course, round_: Round, rows: Mapping[str, int], places: tuple[Layers, ...], sketched: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the basis [vector, vector], of what changed in each client's update with it, and of that with itself.
+    """Inner products of the basis [vector, vector], of each client's change of update with the basis, and with itself.
 
-    The basis: how the global models moved from round to round, oldest first, then how the medians did.
+    The basis holds the moves of the global model from round to round, oldest first, then those of the medians.
     """
     count = len(places) + len(course.middles) - 2
     gram, products, squares = np.zeros((count, count)), np.zeros((len(rows), count)), np.zeros(len(rows))
@@ -149,8 +185,8 @@ def _inner_products(
         for start in range(0, len(places[-1][name]), BLOCK):
             part = slice(start, start + BLOCK)
             with np.errstate(all="ignore"):  # the global model may not be finite
-                courses = [np.stack([each[name][part] for each in of]) for of in (places, course.middles)]
-                vectors = np.concatenate([np.diff(each.astype(np.float64), axis=0) for each in courses])
+                courses = [np.stack([state[name][part] for state in states]) for states in (places, course.middles)]
+                vectors = np.concatenate([np.diff(course_.astype(np.float64), axis=0) for course_ in courses])
                 gram += vectors @ vectors.T
             changes = np.stack([new[part] for new, _ in pairs]).astype(np.float64)
             changes -= np.stack([old[part] for _, old in pairs])
@@ -175,11 +211,26 @@ def _pairs(
     return pairs
 
 
-def _hessian_times(gram: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """H v by the compact form of L-BFGS, as combinations of moves s (with the latest) and turns y, in their Gram.
+def hessian_times(gram: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """H v by the compact form of L-BFGS, as combinations of the moves s and the changes y of the medians.
 
-    H = sigma I - [sigma S, Y] [[sigma S'S, L], [L', -D]]^-1 [sigma S, Y]', sigma = s'y / s's of the latest pair, L the
-    strictly lower part and D the diagonal of S'Y. gram: [s..., the latest s, y...]; steps: v as sums of s.
+    Parameters
+    ----------
+    gram : ndarray, float64 [vector, vector]
+        Inner products of the vectors [s..., the latest s, y...].
+    steps : ndarray, float64 [client, s]
+        v of each client as a sum of moves s, the latest included.
+
+    Returns
+    -------
+    ndarray, float64 [client, vector]
+        H v as a combination of the vectors.
+
+    Notes
+    -----
+    With sigma = s'y / s's of the latest pair, L the strictly lower part and D the diagonal of S'Y::
+
+        H = sigma I - [sigma S, Y] [[sigma S'S, L], [L', -D]]^-1 [sigma S, Y]'
     """
     count = steps.shape[1] - 1
     change = np.zeros((len(steps), 2 * count + 1))

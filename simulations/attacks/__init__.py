@@ -29,7 +29,7 @@ from simulations.attacks.boosting import (
     scaling,
     train_and_scale,
 )
-from simulations.attacks.hiding import hiding
+from simulations.attacks.hidden_layers import hiding
 from simulations.attacks.local_training import constrain_and_scale, neurotoxin, norm_bound, own_training
 from simulations.attacks.parts import compose, compose_all
 from simulations.attacks.perturbation import min_max, min_sum

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from simulations.attacks.attack import Attack, Reference, Tensors, Training, attack_part, function_named
 from simulations.attacks.boosting import scaling
-from simulations.attacks.hiding import final_layers
+from simulations.attacks.hidden_layers import final_layers
 from simulations.attacks.sending import Factor
 
 Penalty = Callable[[Tensors, Reference], torch.Tensor]

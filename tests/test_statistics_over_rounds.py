@@ -9,17 +9,20 @@ from hypothesis import strategies as st
 
 import planted
 from gradlens.errors import CannotSay, InputError
-from gradlens.log import ModelSpec, Round, UpdateLog, accumulated
-from gradlens.statistics import over_rounds, prediction
-from gradlens.statistics.over_rounds import (
+from gradlens.log import ModelSpec, Round, UpdateLog
+from gradlens.log import accumulated as log_accumulated
+from gradlens.statistics import (
     accomplices,
     accumulated_neighbours,
     accumulated_norms,
     accumulated_spectral,
+    accumulation,
     consistency,
     label_drift_residual,
+    over_rounds,
+    prediction,
+    prediction_residual,
 )
-from gradlens.statistics.prediction import prediction_residual
 
 ACCUMULATED = (
     accumulated_norms,
@@ -212,7 +215,7 @@ def test_hessian_times_a_move_it_knows_is_the_turn():
     s, y, latest = rng.normal(size=(3, 9)), rng.normal(size=(3, 9)), rng.normal(size=9)
     y[1] = 0  # without curvature: left out
     basis = np.concatenate([s, latest[None], y])
-    change = prediction._hessian_times(basis @ basis.T, np.array([[0.0, 0, 1, 0]]))
+    change = prediction.hessian_times(basis @ basis.T, np.array([[0.0, 0, 1, 0]]))
     np.testing.assert_allclose(change @ basis, y[2][None], atol=1e-10)
 
 
@@ -433,8 +436,8 @@ def test_what_has_no_unit_stays_when_all_updates_grow(seed, factor, each):
 
 def test_one_gram_serves_all_who_ask_of_one_log(monkeypatch):
     formed = []
-    original = over_rounds._formed
-    monkeypatch.setattr(over_rounds, "_formed", lambda *a: formed.append(1) or original(*a))
+    original = accumulation.form_grams
+    monkeypatch.setattr(accumulation, "form_grams", lambda *a: formed.append(1) or original(*a))
     log = sampled_log(5)
     for prefix in [*log.prefixes()][2:]:
         for statistic in (accumulated_spectral, accumulated_neighbours, label_drift_residual):
@@ -444,8 +447,8 @@ def test_one_gram_serves_all_who_ask_of_one_log(monkeypatch):
 
 def test_each_round_is_looked_at_once(monkeypatch):
     calls = []
-    original = prediction._shares
-    monkeypatch.setattr(prediction, "_shares", lambda *a: calls.append(1) or original(*a))
+    original = prediction.relative_residuals
+    monkeypatch.setattr(prediction, "relative_residuals", lambda *a: calls.append(1) or original(*a))
     log = sampled_log(9)
     for prefix in [*log.prefixes()][1:]:
         prediction_residual(prefix, 3)
@@ -471,7 +474,7 @@ def test_above_the_budget_they_work_on_sketches(monkeypatch):
         for i in range(5)
     ]
     whole = {statistic: statistic(UpdateLog(ModelSpec.of(state), rounds)) for statistic in EVERY}
-    for module in (accumulated, over_rounds, prediction):
+    for module in (log_accumulated, over_rounds, prediction):
         monkeypatch.setattr(module, "BUDGET", 30_000)
     for statistic, table in whole.items():
         found = statistic(UpdateLog(ModelSpec.of(state), rounds))

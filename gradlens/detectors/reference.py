@@ -1,0 +1,220 @@
+"""What benign clients show the panel: rows of attack-free logs, and how far out a client lies among them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from scipy.special import ndtri_exp
+
+from gradlens.errors import InputError
+
+ROWS = 5  # null rows for every feature, where there are as many
+TAIL = 0.05  # of the null's rows, beyond which their shares are taken to fall exponentially
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What the panel saw in one log: a row per comparable client and round.
+
+    Parameters
+    ----------
+    positions : ndarray, int64 [row]
+        The number of rounds before this one.
+    clients : ndarray, str [row]
+    features : tuple of str
+        Names of the features.
+    values : ndarray, float64 [row, feature]
+        All layer groups of the first part first.
+    heard : tuple of bool
+        Which layer groups a part's reading is the mean of.
+
+    Examples
+    --------
+    >>> from gradlens.detectors.panels import panel
+    >>> from gradlens.examples import example_log
+    >>> panel().observed(example_log(rounds=2)).values.shape
+    (20, 44)
+    """
+
+    positions: np.ndarray
+    clients: np.ndarray
+    features: tuple[str, ...]
+    values: np.ndarray
+    heard: tuple[bool, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What benign clients show: rows of attack-free logs.
+
+    Parameters
+    ----------
+    features : tuple of str
+    positions : ndarray, int64 [row]
+        The number of rounds before the row's.
+    fold : ndarray, int64 [row]
+        Which rows belong together, when some are scored by the others.
+    values : ndarray, float64 [row, feature]
+    directions : ndarray, float64 [feature, part]
+        What each part's reading is made of.
+
+    Examples
+    --------
+    >>> from gradlens.detectors.panels import panel
+    >>> from gradlens.examples import example_log
+    >>> fitted, scores = panel().fitted([example_log(num_malicious=0, seed=seed) for seed in (1, 2)])
+    >>> fitted.reference.values.shape
+    (80, 44)
+    """
+
+    features: tuple[str, ...]
+    positions: np.ndarray
+    fold: np.ndarray
+    values: np.ndarray
+    directions: np.ndarray
+
+    @classmethod
+    def of(cls, seen: Sequence[Observed], directions: np.ndarray, folds: int = 5) -> "Reference":
+        """The rows of several logs; raises InputError where they are of different models."""
+        if len({log.features for log in seen}) != 1:
+            raise InputError("the null of a panel must be of one model; found logs whose layers differ")
+        if len(seen) > 1:
+            fold = np.concatenate([np.full(len(log.values), i % folds) for i, log in enumerate(seen)])
+        else:
+            fold = np.unique(seen[0].clients, return_inverse=True)[1] % folds
+        positions = np.concatenate([log.positions for log in seen])
+        return cls(seen[0].features, positions, fold, np.concatenate([log.values for log in seen]), directions)
+
+    @lru_cache(maxsize=4_096)  # noqa: B019 - a reference lives as long as its detector
+    def at(self, position: int, features: tuple[str, ...]) -> "Fit":
+        """The fit for the round after `position` others, from the null's rows after as many, or the nearest."""
+        if features != self.features:
+            raise InputError(f"the panel was calibrated on another model: {self.features[0]!r}, found {features[0]!r}")
+        near = self._near(position, np.ones(len(self.values), bool))
+        return Fit.of(self.values[near], self.fold[near], self.directions)
+
+    def scores_out_of_sample(self) -> np.ndarray:
+        """The score of every row by the fit of the other folds, float64 [row]."""
+        scores = np.zeros(len(self.values))
+        for fold in np.unique(self.fold):
+            others = self.fold != fold
+            if not others.any():
+                raise InputError("the null of a panel needs at least two logs, or two clients of one")
+            for position in np.unique(self.positions[~others]):
+                rows = ~others & (self.positions == position)
+                near = self._near(position, others)
+                fit = Fit.of(self.values[near], self.fold[near], self.directions)
+                scores[rows] = fit.readings(self.values[rows]).max(axis=1)
+        return scores
+
+    def _near(self, position: int, allowed: np.ndarray) -> np.ndarray:
+        """The rows nearest in position, bool [row], as many as make five for every feature."""
+        distance = np.where(allowed, np.abs(self.positions - position), np.iinfo(np.int64).max)
+        wanted = min(ROWS * self.values.shape[1], int(allowed.sum()))
+        return allowed & (distance <= np.sort(distance)[wanted - 1])
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """What benign rows are like.
+
+    Parameters
+    ----------
+    scale, mean : ndarray, float64 [feature]
+    precision : ndarray, float64 [feature, feature]
+        The inverse of the covariance.
+    directions : ndarray, float64 [feature, part]
+        What each part's reading is made of.
+    null : ndarray, float64 [row, reading]
+        The raw readings of the benign rows themselves, each column ascending.
+    among_attackers : bool, default False
+        Whether not all of these rows are benign, so that only their median and spread tell anything.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gradlens.detectors.reference import Fit
+    >>> rows = np.random.default_rng(0).normal(size=(200, 3))
+    >>> fit = Fit.of(rows, fold=np.arange(200) % 5, directions=np.eye(3))
+    >>> fit.readings(np.array([[0.0, 0.0, 9.0]])).argmax().item()  # of "together" and three parts
+    3
+    """
+
+    scale: np.ndarray
+    mean: np.ndarray
+    precision: np.ndarray
+    directions: np.ndarray
+    null: np.ndarray
+    among_attackers: bool = False
+
+    @classmethod
+    def of(cls, rows: np.ndarray, fold: np.ndarray, directions: np.ndarray) -> "Fit":
+        """The fit to benign rows [row, feature]; the rows of each fold [row] are read by the fit to the others."""
+        null, folds = np.empty((len(rows), 1 + directions.shape[1])), np.unique(fold)
+        for number in folds:
+            others = fold != number if len(folds) > 1 else np.ones(len(rows), bool)
+            by_others = cls(*_learned(rows[others]), directions, null)
+            null[fold == number] = by_others.raw(rows[fold == number])
+        return cls(*_learned(rows), directions, np.sort(null, axis=0))
+
+    def drawn(self, values: np.ndarray) -> np.ndarray:
+        """The features as they are compared: scaled, drawn in, minus their mean, [client, feature] -> the same."""
+        return np.arcsinh(values / self.scale) - self.mean
+
+    def raw(self, values: np.ndarray) -> np.ndarray:
+        """The distance and the parts' means, [client, feature] -> [client, reading]."""
+        z = self.drawn(values)
+        squares = np.einsum("ij,ij->i", z @ self.precision, z) / z.shape[1]
+        return np.column_stack([np.sqrt(np.maximum(squares, 0)), z @ self.directions])
+
+    def readings(self, values: np.ndarray) -> np.ndarray:
+        """The readings in standard deviations, [client, feature] -> [client, reading]; the first is "together"."""
+        raw = self.raw(values)
+        if self.among_attackers:
+            centre = np.median(self.null, axis=0)
+            return (raw - centre) / _or_one(1.4826 * np.median(np.abs(self.null - centre), axis=0))
+        pairs = zip(self.null.T, raw.T, strict=True)
+        return np.stack([_normal_scores(null, numbers) for null, numbers in pairs], axis=1)
+
+
+def own_fit(values: np.ndarray, directions: np.ndarray) -> Fit:
+    """The fit of a cohort to itself: robust scales alone, since fewer clients than features give no covariance."""
+    mad = 1.4826 * np.median(np.abs(values), axis=0)
+    scale = _or_one(np.where(mad > 0, mad, 1.2533 * np.abs(values).mean(axis=0)))
+    fit = Fit(scale, np.zeros(len(scale)), np.eye(len(scale)), directions, np.zeros((0, 0)), among_attackers=True)
+    return replace(fit, null=fit.raw(values))
+
+
+def _learned(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scale, mean and precision of rows [row, feature]."""
+    from sklearn.covariance import ledoit_wolf  # takes a second to import
+
+    low, high = np.quantile(rows, [0.01, 0.99], axis=0)
+    scale = _or_one(np.sqrt(np.mean(np.clip(rows, low, high) ** 2, axis=0)))
+    drawn = np.arcsinh(rows / scale)
+    covariance = ledoit_wolf(drawn)[0] if len(rows) > 1 else np.eye(rows.shape[1])
+    floor = 1e-6 * max(np.trace(covariance) / len(covariance), 1e-12)
+    return scale, drawn.mean(axis=0), np.linalg.inv(covariance + floor * np.eye(len(covariance)))
+
+
+def _normal_scores(null: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """How far out numbers lie among those of an ascending null, in standard deviations of a normal variable.
+
+    They follow from the share of the null that is larger. In its highest twentieth that share falls exponentially with
+    the mean excess, so that numbers beyond the largest still differ.
+    """
+    count = len(null)
+    below = (np.searchsorted(null, numbers, "left") + np.searchsorted(null, numbers, "right")) / 2
+    logs = np.log((count - below + 0.5) / (count + 1))
+    many = min(max(int(TAIL * count), 10), count // 2)
+    if many:
+        start = null[-many]
+        excess = max((null[-many:] - start).mean(), 1e-9 * (abs(start) + 1))
+        far = numbers > start
+        logs[far] = np.log(many / count) - (numbers[far] - start) / excess
+    return -ndtri_exp(logs)
+
+
+def _or_one(spread: np.ndarray) -> np.ndarray:
+    return np.where(spread > 0, spread, 1.0)
