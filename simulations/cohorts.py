@@ -1,4 +1,4 @@
-"""Who takes part in each round, who of them attacks, and whose update does not arrive whole."""
+"""Who takes part in each round, who of them attacks, and whose update is lost or arrives broken."""
 
 from typing import NamedTuple
 
@@ -11,9 +11,23 @@ from simulations.scenario import Scenario
 
 
 class Cohort(NamedTuple):
-    """The clients of one round whose update arrives, int64 [client], sorted, and bool [client] about each.
+    """The clients of one round whose update arrives.
 
-    attacking: malicious clients that attack in this round; broken: what arrives of them is not finite.
+    Parameters
+    ----------
+    clients : array
+        Their numbers, int64 [client], sorted.
+    attacking : array
+        bool [client], the malicious clients that attack in this round.
+    broken : array
+        bool [client], those whose update arrives as NaN.
+
+    Examples
+    --------
+    >>> from simulations import Scenario
+    >>> cohort = cohorts(Scenario(num_clients=5, attack="trigger", num_malicious=2))[0]
+    >>> cohort.clients.tolist(), int(cohort.attacking.sum())
+    ([0, 1, 2, 3, 4], 2)
     """
 
     clients: np.ndarray
@@ -22,25 +36,41 @@ class Cohort(NamedTuple):
 
 
 def client_names(scenario: Scenario) -> np.ndarray:
-    """What the clients are called, str [client]: client-00, client-01, ..."""
+    """Returns the names of the clients, str [client]: client-00, client-01, ..."""
     width = max(2, len(str(scenario.num_clients - 1)))
     return np.array([f"client-{number:0{width}d}" for number in range(scenario.num_clients)], dtype=np.str_)
 
 
 def malicious_clients(scenario: Scenario) -> np.ndarray:
-    """The malicious clients' numbers, int64, sorted: drawn at random, alike for equal seed and number of clients.
+    """Returns the numbers of the malicious clients, drawn at random.
 
-    Fewer malicious clients are among those of a larger number.
+    They depend on the seed and the number of clients alone; those of a smaller number are among those of a larger one.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        Its `num_malicious` is how many there are.
+
+    Returns
+    -------
+    array
+        int64, sorted.
+
+    Examples
+    --------
+    >>> from simulations import Scenario
+    >>> malicious_clients(Scenario(attack="trigger", num_malicious=3)).tolist()
+    [6, 8, 10]
     """
     order = address(scenario.seed, Stream.MALICIOUS).permutation(scenario.num_clients)
     return np.sort(order[: scenario.num_malicious])
 
 
 def participants(scenario: Scenario, index: int) -> np.ndarray:
-    """The numbers of the clients that are drawn for a round, int64, sorted.
+    """Returns the numbers of the clients that are drawn for a round, int64, sorted.
 
-    Where the schedule says which malicious clients take part, the other places go to benign clients; if those are
-    too few, to malicious clients that do not attack in this round.
+    Where the schedule decides which malicious clients take part, the other places go to benign clients, and if those
+    are too few, to malicious clients that do not attack in this round.
     """
     order = address(scenario.seed, Stream.PARTICIPANTS, index).permutation(scenario.num_clients)
     places, schedule = scenario.clients_per_round or scenario.num_clients, _schedule(scenario)
@@ -50,17 +80,17 @@ def participants(scenario: Scenario, index: int) -> np.ndarray:
         positions = schedule.present(index, len(malicious), places, rng)
         if positions is not None:
             idle = [client for k, client in enumerate(malicious) if not schedule.due(Turn(index, k, 0))]
-            rest = np.setdiff1d(malicious, idle)
+            ready = np.setdiff1d(malicious, idle)
             order = np.concatenate([malicious[positions], order[~np.isin(order, malicious)], idle]).astype(np.int64)
-            places = min(places, scenario.num_clients - len(rest) + len(positions))
+            places = min(places, scenario.num_clients - len(ready) + len(positions))
             order = order[np.sort(np.unique(order, return_index=True)[1])]
     return np.sort(order[:places])
 
 
 def cohorts(scenario: Scenario) -> list[Cohort]:
-    """The cohort of every round; of those that are drawn at least one client's update arrives."""
+    """Returns the cohort of every round; at least one update of those that are drawn arrives."""
     malicious, schedule = malicious_clients(scenario).tolist(), _schedule(scenario)
-    taken_part, found = dict.fromkeys(malicious, 0), []
+    taken_part, rounds = dict.fromkeys(malicious, 0), []
     for index in range(scenario.rounds):
         drawn = participants(scenario, index)
         attacking = {
@@ -73,8 +103,8 @@ def cohorts(scenario: Scenario) -> list[Cohort]:
         luck = address(scenario.seed, Stream.MISSING, index).random(scenario.num_clients)[drawn]
         clients = drawn[(luck >= scenario.missing_rate) | (luck == luck.max(initial=0.0))]
         broken = address(scenario.seed, Stream.NONFINITE, index).random(scenario.num_clients)[clients]
-        found.append(Cohort(clients, np.isin(clients, list(attacking)), broken < scenario.nonfinite_rate))
-    return found
+        rounds.append(Cohort(clients, np.isin(clients, list(attacking)), broken < scenario.nonfinite_rate))
+    return rounds
 
 
 def _schedule(scenario: Scenario) -> Schedule:

@@ -1,4 +1,4 @@
-"""Which training samples each client holds; every sample goes to exactly one client."""
+"""Which training samples each client holds; every sample belongs to exactly one client."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, NamedTuple
@@ -11,10 +11,20 @@ from simulations.tasks import Task
 
 
 class Split(NamedTuple):
-    """Who holds what: a sorted array of positions per client.
+    """Which samples each client holds: a sorted array of positions per client.
 
-    train: positions in x_train, every sample exactly once; test: positions in x_test of what the client's own
-    writers wrote, None where the partition knows no writers.
+    Parameters
+    ----------
+    train : list of array
+        Positions in x_train, [client]; every sample belongs to exactly one client.
+    test : list of array, optional
+        Positions in x_test of what the client's own writers wrote; None where the partition knows no writers.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> [len(part) for part in Split([np.arange(3), np.arange(3, 8)]).train]
+    [3, 5]
     """
 
     train: list[np.ndarray]
@@ -30,7 +40,21 @@ ATTEMPTS = 1_000  # draws of a skewed partition before it is called impossible
 
 @validate_call(config={"strict": True})
 def iid() -> Partition:
-    """Equal shares at random; sizes differ by one sample at most."""
+    """Shares out the samples at random, in equal numbers.
+
+    Returns
+    -------
+    Partition
+        Sizes differ by one sample at most. It raises InputError where there are fewer samples than clients.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from simulations.tasks import load_task
+    >>> split = iid()(load_task("digits"), 10, np.random.default_rng(0))
+    >>> sorted({len(part) for part in split.train})
+    [143, 144]
+    """
 
     def split(task: Task, num_clients: int, rng: np.random.Generator) -> Split:
         _check(task.y_train, num_clients, 1)
@@ -41,9 +65,25 @@ def iid() -> Partition:
 
 @validate_call(config={"strict": True})
 def round_robin() -> Partition:
-    """Sample i goes to client i modulo the number of clients, as in the code of Bilgin 2021, arXiv:2111.14683.
+    """Gives sample i to client i modulo the number of clients.
 
     Nothing is drawn; shares are alike where the samples are in no order.
+
+    Returns
+    -------
+    Partition
+        It raises InputError where there are fewer samples than clients.
+
+    References
+    ----------
+    .. [1] Bilgin 2021, arXiv:2111.14683, as in the code.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from simulations.tasks import load_task
+    >>> round_robin()(load_task("digits"), 500, np.random.default_rng(0)).train[3]
+    array([   3,  503, 1003])
     """
 
     def split(task: Task, num_clients: int, rng: np.random.Generator) -> Split:
@@ -55,11 +95,36 @@ def round_robin() -> Partition:
 
 @validate_call(config={"strict": True})
 def dirichlet(alpha: Positive = 0.5, minimum: Count = 10) -> Partition:
-    """Label skew: each class is shared out in proportions drawn from a symmetric Dirichlet(alpha).
+    """Skews labels: each class is shared out in proportions drawn from a symmetric Dirichlet distribution.
 
-    A client that already holds its share of the data gets nothing of the classes that follow, and the whole is
-    drawn again until every client holds `minimum` samples. Raises InputError after 1,000 draws.
-    Source: Yurochkin et al. 2019, arXiv:1905.12022.
+    Parameters
+    ----------
+    alpha : float
+        Concentration of the distribution; the smaller, the more skewed. 0.5 is common in the literature.
+    minimum : int
+        Samples that every client holds at least; 10 is a plain choice.
+
+    Returns
+    -------
+    Partition
+        It raises InputError where 1,000 draws give some client fewer samples.
+
+    Notes
+    -----
+    A client that already holds its share of the data gets nothing of the classes that follow, and the whole is drawn
+    again until every client holds `minimum` samples.
+
+    References
+    ----------
+    .. [1] Yurochkin et al. 2019, arXiv:1905.12022.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from simulations.tasks import load_task
+    >>> split = dirichlet(alpha=0.1)(load_task("digits"), 10, np.random.default_rng(0))
+    >>> min(len(part) for part in split.train) >= 10
+    True
     """
 
     def split(task: Task, num_clients: int, rng: np.random.Generator) -> Split:
@@ -79,77 +144,107 @@ def dirichlet(alpha: Positive = 0.5, minimum: Count = 10) -> Partition:
 
 @validate_call(config={"strict": True})
 def labels(per_client: Count = 2) -> Partition:
-    """Label skew: no client holds more than `per_client` labels.
+    """Skews labels: no client holds more than a few of them.
 
+    Parameters
+    ----------
+    per_client : int
+        Labels that a client holds at most; 2 as in [1]_.
+
+    Returns
+    -------
+    Partition
+        It raises InputError where there are more classes than shards, or fewer samples.
+
+    Notes
+    -----
     Each class is cut at random into shards, the larger classes into more, `per_client` shards per client in all; each
-    client gets as many at random. So shards are of about equal size, and some clients get two of one class.
-    Differs from the source in that a shard never holds two classes. Raises InputError where there are more classes
-    than shards, or fewer samples. Source: McMahan et al. 2017, arXiv:1602.05629, section 3.
+    client gets as many at random. So shards are of about equal size, and some clients get two of one class. Unlike in
+    [1]_, a shard never holds two classes.
+
+    References
+    ----------
+    .. [1] McMahan et al. 2017, arXiv:1602.05629, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from simulations.tasks import load_task
+    >>> task = load_task("digits")
+    >>> split = labels()(task, 10, np.random.default_rng(0))
+    >>> max(len(set(task.y_train[part].tolist())) for part in split.train)
+    2
     """
 
     def split(task: Task, num_clients: int, rng: np.random.Generator) -> Split:
         _check(task.y_train, num_clients, per_client)
-        found, sizes = np.unique(task.y_train, return_counts=True)
-        if len(found) > num_clients * per_client:
-            raise InputError(
-                f"labels: {num_clients} clients with {per_client} labels each cannot hold the {len(found)} classes "
-                f"of task {task.name}; raise per_client"
-            )
-        shards = np.ones(len(found), np.int64)
-        for _ in range(num_clients * per_client - len(found)):
-            shards[np.argmax(sizes / shards)] += 1  # the class whose shards are largest is cut once more
-        pieces = [
-            piece
-            for label, number in zip(found, shards, strict=True)
-            for piece in np.array_split(rng.permutation(np.flatnonzero(task.y_train == label)), number)
-        ]
-        dealt = rng.permutation(len(pieces)).reshape(num_clients, per_client)
-        return Split([np.sort(np.concatenate([pieces[i] for i in hand])) for hand in dealt])
+        shards = _shards(task, num_clients, per_client, rng)
+        dealt = rng.permutation(len(shards)).reshape(num_clients, per_client)
+        return Split([np.sort(np.concatenate([shards[i] for i in hand])) for hand in dealt])
 
     return split
 
 
 @validate_call(config={"strict": True})
 def writer() -> Partition:
-    """Each writer (or speaking role) whole to one client; with its training samples go its test samples.
+    """Gives each writer (or speaking role) whole to one client, test samples included.
 
-    Where there are more writers than clients each client gets several, the largest first, each to the client that
-    holds the fewest samples so far. Test samples of a writer without training samples go to nobody. Raises InputError
-    where the task does not say whose its samples are, or knows fewer writers than clients.
+    Returns
+    -------
+    Partition
+        It raises InputError where the task does not say whose its samples are, or knows fewer writers than clients.
+
+    Notes
+    -----
+    Where there are more writers than clients each client gets several: the largest writers first, each to the client
+    that holds the fewest samples so far; chance decides between equals. Test samples of a writer without training
+    samples go to no client.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> import numpy as np
+    >>> from simulations.tasks import load_task
+    >>> task = load_task("digits")
+    >>> task = replace(task, owners_train=np.array(["Ann", "Bob", "Eve"])[np.arange(1437) % 3])
+    >>> [len(part) for part in writer()(task, 3, np.random.default_rng(0)).train]
+    [479, 479, 479]
     """
-
-    def split(task: Task, num_clients: int, rng: np.random.Generator) -> Split:
-        if task.owners_train is None:
-            raise InputError(f"writer: task {task.name} does not say who wrote its samples")
-        writers, written, sizes = np.unique(task.owners_train, return_inverse=True, return_counts=True)
-        if len(writers) < num_clients:
-            raise InputError(
-                f"writer: {num_clients} clients need at least as many writers, task {task.name} has {len(writers)}"
-            )
-        order = rng.permutation(len(writers))  # of equally large writers, and below of clients, chance decides
-        clients, held = rng.permutation(num_clients), np.zeros(num_clients, np.int64)
-        client_of = np.zeros(len(writers), np.int64)
-        for each in order[np.argsort(-sizes[order], kind="stable")]:
-            place = np.argmin(held)
-            client_of[each] = clients[place]
-            held[place] += sizes[each]
-        train = _parts(client_of[written], num_clients)
-        if task.owners_test is None:
-            return Split(train)
-        wrote = np.minimum(np.searchsorted(writers, task.owners_test), len(writers) - 1)
-        known = writers[wrote] == task.owners_test
-        return Split(train, _parts(np.where(known, client_of[wrote], -1), num_clients))
-
-    return split
+    return _by_writer
 
 
 @validate_call(config={"strict": True})
 def quantity(alpha: Positive = 0.5, minimum: Count = 10) -> Partition:
-    """Clients of unequal size that draw from the same samples: sizes in proportions of a symmetric Dirichlet(alpha).
+    """Skews sizes: clients hold unequal numbers of samples of the same kind.
 
-    Each client holds `minimum` samples and its proportion of the rest; the source draws the proportions of the whole
-    again until all are large enough, which hardly ever ends for many clients.
-    Source: Li, Diao, Chen and He 2022, arXiv:2102.02079, section on quantity skew.
+    Parameters
+    ----------
+    alpha : float
+        Concentration of the symmetric Dirichlet distribution that sizes are drawn from; 0.5 is common for skew.
+    minimum : int
+        Samples that every client holds at least; 10 is a plain choice.
+
+    Returns
+    -------
+    Partition
+        It raises InputError where there are fewer samples than that.
+
+    Notes
+    -----
+    Each client holds `minimum` samples and its proportion of the rest. In [1]_ the proportions of the whole are drawn
+    again until all clients are large enough, which hardly ever ends for many clients.
+
+    References
+    ----------
+    .. [1] Li, Diao, Chen and He 2022, arXiv:2102.02079, section on quantity skew.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from simulations.tasks import load_task
+    >>> split = quantity(minimum=50)(load_task("digits"), 10, np.random.default_rng(0))
+    >>> min(len(part) for part in split.train) >= 50
+    True
     """
 
     def split(task: Task, num_clients: int, rng: np.random.Generator) -> Split:
@@ -165,26 +260,44 @@ def quantity(alpha: Positive = 0.5, minimum: Count = 10) -> Partition:
 
 @validate_call(config={"strict": True})
 def pseudo_writer(components: Count = 16) -> Partition:
-    """Writers made up for images that name none: each client holds one style of each class.
+    """Makes up writers for images that name none: each client holds one style of each class.
 
-    The images of a class are grouped by k-means on their leading principal components into as many styles as there
-    are clients; each client gets one of them at random. Test images go to the client of the style of their class that
-    is nearest. A stand-in for real writers: what the styles of one client have in common is chance. Raises InputError
-    for text, and where a class has fewer different images than there are clients.
+    Parameters
+    ----------
+    components : int
+        Leading principal components in which styles are told apart; 16 is a plain choice.
+
+    Returns
+    -------
+    Partition
+        It raises InputError for text, and where a class has fewer different images than there are clients.
+
+    Notes
+    -----
+    The images of a class are grouped by k-means on their leading principal components into as many styles as there are
+    clients; each client gets one of them at random. Test images go to the client of the nearest style of their class.
+    It is a stand-in for real writers: what the styles of one client have in common is chance.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from simulations.tasks import load_task
+    >>> split = pseudo_writer()(load_task("digits"), 5, np.random.default_rng(0))
+    >>> sum(len(part) for part in split.train), sum(len(part) for part in split.test)
+    (1437, 360)
     """
 
     def split(task: Task, num_clients: int, rng: np.random.Generator) -> Split:
         if task.is_text:
             raise InputError(f"pseudo_writer: expected images, task {task.name} is text")
-        holders = np.zeros(len(task.y_train), np.int64)
-        readers = np.full(len(task.y_test), -1)
+        holders, readers = np.zeros(len(task.y_train), np.int64), np.full(len(task.y_test), -1)
         for label in np.unique(task.y_train):
             train, test = np.flatnonzero(task.y_train == label), np.flatnonzero(task.y_test == label)
             images = task.x_train[train].reshape(len(train), -1)
-            if (found := len(np.unique(images, axis=0))) < num_clients:
+            if (different := len(np.unique(images, axis=0))) < num_clients:
                 raise InputError(
                     f"pseudo_writer: {num_clients} clients need as many different images of each class, "
-                    f"task {task.name} has {found} of class {task.label_names[label]}"
+                    f"task {task.name} has {different} of class {task.label_names[label]}"
                 )
             client_of = rng.permutation(num_clients)
             tested = task.x_test[test].reshape(len(test), images.shape[1])
@@ -206,6 +319,47 @@ PARTITIONS: Mapping[str, Callable[..., Partition]] = {
 }
 
 
+def _shards(task: Task, num_clients: int, per_client: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Positions of samples of one class each, `per_client` arrays per client."""
+    classes, sizes = np.unique(task.y_train, return_counts=True)
+    if len(classes) > num_clients * per_client:
+        raise InputError(
+            f"labels: {num_clients} clients with {per_client} labels each cannot hold the {len(classes)} classes "
+            f"of task {task.name}; raise per_client"
+        )
+    numbers = np.ones(len(classes), np.int64)
+    for _ in range(num_clients * per_client - len(classes)):
+        numbers[np.argmax(sizes / numbers)] += 1  # the class whose shards are largest is cut once more
+    return [
+        shard
+        for label, number in zip(classes, numbers, strict=True)
+        for shard in np.array_split(rng.permutation(np.flatnonzero(task.y_train == label)), number)
+    ]
+
+
+def _by_writer(task: Task, num_clients: int, rng: np.random.Generator) -> Split:
+    if task.owners_train is None:
+        raise InputError(f"writer: task {task.name} does not say who wrote its samples")
+    writers, written, sizes = np.unique(task.owners_train, return_inverse=True, return_counts=True)
+    if len(writers) < num_clients:
+        raise InputError(
+            f"writer: {num_clients} clients need at least as many writers, task {task.name} has {len(writers)}"
+        )
+    order = rng.permutation(len(writers))  # of equally large writers, and below of clients, chance decides
+    clients, held = rng.permutation(num_clients), np.zeros(num_clients, np.int64)
+    client_of = np.zeros(len(writers), np.int64)
+    for number in order[np.argsort(-sizes[order], kind="stable")]:
+        place = np.argmin(held)
+        client_of[number] = clients[place]
+        held[place] += sizes[number]
+    train = _parts(client_of[written], num_clients)
+    if task.owners_test is None:
+        return Split(train)
+    wrote = np.minimum(np.searchsorted(writers, task.owners_test), len(writers) - 1)
+    known = writers[wrote] == task.owners_test
+    return Split(train, _parts(np.where(known, client_of[wrote], -1), num_clients))
+
+
 def _holders(labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
     """One draw: the client that holds each sample, int64 [sample]."""
     holders = np.zeros(len(labels), np.int64)
@@ -213,7 +367,7 @@ def _holders(labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.
     for label in np.unique(labels):
         samples = rng.permutation(np.flatnonzero(labels == label))
         shares = rng.dirichlet(np.full(num_clients, alpha)) * (held * num_clients < len(labels))
-        # a tiny alpha may give the whole class to clients that have their share already: those then draw lots
+        # a tiny alpha may give the whole class to clients that have their share already: all then share it equally
         shares = shares / shares.sum() if shares.sum() > 0 else np.full(num_clients, 1 / num_clients)
         cuts = np.rint(np.cumsum(shares)[:-1] * len(samples)).astype(np.int64)
         holder = np.repeat(np.arange(num_clients), np.diff(cuts, prepend=0, append=len(samples)))
@@ -240,7 +394,7 @@ def _styles(
 
 
 def _parts(holders: np.ndarray, num_clients: int) -> list[np.ndarray]:
-    """Client of each sample -> samples of each client; those of client -1 are nobody's."""
+    """Client of each sample -> samples of each client; those of client -1 belong to none."""
     return [np.flatnonzero(holders == client) for client in range(num_clients)]
 
 

@@ -5,11 +5,17 @@ from threading import Lock
 
 import numpy as np
 
-GENERATOR = Lock()  # torch has one global generator, which models are initialised from
+GENERATOR = Lock()  # torch has one global generator, from which models are initialized
 
 
 class Stream(IntEnum):
-    """What a random number is for. A number that has been used is never given to another purpose."""
+    """What a random number is for; the number of one purpose is never given to another.
+
+    Examples
+    --------
+    >>> Stream.PARTITION.value
+    1
+    """
 
     SAMPLES = 0  # which training samples are used at all
     PARTITION = 1
@@ -26,5 +32,20 @@ class Stream(IntEnum):
 
 
 def address(seed: int, stream: Stream, round_: int = 0, client: int = 0) -> np.random.Generator:
-    """The generator of one purpose in one round for one client."""
+    """Returns the generator of one purpose in one round for one client.
+
+    Parameters
+    ----------
+    seed : int
+        The scenario's.
+    stream : Stream
+        The purpose.
+    round_, client : int
+        0 where the purpose has none.
+
+    Examples
+    --------
+    >>> int(address(0, Stream.ATTACK, round_=3).integers(100)) == int(address(0, Stream.ATTACK, round_=3).integers(100))
+    True
+    """
     return np.random.default_rng([seed, stream, round_, client])

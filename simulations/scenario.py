@@ -87,7 +87,7 @@ class Scenario(BaseModel):
     model: str = Field(
         "mlp", description="The model that clients train; `own` is the task's own, `module:function` takes the task."
     )
-    partition: Partition = Field("iid", description="Which client holds which training samples.")
+    partition: Partition = Field("iid", description="Which client holds which training samples.")  # type: ignore[assignment]
     num_clients: int = Field(20, ge=1, description="Number of clients.")
     clients_per_round: int | None = Field(None, ge=1, description="Clients drawn in each round; none: all of them.")
     samples_per_client: int | None = Field(
@@ -103,13 +103,13 @@ class Scenario(BaseModel):
     server_momentum: float = Field(0.0, ge=0, lt=1, description="Share of its last change that the server repeats.")
     missing_rate: float = Field(0.0, ge=0, lt=1, description="Share of drawn clients whose update does not arrive.")
     nonfinite_rate: float = Field(0.0, ge=0, le=1, description="Share of updates that arrive as NaN.")
-    attack: Attack = Field("none", description="What malicious clients do; several parts compose.")
+    attack: Attack = Field("none", description="What malicious clients do; several parts compose.")  # type: ignore[assignment]
     num_malicious: int = Field(0, ge=0, description="Number of malicious clients, drawn at random.")
     poison_rate: float = Field(
         1.0, ge=0, le=1, description="Share of a malicious client's eligible samples that are poisoned."
     )
-    schedule: Schedule = Field("every_round", description="Which malicious client attacks in which round.")
-    aggregator: Aggregator = Field("mean", description="The server's aggregation rule.")
+    schedule: Schedule = Field("every_round", description="Which malicious client attacks in which round.")  # type: ignore[assignment]
+    aggregator: Aggregator = Field("mean", description="The server's aggregation rule.")  # type: ignore[assignment]
     detector: Detector = Field(None, description="The live filter's detector; none: no filter.")  # type: ignore[assignment]
     filter: Filter = Field(
         {}, description="Settings of `gradlens.filtered`; `clean_rounds` and `fpr` calibrate the detector."

@@ -43,51 +43,80 @@ def run_sweep(
 ) -> Sweep:
     """Runs every scenario into `folder`/digest, and measures each attack on the models of its control as well.
 
-    Closed runs are kept, open ones go on where they stopped; what an interruption leaves is never lost.
-    axes: the settings to tell runs apart by (default: those that vary). workers: processes, started afresh with
-    one torch thread each; 1: this process. executor: any other one, e.g. of `dask_executor`; its workers must see
-    the same files under the same paths. There a run that another process still records is waited for as long as it
-    gets on: a worker that was given up may be ending yet. A script that asks for processes needs the usual
-    `if __name__ == "__main__"`.
-    Raises InputError where a scenario cannot run, or the folder is that of a single run.
+    Closed runs are kept, open ones go on where they stopped: an interruption loses at most the rounds in flight.
+
+    Parameters
+    ----------
+    scenarios : iterable of Scenario
+        As `sweep` or `load_sweep` gives them.
+    folder : Path or str
+        The folder of the sweep.
+    axes : sequence of str, optional
+        The settings that tell runs apart; None, the default, for those that vary.
+    workers : int
+        Processes, started afresh with one torch thread each; 1, the default, for this process. A script that asks for
+        more needs the usual `if __name__ == "__main__"`.
+    executor : concurrent.futures.Executor, optional
+        Any other, as that of `dask_executor`, whose workers must see the same files under the same paths. A run that
+        another process still records is waited for while rounds arrive: a worker that was given up may still be on.
+    progress : bool
+        Whether to show bars.
+
+    Raises
+    ------
+    InputError
+        If a scenario cannot run, or the folder is that of a single run.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from simulations import sweep
+    >>> scenarios = sweep(Scenario(rounds=1, num_clients=5, attack="label_flip"), num_malicious=[0, 1])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     len(run_sweep(scenarios, folder, progress=False).runs)
+    2
     """
     scenarios, folder = list(dict.fromkeys(scenarios)), Path(folder).absolute()
+    _check(scenarios, folder, workers)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_with(folder / SWEEP, json.dumps(_index(scenarios, varied(scenarios) if axes is None else axes)).encode())
+    pending = [scenario for scenario in scenarios if not _is_done(folder / scenario.digest)]
+    with _executing(executor, min(workers, len(pending))) as pool:
+        patience = 0.0 if executor is None else PATIENCE
+        _do([(_run, (scenario, folder / scenario.digest, patience)) for scenario in pending], pool, "runs", progress)
+        if missing := [scenario.digest for scenario in pending if not _is_done(folder / scenario.digest)]:
+            raise InputError(f"{folder / missing[0]}: not there after it ran; do the workers see the same files?")
+        _measure_controls(scenarios, folder, pool, progress)
+    return Sweep.open(folder)
+
+
+def _check(scenarios: Sequence[Scenario], folder: Path, workers: int) -> None:
     if not scenarios:
         raise InputError("sweep: expected at least one scenario, found none")
     if workers < 1:
         raise InputError(f"sweep: expected at least one worker, found {workers}")
     if any((folder / name).exists() for name in (RUN, MANIFEST)):
         raise InputError(f"{folder}: expected the folder of a sweep, found a run")
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_with(folder / SWEEP, json.dumps(_index(scenarios, varied(scenarios) if axes is None else axes)).encode())
-    pending = [scenario for scenario in scenarios if not _is_done(folder / scenario.digest)]
-    with _executing(executor, min(workers, len(pending))) as pool:
-        patience = 0.0 if executor is None else PATIENCE
-        _do([(_run, (each, folder / each.digest, patience)) for each in pending], pool, "runs", progress)
-        if missing := [each.digest for each in pending if not _is_done(folder / each.digest)]:
-            raise InputError(f"{folder / missing[0]}: not there after it ran; do the workers see the same files?")
-        _measure_controls(scenarios, folder, pool, progress)
-    return Sweep.open(folder)
 
 
 def _index(scenarios: Sequence[Scenario], axes: Sequence[str]) -> dict[str, Any]:
     digests = {scenario.digest for scenario in scenarios}
-    controls = {each.digest: each.control.digest for each in scenarios if not each.is_control}
+    controls = {scenario.digest: scenario.control.digest for scenario in scenarios if not scenario.is_control}
     return {
         "format": 1,
         "axes": list(axes),
-        "runs": {each.digest: {axis: each.label(axis) for axis in axes} for each in scenarios},
+        "runs": {scenario.digest: {axis: scenario.label(axis) for axis in axes} for scenario in scenarios},
         "controls": {attacked: control for attacked, control in controls.items() if control in digests},
     }
 
 
 def _is_done(path: Path) -> bool:
-    begun = (path / MANIFEST).is_file() and read_manifest(path).lines  # none where it was stopped at its very start
+    begun = (path / MANIFEST).is_file() and read_manifest(path).lines  # no lines where it was stopped at its start
     return bool(begun) and Run.open(path).is_closed
 
 
 def _executing(executor: Executor | None, workers: int) -> AbstractContextManager[Executor | None]:
-    """The executor to use, shut down at the end if it is our own; None for this process."""
+    """The executor to use, shut down at the end where it was made here; None for this process."""
     if executor is not None or workers <= 1:
         return nullcontext(executor)
     return processes(workers)
@@ -95,11 +124,29 @@ def _executing(executor: Executor | None, workers: int) -> AbstractContextManage
 
 @contextmanager
 def dask_executor(address: str, timeout: float = 10.0) -> Iterator[Executor]:
-    """The workers of the Dask scheduler at an address, "tcp://host:port", as an executor.
+    """Yields the workers of a Dask scheduler as an executor, for `run_sweep`.
 
-    A task whose worker was lost is done again by another one, three times at most. The workers need this package
-    and see the same files under the same paths.
-    Raises InputError where dask is not installed, no scheduler answers within `timeout` seconds, or it is lost.
+    The workers need this package, and must see the same files under the same paths. A run whose worker is lost is done
+    again by another one, three times at most.
+
+    Parameters
+    ----------
+    address : str
+        Of the scheduler, "tcp://host:port".
+    timeout : float
+        Seconds within which it must answer; 10 is a plain choice.
+
+    Raises
+    ------
+    InputError
+        If dask is not installed, no scheduler answers in time, or it is lost.
+
+    Examples
+    --------
+    >>> with dask_executor("localhost"):
+    ...     pass
+    Traceback (most recent call last):
+    gradlens.errors.InputError: dask: expected the address of a scheduler, tcp://HOST:PORT, found 'localhost'
     """
     if not re.fullmatch(r"(tcp|tls|ws|wss|ucx)://\S+:\d+", address):
         raise InputError(f"dask: expected the address of a scheduler, tcp://HOST:PORT, found {address!r}")
@@ -115,7 +162,7 @@ def dask_executor(address: str, timeout: float = 10.0) -> Iterator[Executor]:
         try:
             if not client.scheduler_info()["workers"]:
                 tqdm.write(f"dask: the scheduler at {address} has no worker yet; waiting for one", file=sys.stderr)
-            yield client.get_executor(pure=False)  # a run is done for the files that it leaves
+            yield client.get_executor(pure=False)  # each run is done, for the files that it leaves
         except KilledWorker as error:
             raise InputError(f"dask: several workers were lost with the same run, memory? ({error.task})") from error
         except CancelledError as error:
@@ -126,9 +173,9 @@ def dask_executor(address: str, timeout: float = 10.0) -> Iterator[Executor]:
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Without what libraries log; what goes wrong comes as an exception as well."""
-    known = logging.root.manager.loggerDict
-    loggers = [logging.getLogger(each) for each in known if any(f"{each}.".startswith(f"{name}.") for name in names)]
+    """Silences what libraries log; what goes wrong is raised as an exception as well."""
+    logged = [log for log in logging.root.manager.loggerDict if any(f"{log}.".startswith(f"{name}.") for name in names)]
+    loggers = [logging.getLogger(log) for log in logged]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
         logger.disabled = True
@@ -144,12 +191,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def _run(scenario: Scenario, path: Path, patience: float) -> None:
-    """Runs a scenario; who else records into its folder is waited for until nothing comes for `patience` seconds."""
-    manifest, size, until = path / MANIFEST, -1, 0.0
+    """Runs a scenario; another writer into its folder is waited for until no round arrives for `patience` seconds."""
+    manifest, size, deadline = path / MANIFEST, -1, 0.0
     while patience and _is_held(manifest):
-        if (found := manifest.stat().st_size) != size:
-            size, until = found, time.monotonic() + patience
-        if time.monotonic() > until:
+        if (now := manifest.stat().st_size) != size:
+            size, deadline = now, time.monotonic() + patience
+        if time.monotonic() > deadline:
             break
         time.sleep(0.1)
     run(scenario, path)
@@ -168,7 +215,7 @@ def _is_held(manifest: Path) -> bool:
 
 
 def _do(jobs: Sequence[Job], executor: Executor | None, name: str, progress: bool) -> list[Any]:
-    """The results of all jobs, in their order; at the first failure what has not begun is called off."""
+    """The results of all jobs, in their order; the first failure cancels those that have not begun."""
     bar = tqdm(total=len(jobs), desc=name, unit="", disable=None if progress and jobs else True)
     with bar:
         if executor is None:
@@ -192,23 +239,23 @@ def _counted(bar: Any, result: Any) -> Any:
 def _measure_controls(scenarios: Sequence[Scenario], folder: Path, executor: Executor | None, progress: bool) -> None:
     """Writes `controls.arrow`: run, control, round, asr of the run's attack on its control's global models."""
     digests = {scenario.digest for scenario in scenarios}
-    attacked = [each for each in scenarios if not each.is_control and each.control.digest in digests]
-    questions = dict.fromkeys((each.control, _poisoning(each)) for each in attacked)
+    attacked = [s for s in scenarios if not s.is_control and s.control.digest in digests]
+    pairs = dict.fromkeys((scenario.control, _poisoning(scenario)) for scenario in attacked)
     known = _known(folder, attacked)
-    asked = [question for question in questions if question not in known]
-    jobs: list[Job] = [(control_success, (control, folder / control.digest, text)) for control, text in asked]
-    known |= dict(zip(asked, _do(jobs, executor, "controls", progress), strict=True))
+    missing = [pair for pair in pairs if pair not in known]
+    jobs: list[Job] = [(control_success, (control, folder / control.digest, attack)) for control, attack in missing]
+    known |= dict(zip(missing, _do(jobs, executor, "controls", progress), strict=True))
     rows = [
-        (each.digest, each.control.digest, index, asr)
-        for each in attacked
-        for index, asr in enumerate(known[each.control, _poisoning(each)])
+        (scenario.digest, scenario.control.digest, index, asr)
+        for scenario in attacked
+        for index, asr in enumerate(known[scenario.control, _poisoning(scenario)])
     ]
     if rows:
         write_table(folder / CONTROLS, pd.DataFrame(rows, columns=list(CONTROL_COLUMNS)))
 
 
 def control_success(control: Scenario, path: Path, attack: str) -> list[float]:
-    """The success of an attack (the JSON of its parts) after each round of a run in which nobody attacked."""
+    """Returns the success of an attack (the JSON of its parts) after each round of a run in which nobody attacked."""
     goal = attack_goal(control.replace(attack=json.loads(attack), num_malicious=1))
     model = build_model(measuring_task(control), control.model)
     with one_thread():
@@ -216,19 +263,19 @@ def control_success(control: Scenario, path: Path, attack: str) -> list[float]:
 
 
 def _poisoning(scenario: Scenario) -> str:
-    """What of an attack decides its success on a given model, as JSON: the parts that have a target."""
+    """The parts of an attack that decide its success on a given model, those that poison data, as JSON."""
     parts: Component = scenario.attack
-    return json.dumps({n: each for n, each in parts.items() if build_part(n, each).poisons})
+    return json.dumps({name: settings for name, settings in parts.items() if build_part(name, settings).poisons})
 
 
 def _known(folder: Path, attacked: Sequence[Scenario]) -> dict[tuple[Scenario, str], list[float]]:
-    """What an earlier call has measured already."""
+    """What an earlier call has measured: (control, parts of the attack) -> success in each round."""
     if not (folder / CONTROLS).is_file():
         return {}
     table = Sweep.open(folder).controls.sort_values("round")
-    found = {str(name): rows["asr"].tolist() for name, rows in table.groupby("run")}
+    measured = {str(name): rows["asr"].tolist() for name, rows in table.groupby("run")}
     return {
-        (each.control, _poisoning(each)): found[each.digest]
-        for each in attacked
-        if len(found.get(each.digest, [])) == each.rounds
+        (scenario.control, _poisoning(scenario)): measured[scenario.digest]
+        for scenario in attacked
+        if len(measured.get(scenario.digest, [])) == scenario.rounds
     }

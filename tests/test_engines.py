@@ -209,7 +209,7 @@ def test_the_language_model_is_not_stacked():
 @pytest.mark.parametrize("sizes", [(8, 9), (8, 6), (3, 4), (5, 5)])
 def test_batch_norm_with_smaller_last_batches_is_not_stacked(sizes):
     model, shards = dense(nn.BatchNorm1d(7)), data(sizes)
-    refusal(lambda: learned(StackedEngine, model, shards), "batch norm .*shares that 4 divides, or the engine plain")
+    refusal(lambda: learned(StackedEngine, model, shards), "batch norm .*samples that 4 divides, or the engine plain")
 
 
 class Drawn(nn.Module):
@@ -244,7 +244,7 @@ def test_an_engine_that_is_not_there():
     shards = data()
     refusal(
         lambda: engine_for("fast", dense(), cross_entropy, SETTINGS, shards),
-        "engine: expected one of auto, plain, stacked, found 'fast'",
+        "engine must be one of auto, plain, stacked, found 'fast'",
     )
     assert ENGINES == ("auto", "plain", "stacked")
 

@@ -17,7 +17,7 @@ from gradlens.evaluation import bootstrap
 from gradlens.reporting.analysis import WORKED, attacked_runs, final
 from gradlens.run import Run, Sweep
 from simulations import ATTACKS, Scenario
-from simulations.federated import attack_goal
+from simulations.measure import attack_goal
 from simulations.scenario import component_label
 from simulations.studies.conditions import control_asr, main_part
 from simulations.studies.results import REPORTS, markdown, run_as_command

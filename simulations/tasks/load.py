@@ -57,7 +57,8 @@ def load_task(name: str, samples: int | None = None, seed: int = 0) -> Task:
     """
     builder = None
     if name in TASKS or FUNCTION.fullmatch(name) or name in installed("tasks"):
-        builder = named("tasks", TASKS, name)  # each time: what is remembered of it may not be trusted now
+        # each time, because what is remembered may have been trusted then and not be now
+        builder = named("tasks", TASKS, name)
     return _loaded(name, builder, samples, seed, data_folder())
 
 

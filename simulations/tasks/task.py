@@ -1,4 +1,4 @@
-"""The record that partitions, attacks, models and training take: samples, their labels, and whose they are."""
+"""The task: samples, their labels and whose they are, as partitions, attacks, models and training take them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,20 +15,69 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def cross_entropy(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The softmax cross-entropy of each sample: logits [sample, class], labels [sample] -> [sample], in nats."""
+    """Returns the softmax cross-entropy of each sample, in nats.
+
+    Parameters
+    ----------
+    outputs : torch.Tensor
+        Logits, [sample, class].
+    labels : torch.Tensor
+        int64 [sample].
+
+    Returns
+    -------
+    torch.Tensor
+        [sample], not reduced.
+
+    Examples
+    --------
+    >>> import torch
+    >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
+    tensor([1.3863, 1.3863])
+    """
     return nn.functional.cross_entropy(outputs, labels, reduction="none")
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Samples to be told apart: images, float32 x [sample, channel, height, width] in [0, 1], or text.
+    """Samples, their labels, and whose they are: images, or text.
 
-    Text is int64 x [sample, position] of tokens 0, 1, ..., num_tokens - 1 (None: as many as classes). y: int64
-    [sample]; label_names: what the classes 0, 1, ... are called. owners: whose each sample is (the writer, the
-    speaking role), str [sample], where that is known. extras: named samples that are in neither set. encode: text ->
-    tokens int64 [position]; raises InputError that names what it does not know. loss: what training minimises.
-    model: builds the task's own model, called `own` in a scenario; final_layer: the dotted name of the module that
-    is the final layer, where it is not the last one. The arrays of all tasks that `load_task` gives are read-only.
+    Parameters
+    ----------
+    name : str
+        What errors and reports call it.
+    x_train, x_test : array
+        Images, float32 [sample, channel, height, width] in [0, 1]; or text, int64 [sample, position] of tokens.
+    y_train, y_test : array
+        Labels, int64 [sample].
+    label_names : tuple of str
+        What the classes 0, 1, ... are called.
+    owners_train, owners_test : array, optional
+        Whose each sample is (the writer, the speaking role), str [sample], where that is known.
+    extras : Mapping of str to array
+        Named samples that are in neither set.
+    encode : callable, optional
+        Text -> tokens, int64 [position]; raises InputError that names what it does not know.
+    loss : callable
+        What training minimizes: (outputs, labels) -> loss of each sample; softmax cross-entropy by default.
+    model : callable, optional
+        Builds the task's own model, which a scenario calls `own`.
+    final_layer : str, optional
+        Dotted name of the module that is the own model's final layer, where it is not the last one.
+    num_tokens : int, optional
+        Number of tokens; None: as many as classes.
+
+    Notes
+    -----
+    The arrays of all tasks that `load_task` returns are read-only.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, y = np.zeros((4, 1, 8, 8), np.float32), np.array([0, 1, 0, 1])
+    >>> task = Task("two shapes", x, y, x, y, label_names=("square", "circle"))
+    >>> task.num_classes, task.input_shape, task.is_text
+    (2, (1, 8, 8), False)
     """
 
     name: str
@@ -53,7 +102,7 @@ class Task:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of one sample: channel, height, width; of text its length."""
+        """The shape of one sample: channel, height, width; of text, its length."""
         return self.x_train.shape[1:]
 
     @property
@@ -63,9 +112,12 @@ class Task:
 
 
 def selection(name: str, available: int, samples: int | None, seed: int) -> np.ndarray:
-    """Positions of the training samples to use, at random without repetition; None: all in their order.
+    """Returns the positions of the training samples to use, drawn without repetition; None for all in their order.
 
-    Raises InputError where there are not as many.
+    Raises
+    ------
+    InputError
+        If there are fewer.
     """
     if samples is None:
         return np.arange(available)
@@ -75,13 +127,13 @@ def selection(name: str, available: int, samples: int | None, seed: int) -> np.n
 
 
 def frozen(task: Task) -> Task:
-    """The task with all its arrays read-only: a task is remembered and shared."""
-    owners = [each for each in (task.owners_train, task.owners_test) if each is not None]
+    """Returns the task with all its arrays read-only, because a task is remembered and shared."""
+    owners = [array for array in (task.owners_train, task.owners_test) if array is not None]
     for array in (task.x_train, task.y_train, task.x_test, task.y_test, *owners, *task.extras.values()):
         array.flags.writeable = False
     return task
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """Returns the first line of an error's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Tasks of text: what comes next in the speeches of Shakespeare's roles, a character or a word."""
+"""Tasks of text: predicting the next character or word in the speeches of Shakespeare's roles."""
 
 import re
 from collections import Counter
@@ -13,7 +13,7 @@ from gradlens.errors import InputError
 from simulations.tasks.images import DATA, data_folder
 from simulations.tasks.task import Task, frozen, selection
 
-ENOUGH = 2_000  # characters of speech from which a role is used
+ENOUGH = 2_000  # characters of speech that a role needs to be used
 HELD_OUT = 0.1  # share of each role's text, at its end, that is kept for testing
 CHARACTERS, CHARACTER_STRIDE = 80, 10  # characters that are seen before the next one; from window to window
 WORDS, WORD_STRIDE = 10, 2
@@ -22,12 +22,40 @@ WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")  # letters and digits, with apostroph
 
 
 def shakespeare_chars(samples: int | None = None, seed: int = 0) -> Task:
-    """80 characters -> the next one, in the speeches of each role, as in LEAF; windows start every 10 characters.
+    """Predicts the next character from the last 80 in the speeches of each role, as in LEAF.
 
-    The classes are the characters of the whole text, in the order of their codes. A role's speeches follow each
-    other, a line break between; roles with fewer than 2,000 characters are left out. The last 10 % of each role's
-    text are its test text: no window reaches across. Differs from LEAF (Caldas et al. 2018, arXiv:1812.01097) in the
-    stride, there 1, and in the text, there all plays: it is `shakespeare/input.txt` below the data folder.
+    Parameters
+    ----------
+    samples : int, optional
+        Number of training windows; None, the default, for all.
+    seed : int
+        Of their draw.
+
+    Returns
+    -------
+    Task
+        The classes are the characters of the whole text, in the order of their codes; a sample's owner is its role.
+
+    Raises
+    ------
+    InputError
+        If `shakespeare/input.txt` is not below the data folder, or is too short.
+
+    Notes
+    -----
+    Windows start every 10 characters. A role's speeches follow each other, with a line break between; roles with fewer
+    than 2,000 characters are left out. The last 10 % of each role's text are for testing, and no window reaches across.
+    LEAF [1]_ has a stride of 1 and the text of all plays.
+
+    References
+    ----------
+    .. [1] Caldas et al. 2018, arXiv:1812.01097.
+
+    Examples
+    --------
+    >>> from simulations.tasks import TASKS
+    >>> TASKS["shakespeare_chars"] is shakespeare_chars  # needs shakespeare/input.txt below the data folder
+    True
     """
     text, speeches = _read("shakespeare_chars")
     characters = sorted(set(text))
@@ -37,11 +65,37 @@ def shakespeare_chars(samples: int | None = None, seed: int = 0) -> Task:
 
 
 def shakespeare_words(samples: int | None = None, seed: int = 0) -> Task:
-    """10 words -> the next one, in the speeches of each role; windows start every 2 words.
+    """Predicts the next word from the last 10 in the speeches of each role.
 
-    Words are in lower case and without punctuation. The classes are the 2,000 most frequent words of the training
-    text, most frequent first; any other word is the token 2,000, `<unk>`, which is never a label: windows whose
-    next word is unknown are left out. Roles and test text are those of shakespeare_chars.
+    Parameters
+    ----------
+    samples : int, optional
+        Number of training windows; None, the default, for all.
+    seed : int
+        Of their draw.
+
+    Returns
+    -------
+    Task
+        The classes are the 2,000 most frequent words of the training text, most frequent first; a sample's owner is
+        its role.
+
+    Raises
+    ------
+    InputError
+        If `shakespeare/input.txt` is not below the data folder, or is too short.
+
+    Notes
+    -----
+    Windows start every 2 words. Words are in lower case and without punctuation. Any word that is no class is the token
+    2,000, `<unk>`, which is never a label: windows whose next word is unknown are left out. Roles and test text are
+    those of `shakespeare_chars`.
+
+    Examples
+    --------
+    >>> from simulations.tasks import TASKS
+    >>> TASKS["shakespeare_words"] is shakespeare_words  # needs shakespeare/input.txt below the data folder
+    True
     """
     _, speeches = _read("shakespeare_words")
     seen = Counter(word for text in speeches.values() for word in _words(_cut(text)[0]))
@@ -57,7 +111,7 @@ def _words(text: str) -> list[str]:
 
 
 def _numbers(text: str, numbers: dict[str, int]) -> np.ndarray:
-    """The tokens of a text's words; those outside the vocabulary share the last one."""
+    """The tokens of a text's words; those outside the vocabulary share the last token."""
     return np.array([numbers.get(word, len(numbers)) for word in _words(text)], np.int64)
 
 
@@ -82,7 +136,7 @@ def _speeches(path: Path) -> tuple[str, dict[str, str]]:
         if role.endswith(":"):
             spoken.setdefault(role.removesuffix(":"), []).append(lines)
     speeches = {role: "\n".join(parts) for role, parts in spoken.items()}
-    return text, {role: said for role, said in speeches.items() if len(said) >= ENOUGH}
+    return text, {role: speech for role, speech in speeches.items() if len(speech) >= ENOUGH}
 
 
 def _read(name: str) -> tuple[str, dict[str, str]]:
@@ -107,13 +161,13 @@ Windows = tuple[np.ndarray, np.ndarray, np.ndarray]  # x [sample, position], y [
 def _windows(
     speeches: dict[str, str], tokens: Callable[[str], np.ndarray], length: int, stride: int, num_classes: int
 ) -> tuple[Windows, Windows]:
-    """All windows of all roles, train and test; those whose next token is no class are left out."""
+    """All windows of all roles, for training and for testing, without those whose next token is no class."""
     parts: tuple[list[Any], list[Any]] = ([], [])
     for role, text in speeches.items():
         for part, piece in zip(parts, _cut(text), strict=True):
-            found = tokens(piece)
-            if len(found) > length:
-                rows = np.lib.stride_tricks.sliding_window_view(found, length + 1)[::stride]
+            encoded = tokens(piece)
+            if len(encoded) > length:
+                rows = np.lib.stride_tricks.sliding_window_view(encoded, length + 1)[::stride]
                 rows = rows[rows[:, -1] < num_classes]
                 part.append((rows[:, :-1], rows[:, -1], np.full(len(rows), role)))
     train, test = (tuple(np.concatenate(column) for column in zip(*part, strict=True)) for part in parts)

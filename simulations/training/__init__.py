@@ -1,6 +1,6 @@
-"""Local training of the clients of one round, by one of two engines with one result.
+"""Local training of the clients of one round, by one of two engines that agree to rounding.
 
-`plain` trains one client after another, `stacked` many at once; `engine_for` builds the one a scenario asks for.
+`plain` trains one client after another, `stacked` many at once; `engine_for` builds the one that a scenario names.
 """
 
 from simulations.training.engine import ENGINES, Engine, engine_for

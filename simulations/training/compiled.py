@@ -1,7 +1,7 @@
 """Traces a step of training for fixed shapes down to torch's own operations, and compiles it where that pays.
 
-Traced, a step costs a call an operation, not the unwrapping of `vmap` and `grad` around each. Compiled, it is one C++
-function: no Python, no guards, and it lets go of the interpreter, so that threads train clients side by side.
+A traced step costs one call per operation, without unwrapping `vmap` and `grad` around each. A compiled step is one C++
+function: no Python, no guards, and it releases the interpreter lock, so that threads train clients side by side.
 """
 
 import shutil
@@ -17,25 +17,42 @@ Function = Callable[..., Tensors]  # (tensors) -> tensors, without side effects
 
 _LOCK = Lock()
 _STEPS: dict[object, Function] = {}  # compiled steps of this process, so that the runs of a sweep share one
-REMEMBERED = 16
+MOST_STEPS = 16  # that are remembered
 
 
 def traced(function: Function, example: Sequence[torch.Tensor], key: object, *, compile: bool = False) -> Function:
-    """The function for contiguous tensors shaped as `example`, as a trace of it, compiled where that is asked for.
+    """Returns the function as a trace for contiguous tensors of fixed shapes, compiled where that is wanted.
 
-    Where it cannot be compiled it is not, with a warning. key: what makes two functions the same, for this process to
-    remember. Tracing takes some 0.3 s, compiling 10 s the first time on a machine and 5 s from then on.
+    Tracing takes some 0.3 s, compiling 10 s the first time on a machine and 5 s from then on.
+
+    Parameters
+    ----------
+    function : callable
+        (tensors) -> tensors, without side effects.
+    example : sequence of torch.Tensor
+        Tensors of these shapes.
+    key : object
+        What makes two functions the same, so that this process traces them once.
+    compile : bool
+        Whether to compile; where that fails the trace is used, with a warning.
+
+    Examples
+    --------
+    >>> import torch
+    >>> double = traced(lambda x: (x + x,), [torch.ones(3)], key="double")
+    >>> double(torch.tensor([1.0, 2.0, 3.0]))
+    (tensor([2., 4., 6.]),)
     """
     with _LOCK:
         if (key, compile) not in _STEPS:
-            if len(_STEPS) >= REMEMBERED:
+            if len(_STEPS) >= MOST_STEPS:
                 _STEPS.pop(next(iter(_STEPS)))
             _STEPS[key, compile] = _compiled(function, example) if compile else _graph(function, example)
         return _STEPS[key, compile]
 
 
 def has_compiler() -> bool:
-    """Whether there is a C++ compiler."""
+    """Returns whether there is a C++ compiler."""
     return bool(shutil.which("g++") or shutil.which("clang++"))
 
 
@@ -44,9 +61,9 @@ def _compiled(function: Function, example: Sequence[torch.Tensor]) -> Function:
     if has_compiler():
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of torch, about parts of itself
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch's, about its own parts
                 return _native(function, example)
-        except Exception as error:  # a compiler that does not work, or a torch that has moved what is used here
+        except Exception as error:  # a compiler that does not work, or a torch that has moved what is called here
             reason = (str(error).splitlines() or [type(error).__name__])[0]
     warnings.warn(f"engine: steps are not compiled: {reason}", RuntimeWarning, stacklevel=4)
     return _graph(function, example)
@@ -66,5 +83,5 @@ def _native(function: Function, example: Sequence[torch.Tensor]) -> Function:
 def _graph(function: Function, example: Sequence[torch.Tensor], decompositions: Any = None) -> Any:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    function(*example)  # what it remembers on the way shall not be traced
+    function(*example)  # fills caches on the way, which must not be traced
     return make_fx(function, decomposition_table=decompositions)(*example)

@@ -1,4 +1,4 @@
-"""Which engine trains: as the scenario says, or the faster one by a rule."""
+"""Which engine trains: the one that the scenario names, or the one that is expected to be faster."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gradlens.errors import InputError
+from gradlens.settings import one_of
 from simulations.attacks import Reference, Training
 from simulations.tasks import Loss
 from simulations.training.compiled import has_compiler
@@ -16,14 +17,38 @@ from simulations.training.plain import AS_EVERYBODY, Dataset, LocalSGD, Workspac
 from simulations.training.stacked import StackedEngine, has_convolutions, unstackable
 
 Engine = Callable[..., dict[str, np.ndarray]]
-# (global model, datasets, generators, training=, references=) -> updates, as `train_clients`
+# (global model, datasets, generators, training=, references=) -> updates, as of `train_clients`
 
 ENGINES = ("auto", "plain", "stacked")
-PAYS = 10_000  # steps of a run from which compiling one, some 10 s the first time, costs less than it saves
+STEPS_TO_COMPILE = 10_000  # steps of a run from which compiling, some 10 s the first time, costs less than it saves
 
 
 class PlainEngine:
-    """`train_clients` with working spaces that stay; workers: threads, which change no bit."""
+    """Trains as `train_clients` does, one client after another, in workspaces that are kept from round to round.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It stays as it is.
+    loss : callable
+        (outputs, labels) -> loss of each sample.
+    settings : LocalSGD
+        How clients train.
+    x : torch.Tensor
+        A few samples, on which the model is tried.
+    device : str
+        Where it trains.
+    workers : int
+        Threads; they change no bit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from simulations.tasks import cross_entropy
+    >>> engine = PlainEngine(torch.nn.Linear(3, 2), cross_entropy, LocalSGD(), torch.ones(2, 3))
+    >>> len(engine.spaces)
+    1
+    """
 
     def __init__(
         self,
@@ -47,7 +72,7 @@ class PlainEngine:
         training: Training = AS_EVERYBODY,
         references: Sequence[Reference] = (),
     ) -> dict[str, np.ndarray]:
-        """The clients' updates, layer -> [client, *shape]."""
+        """Returns the clients' updates, layer -> [client, *shape]."""
         for space in self.spaces:
             space.load(global_model)
         return train_on(self.spaces, datasets, rngs, self.settings, self.loss, training, references)
@@ -66,28 +91,47 @@ def engine_for(
     largest: int | None = None,
     key: object = None,
 ) -> Engine:
-    """The engine `plain` or `stacked`, or for `auto` the faster one; raises InputError where it cannot do the work.
+    """Returns the engine of a name; for "auto" the one that is expected to be faster.
 
-    The rule of `auto`, as `reports/bench.csv` and the figures beside it justify: dense layers are stacked, by far the
-    faster way, and compiled where the run makes `PAYS` steps or more; small convolutions are compiled from there on,
-    and plain below; all else is plain (batch norm, recurrent layers, large convolutions, which a library does best).
-    datasets: of all clients. largest: how many of them a round has at most. key: names task and model, so that
-    runs of one process share what is compiled.
+    Parameters
+    ----------
+    name : {"auto", "plain", "stacked"}
+        The engine.
+    model, loss, settings, device, workers
+        As for `PlainEngine`.
+    datasets : sequence of (x, y) tensors
+        Of all clients.
+    rounds : int
+        How many there are, which decides whether compiling pays.
+    largest : int, optional
+        How many clients a round has at most; None: all.
+    key : object, optional
+        Names task and model, so that runs of one process share what is compiled.
+
+    Returns
+    -------
+    callable
+        (global model, datasets, generators, training=, references=) -> updates, layer -> [client, *shape].
+
+    Raises
+    ------
+    InputError
+        If there is no such engine, or it cannot train the model.
+
+    Notes
+    -----
+    "auto", as the figures of `reports/bench.csv` justify: dense layers are stacked, by far the faster way, and compiled
+    where the run makes `STEPS_TO_COMPILE` steps or more; small convolutions are compiled from there on, and plain
+    below; all else is plain (batch norm, recurrent layers, and large convolutions, which libraries do best).
     """
-    if name not in ENGINES:
-        raise InputError(f"engine: expected one of {', '.join(ENGINES)}, found {name!r}")
-    x, convolutions = datasets[0][0], has_convolutions(model)
-    if name == "plain":
-        return PlainEngine(model, loss, settings, x, device=device, workers=workers)
-    steps = rounds * settings.epochs * sum(-(-len(dataset[1]) // settings.batch_size) for dataset in datasets)
-    pays = steps // (1 if convolutions else len(datasets)) >= PAYS and not buffers(model) and has_compiler()
-    small = not convolutions or _patches_are_small(model, x[: settings.batch_size])
-    stacks = len(datasets) > 1 and not buffers(model) and not unstackable(model) and small
-    if name == "stacked" or (stacks and (pays or not convolutions)):
+    one_of("engine", name, *ENGINES)
+    x = datasets[0][0]
+    stacks, compiles = _plan(model, settings, datasets, rounds) if name != "plain" else (False, False)
+    if name == "stacked" or stacks:
         try:
             return StackedEngine(
-                model, loss, settings, x, device=device, compile=pays and small, largest=largest or len(datasets),
-                key=key, workers=workers,
+                model, loss, settings, x, device=device, compile=compiles, largest=largest or len(datasets), key=key,
+                workers=workers,
             )  # fmt: skip
         except InputError:
             if name == "stacked":
@@ -95,16 +139,26 @@ def engine_for(
     return PlainEngine(model, loss, settings, x, device=device, workers=workers)
 
 
+def _plan(model: nn.Module, settings: LocalSGD, datasets: Sequence[Dataset], rounds: int) -> tuple[bool, bool]:
+    """Whether clients are stacked, and whether a step is compiled, by the rule of "auto"."""
+    convolutions = has_convolutions(model)
+    steps = rounds * settings.epochs * sum(-(-len(dataset[1]) // settings.batch_size) for dataset in datasets)
+    pays = steps // (1 if convolutions else len(datasets)) >= STEPS_TO_COMPILE and not buffers(model) and has_compiler()
+    small = not convolutions or _patches_are_small(model, datasets[0][0][: settings.batch_size])
+    stacks = len(datasets) > 1 and not buffers(model) and not unstackable(model) and small
+    return stacks and (pays or not convolutions), pays and small
+
+
 def _patches_are_small(model: nn.Module, x: torch.Tensor) -> bool:
-    """Whether what each convolution reads of a batch, patch by patch, stays in a core's cache."""
+    """Whether the patches of a batch that each convolution reads stay in a core's cache."""
     sizes = []
 
-    def look(layer: nn.Module, _: object, out: torch.Tensor) -> None:
+    def measure(layer: nn.Module, _: object, out: torch.Tensor) -> None:
         weight = layer.weight
         sizes.append(out.shape[0] * out[0, 0].numel() * weight[0].numel())  # type: ignore[index, union-attr, operator]
 
     layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.conv._ConvNd)]
-    handles = [layer.register_forward_hook(look) for layer in layers]
+    handles = [layer.register_forward_hook(measure) for layer in layers]
     was_training = model.training
     with torch.no_grad():
         model.eval()(x)

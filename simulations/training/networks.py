@@ -1,4 +1,4 @@
-"""A torch model as the simulation handles it: its numbers in and out, its answers, and its dropout masks."""
+"""What simulations do with a torch model: copy its numbers in and out, evaluate it, and draw its dropout masks."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,39 +19,46 @@ State = Mapping[str, np.ndarray]  # layer -> array, buffers included
 Module = TypeVar("Module", bound=nn.Module)
 
 _LOCK = Lock()
-_BEFORE: list[int] = []  # torch threads before the first of the runs that are on, once per run
+_THREADS: list[int] = []  # per run in progress: how many torch threads there were before the first of them
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Layer -> the model's own tensor, parameters and buffers, in the model's order."""
+    """Returns the model's own tensors, parameters and buffers, layer -> tensor, in the model's order."""
     return dict(model.state_dict(keep_vars=True))
 
 
 def buffers(model: nn.Module) -> list[str]:
-    """Names of the layers that are not trained."""
+    """Returns the names of the layers that are not trained."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return [name for name in model.state_dict() if name not in parameters]
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter, of those that are trained."""
+    """Returns the parameters that are trained, name -> parameter."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def state_of(model: nn.Module) -> dict[str, np.ndarray]:
-    """Layer -> a copy of the model's numbers."""
-    return {name: np.array(each.detach().cpu().numpy(), order="C") for name, each in tensors(model).items()}
+    """Returns a copy of the model's numbers, layer -> array.
+
+    Examples
+    --------
+    >>> import torch
+    >>> {name: array.shape for name, array in state_of(torch.nn.Linear(3, 2)).items()}
+    {'weight': (2, 3), 'bias': (2,)}
+    """
+    return {name: np.array(tensor.detach().cpu().numpy(), order="C") for name, tensor in tensors(model).items()}
 
 
 def load_state(model: nn.Module, state: State) -> None:
-    """Copies a state into the model: the arrays stay as they are, and free of it."""
+    """Copies a state into the model, which then shares no memory with the arrays."""
     with torch.no_grad():
         for name, tensor in tensors(model).items():
             tensor.copy_(torch.tensor(state[name]))
 
 
 def outputs(model: nn.Module, x: torch.Tensor, batch_size: int = 1_000) -> Iterator[torch.Tensor]:
-    """What the model answers, outside training, batch by batch."""
+    """Yields the model's outputs in evaluation mode, batch by batch."""
     device = next(model.parameters(), torch.empty(0)).device
     model.eval()
     with torch.inference_mode():
@@ -60,13 +67,13 @@ def outputs(model: nn.Module, x: torch.Tensor, batch_size: int = 1_000) -> Itera
 
 
 def predict(model: nn.Module, x: torch.Tensor, batch_size: int = 1_000) -> np.ndarray:
-    """The most likely class of each sample, int64 [sample]."""
-    answers = [answer.argmax(1) for answer in outputs(model, x, batch_size)]
-    return torch.cat(answers).numpy() if answers else np.zeros(0, np.int64)
+    """Returns the most likely class of each sample, int64 [sample]."""
+    classes = [logits.argmax(1) for logits in outputs(model, x, batch_size)]
+    return torch.cat(classes).numpy() if classes else np.zeros(0, np.int64)
 
 
 def device_for(name: str) -> torch.device:
-    """`cpu`, `cuda`, or for `auto` a CUDA device where there is one; raises InputError where it is not there."""
+    """Returns the device "cpu" or "cuda", or for "auto" a CUDA device where there is one; raises InputError without."""
     present = torch.cuda.is_available()
     if name == "cuda" and not present:
         raise InputError("device: expected cpu or auto, found cuda, which torch does not see on this machine")
@@ -74,18 +81,33 @@ def device_for(name: str) -> torch.device:
 
 
 class MaskedDropout(nn.Module):
-    """Dropout whose masks are given, one for each time that a forward pass comes by: x times 0 or 1 / (1 - rate)."""
+    """Dropout with masks from outside, one for each use in a forward pass: x times 0 or 1 / (1 - rate).
+
+    Parameters
+    ----------
+    rate : float
+        Share of numbers that are masked.
+    shapes : sequence of tuple, optional
+        Per sample, of what it masks in each use; None: to be found out by a forward pass.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = MaskedDropout(0.5)
+    >>> _ = layer(torch.ones(2, 7))
+    >>> layer.seen
+    [(2, 7)]
+    """
 
     def __init__(self, rate: float, shapes: Sequence[tuple[int, ...]] | None = None) -> None:
-        """Shapes: of what it masks each time, per sample; None: to be found out."""
         super().__init__()
         self.rate, self.shapes, self.time = rate, shapes, 0
-        self.seen: list[tuple[int, ...]] = []  # what came by while the shapes were not known
+        self.seen: list[tuple[int, ...]] = []  # shapes of inputs while those of the masks are not known
         for number in range(len(shapes or ())):
             self.register_buffer(f"mask{number}", torch.ones(()), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X of any shape, alike in evaluation mode."""
+        """Masks x of any shape; in evaluation mode x is left as it is."""
         if not self.training:
             return x
         if self.shapes is None:
@@ -97,7 +119,7 @@ class MaskedDropout(nn.Module):
 
 
 class Slot(NamedTuple):
-    """One mask of a dropout: the module that has it, its name there, the rate and the shape per sample."""
+    """One mask of a dropout: its module, its name there, the rate and the shape per sample."""
 
     layer: MaskedDropout
     name: str
@@ -106,25 +128,44 @@ class Slot(NamedTuple):
 
 
 def prepared(model: nn.Module, x: torch.Tensor, device: torch.device | str = "cpu") -> nn.Module:
-    """A copy of the model to train: on the device, convolutions channels-last, masks for its dropouts given.
+    """Returns a copy of a model to train: on the device, convolutions channels-last, dropouts with masks from outside.
 
-    x: a few samples, to try it on. Raises InputError where it cannot be trained so that others get the same: it draws
-    random numbers in any other way than `nn.Dropout` modules, or replaces its buffers.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It stays as it is.
+    x : torch.Tensor
+        A few samples, on which it is tried.
+    device : torch.device or str
+        Where it trains.
+
+    Raises
+    ------
+    InputError
+        If its training cannot be reproduced: it draws random numbers other than by `nn.Dropout` modules, or replaces
+        its buffers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5))
+    >>> list(dropouts(prepared(model, torch.ones(2, 3))))
+    ['1.mask0']
     """
-    ours = copy.deepcopy(model)
-    _replace(ours, nn.Dropout, lambda name, layer: MaskedDropout(layer.p) if layer.p < 1 else layer)
-    probe = _tried(copy.deepcopy(ours), x)
+    copied = copy.deepcopy(model)
+    _replace(copied, nn.Dropout, lambda name, layer: MaskedDropout(layer.p) if layer.p < 1 else layer)
+    probe = _tried(copy.deepcopy(copied), x)
     new = {name: m for name, m in probe.named_modules() if isinstance(m, MaskedDropout) and m.shapes is None}
     shapes = {name: _per_sample(name, module.seen) for name, module in new.items()}
-    _replace(ours, MaskedDropout, lambda name, layer: MaskedDropout(layer.rate, shapes.get(name, layer.shapes)))
-    ours = ours.to(device)
-    if any(isinstance(module, nn.Conv2d) for module in ours.modules()):
-        ours = ours.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return ours
+    _replace(copied, MaskedDropout, lambda name, layer: MaskedDropout(layer.rate, shapes.get(name, layer.shapes)))
+    copied = copied.to(device)
+    if any(isinstance(module, nn.Conv2d) for module in copied.modules()):
+        copied = copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copied
 
 
 def dropouts(model: nn.Module) -> dict[str, Slot]:
-    """The masks of a prepared model by the names of their buffers, in the model's order."""
+    """Returns the masks of a prepared model, name of their buffer -> slot, in the model's order."""
     return {
         f"{name}.mask{number}": Slot(module, f"mask{number}", module.rate, shape)
         for name, module in model.named_modules()
@@ -134,7 +175,7 @@ def dropouts(model: nn.Module) -> dict[str, Slot]:
 
 
 def _replace(model: nn.Module, kind: type[Module], made: Callable[[str, Module], nn.Module]) -> None:
-    """Puts a new module in the place of each of a kind, wherever it is."""
+    """Replaces each module of a kind, wherever it is."""
     new = {id(module): made(name, module) for name, module in model.named_modules() if isinstance(module, kind)}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -143,8 +184,8 @@ def _replace(model: nn.Module, kind: type[Module], made: Callable[[str, Module],
 
 
 def _tried(probe: nn.Module, x: torch.Tensor) -> nn.Module:
-    """The model after it was trained forward once, to see what comes by its dropouts, and what else happens."""
-    probe, before = probe.cpu().train(), {name: id(each) for name, each in tensors(probe).items()}
+    """The model after one forward pass in training mode, which shows what its dropouts mask and what else happens."""
+    probe, before = probe.cpu().train(), {name: id(tensor) for name, tensor in tensors(probe).items()}
     with GENERATOR, torch.no_grad():
         state = torch.get_rng_state()
         probe(_two(x))
@@ -152,7 +193,7 @@ def _tried(probe: nn.Module, x: torch.Tensor) -> nn.Module:
         torch.set_rng_state(state)
     if draws:
         raise InputError("model: it draws random numbers in training; only nn.Dropout modules can be reproduced")
-    if replaced := [name for name, each in tensors(probe).items() if id(each) != before[name]]:
+    if replaced := [name for name, tensor in tensors(probe).items() if id(tensor) != before[name]]:
         raise InputError(f"model: its forward replaces the buffer {replaced[0]}; expected it to be changed in place")
     return probe
 
@@ -168,7 +209,16 @@ def _per_sample(name: str, seen: Sequence[tuple[int, ...]]) -> list[tuple[int, .
 
 
 class Masks:
-    """Draws one client's dropout masks, from a child of its generator: its other draws stay as they are."""
+    """Draws one client's dropout masks from a child of its generator, so that its other draws stay as they are.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> layers = dropouts(prepared(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5)), torch.ones(2, 3)))
+    >>> (mask,) = Masks(list(layers.values()), np.random.default_rng(0)).draw(batch=5)
+    >>> mask.shape, sorted(set(mask.flatten().tolist()))
+    (torch.Size([5, 4]), [0.0, 2.0])
+    """
 
     def __init__(self, layers: Sequence[Slot], rng: np.random.Generator) -> None:
         self.layers = layers
@@ -176,29 +226,29 @@ class Masks:
             self.generator = torch.Generator().manual_seed(int(rng.spawn(1)[0].integers(2**63)))
 
     def draw(self, batch: int) -> list[torch.Tensor]:
-        """A mask for each dropout, float32 [batch, *shape]."""
+        """Returns a mask for each dropout, float32 [batch, *shape]."""
         kept = [torch.rand((batch, *layer.shape), generator=self.generator) >= layer.rate for layer in self.layers]
-        return [each / (1 - layer.rate) for each, layer in zip(kept, self.layers, strict=True)]
+        return [keeps / (1 - layer.rate) for keeps, layer in zip(kept, self.layers, strict=True)]
 
 
 def worker_threads(workers: int) -> ThreadPoolExecutor:
-    """Threads that compute with as many torch threads as the caller: a new one starts with OpenMP's own number."""
+    """Returns threads that compute with as many torch threads as the caller, where new ones start with OpenMP's own."""
     return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One torch thread, then as many as before: two give other bits than one.
+    """Computes with one torch thread, because two give other bits than one, and restores their number.
 
-    The setting is the process's, so among several runs in one process the last to end puts it back.
+    The setting is the process's, so that the last of several runs in one process restores it.
     """
     with _LOCK:
-        _BEFORE.append(_BEFORE[0] if _BEFORE else torch.get_num_threads())
+        _THREADS.append(_THREADS[0] if _THREADS else torch.get_num_threads())
         torch.set_num_threads(1)
     try:
         yield
     finally:
         with _LOCK:
-            threads = _BEFORE.pop()
-            if not _BEFORE:
+            threads = _THREADS.pop()
+            if not _THREADS:
                 torch.set_num_threads(threads)

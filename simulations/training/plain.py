@@ -1,7 +1,7 @@
-"""The plain engine: one client after another, or on a few threads, each client on one.
+"""The plain engine trains one client after another, or several on threads, one client per thread.
 
-For small models a step costs more in calls than in arithmetic, so an epoch's data are gathered once and cut into
-views, and gradients are taken and applied without an optimizer object.
+For small models a step costs more in calls than in arithmetic. So an epoch's data are gathered once and cut into views,
+and gradients are applied without an optimizer object.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,22 @@ NOTHING = Reference({}, {}, None, None)
 
 @dataclass(frozen=True)
 class LocalSGD:
-    """How a client trains: epochs over its data, batch size (the last batch may be smaller), rate, momentum, decay."""
+    """How a client trains: by plain SGD over its own data.
+
+    Parameters
+    ----------
+    epochs : int
+        Passes over the data; the order is drawn anew in each. These defaults are those of a scenario.
+    batch_size : int
+        Samples per step; the last batch of an epoch may be smaller.
+    learning_rate, momentum, weight_decay : float
+        As in torch.optim.SGD; momentum starts afresh in each round.
+
+    Examples
+    --------
+    >>> LocalSGD(epochs=2).batch_size
+    16
+    """
 
     epochs: int = 1
     batch_size: int = 16
@@ -35,7 +50,7 @@ class LocalSGD:
     weight_decay: float = 0.0
 
     def of(self, training: Training) -> "LocalSGD":
-        """The settings of clients that train differently."""
+        """Returns the settings of clients that train differently."""
         return replace(
             self, epochs=training.epochs or self.epochs, learning_rate=training.learning_rate or self.learning_rate
         )
@@ -54,12 +69,45 @@ def train_clients(
     workers: int = 1,
     observe: Observer | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every client's update after local training from the same global model, layer -> [client, *shape].
+    """Trains every client from the same global model and returns their updates.
 
-    rngs: one generator per client, which draws the order of its samples in each epoch, and in a child of it the
-    dropout masks. training, references: how these clients train differently, and what each then may look at.
-    workers: threads, which change no bit. observe: called in every step with the outputs before it and the labels.
-    The model itself stays as it is; its dtype (float32, float64 in tests) is that of the training and the updates.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It stays as it is; its dtype (float32, or float64 in tests) is that of the training and the updates.
+    global_model : Mapping of str to array
+        Layer -> array, buffers included.
+    datasets : sequence of (x, y) tensors
+        The data of each client.
+    rngs : sequence of numpy.random.Generator
+        One per client: it draws the order of the samples in each epoch, and a child of it the dropout masks.
+    settings : LocalSGD
+        How they train.
+    loss : callable
+        (outputs, labels) -> loss of each sample.
+    training : Training
+        How these clients train differently.
+    references : sequence of Reference
+        What the hooks of each client may look at.
+    workers : int
+        Threads; they change no bit.
+    observe : callable, optional
+        Called in every step with the outputs before it and the labels.
+
+    Returns
+    -------
+    dict of str to array
+        Layer -> updates, [client, *shape].
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from simulations.training import state_of
+    >>> model = torch.nn.Linear(3, 2)
+    >>> data = (torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))
+    >>> updates = train_clients(model, state_of(model), [data], [np.random.default_rng(0)], LocalSGD())
+    >>> {name: update.shape for name, update in updates.items()}
+    {'weight': (1, 2, 3), 'bias': (1, 2)}
     """
     first = prepared(model, datasets[0][0][:2], next(iter(tensors(model).values())).device) if datasets else model
     spaces = [Workspace(first, global_model)]
@@ -68,7 +116,16 @@ def train_clients(
 
 
 class Workspace:
-    """A model that one thread trains, and the global one that each client starts from."""
+    """A model that one thread trains, and the global model that each client starts from.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from simulations.training import state_of
+    >>> model = torch.nn.Linear(3, 2)
+    >>> float(Workspace(model, state_of(model)).update("bias").abs().max())
+    0.0
+    """
 
     def __init__(self, model: nn.Module, global_model: State) -> None:
         self.model = model
@@ -84,14 +141,14 @@ class Workspace:
             layer.copy_(torch.tensor(global_model[name]))
 
     def restart(self) -> None:
-        """Puts the model at the global one."""
+        """Resets the model to the global one."""
         self.model.train()
         with torch.no_grad():
             for name, layer in self.layers.items():
                 layer.copy_(self.start[name])
 
     def update(self, name: str) -> torch.Tensor:
-        """Local - global of one layer."""
+        """Returns local - global of one layer."""
         return (self.layers[name].detach() - self.start[name]).cpu()
 
 
@@ -105,25 +162,25 @@ def train_on(
     references: Sequence[Reference] = (),
     observe: Observer | None = None,
 ) -> dict[str, np.ndarray]:
-    """`train_clients` in working spaces that are there already, one per thread."""
+    """Trains as `train_clients` does, in workspaces that exist already, one per thread."""
     layers = spaces[0].layers
     updates = {
         name: np.empty((len(datasets), *layer.shape), torch.empty(0, dtype=layer.dtype).numpy().dtype)
         for name, layer in layers.items()
     }
-    free: SimpleQueue[Workspace] = SimpleQueue()
+    idle: SimpleQueue[Workspace] = SimpleQueue()
     for space in spaces:
-        free.put(space)
+        idle.put(space)
 
     def train(client: int) -> None:
-        space = free.get()
+        space = idle.get()
         try:
             reference = references[client] if references else NOTHING
             _train(space, datasets[client], rngs[client], settings.of(training), loss, training, reference, observe)
             for name in layers:
                 updates[name][client] = space.update(name).numpy()
         finally:
-            free.put(space)
+            idle.put(space)
 
     if len(spaces) == 1:
         for client in range(len(datasets)):
@@ -137,11 +194,11 @@ def train_on(
 def torch_reference(
     previous: Tensors, honest: Tensors, final_weight: str | None, final_bias: str | None, like: nn.Module
 ) -> Reference:
-    """What a training hook may look at, in the model's dtype and on its device."""
+    """Returns what a training hook may look at, in the model's dtype and on its device."""
     one = next(like.parameters())
 
-    def cast(each: Tensors) -> Tensors:
-        return {name: tensor.to(one.device, one.dtype) for name, tensor in each.items()}
+    def cast(tensors: Tensors) -> Tensors:
+        return {name: tensor.to(one.device, one.dtype) for name, tensor in tensors.items()}
 
     return Reference(cast(previous), cast(honest), final_weight, final_bias)
 
@@ -156,7 +213,7 @@ def _train(
     reference: Reference,
     observe: Observer | None,
 ) -> None:
-    """Trains the model of the space, from the global one, on one client's data."""
+    """Trains the workspace's model, from the global one, on one client's data."""
     space.restart()
     masks, names = Masks(space.dropouts, rng), list(space.parameters)
     parameters = list(space.parameters.values())
@@ -165,12 +222,12 @@ def _train(
     for number, (x, y) in enumerate(batches(dataset, rng, settings, parameters[0].device), 1):
         for slot, mask in zip(space.dropouts, masks.draw(len(y)), strict=True):
             setattr(slot.layer, slot.name, mask.to(parameters[0]))
-        out = _answers(space.model, x)
+        out = _outputs(space.model, x)
         if observe is not None:
             observe(out.detach(), y)
         value = loss(out, y).mean()
         if training.penalty is not None:
-            so_far = {name: each - space.start[name] for name, each in space.parameters.items()}
+            so_far = {name: parameter - space.start[name] for name, parameter in space.parameters.items()}
             value = training.alpha * value + (1 - training.alpha) * training.penalty(so_far, reference)
         gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
@@ -190,31 +247,32 @@ def _train(
                 _project(space, training.project, reference)
 
 
-def _answers(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     try:
         return model(x)
     except ValueError as error:
         if len(x) > 1:
             raise
         raise InputError(
-            "model: its batch norm cannot train on a batch of a single sample, which is some client's last; choose a "
+            "model: its batch norm cannot train on a single sample, which is the last batch of some client; choose a "
             f"batch_size that leaves more ({str(error).splitlines()[0]})"
         ) from None
 
 
 def _project(space: Workspace, project: Callable[[Tensors, Reference], Tensors], reference: Reference) -> None:
-    so_far = project({name: each - space.start[name] for name, each in space.parameters.items()}, reference)
+    so_far = {name: parameter - space.start[name] for name, parameter in space.parameters.items()}
+    projected = project(so_far, reference)
     for name, parameter in space.parameters.items():
-        parameter.copy_(space.start[name] + so_far[name])
+        parameter.copy_(space.start[name] + projected[name])
 
 
 def batches(dataset: Dataset, rng: np.random.Generator, settings: LocalSGD, device: torch.device) -> Iterator[Dataset]:
-    """The batches of a client's local training, in their order."""
-    x, y = (each.to(device) for each in dataset)
+    """Yields the batches of a client's local training, in their order."""
+    x, y = (part.to(device) for part in dataset)
     if not len(y):
         return
     images = torch.channels_last if x.dim() == 4 else torch.contiguous_format
     for _ in range(settings.epochs):
         order = torch.from_numpy(rng.permutation(len(y))).to(device)
-        shuffled = x[order].contiguous(memory_format=images)  # one copy an epoch; a batch is a view of it
+        shuffled = x[order].contiguous(memory_format=images)  # one copy per epoch, of which batches are views
         yield from zip(shuffled.split(settings.batch_size), y[order].split(settings.batch_size), strict=True)

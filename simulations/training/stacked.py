@@ -1,9 +1,9 @@
-"""The stacked engine: many clients at once, their parameters stacked along a first axis.
+"""The stacked engine trains many clients at once, their parameters stacked along a first axis.
 
 A step of all clients is `torch.func.vmap` over the gradient of one client, traced, and compiled where that pays. A
-client without a batch left, and samples that a smaller last batch lacks, have weight 0: everybody gets the steps
-that the plain engine would make, up to the order of sums. A compiled model with convolutions is stacked one client
-high, on several threads: its patches then stay in a core's cache.
+client without a batch left, and the samples that a smaller last batch lacks, have weight 0, so that every client makes
+the steps of the plain engine, up to the order of sums. A compiled model with convolutions trains one client per stack,
+on several threads, so that its patches stay in a core's cache.
 """
 
 import copy
@@ -22,18 +22,51 @@ from simulations.training.convolution import with_patches
 from simulations.training.networks import Masks, Slot, State, dropouts, prepared, tensors, trained, worker_threads
 from simulations.training.plain import AS_EVERYBODY, NOTHING, Dataset, LocalSGD
 
-WIDTH = 2**24  # parameters in one stack at most; more clients train in several
-BLOCK = 2**22  # numbers of samples gathered at once
+STACK_SIZE = 2**24  # parameters in one stack at most; more clients train in several stacks
+BLOCK_SIZE = 2**22  # numbers in the samples that are gathered at once
 Stack = dict[str, torch.Tensor]  # layer -> [client, *shape]
 Step = Callable[[Stack, Stack, Stack, "Batch"], tuple[Stack, Stack, Stack]]  # parameters, velocities, buffers
 
 
 class StackedEngine:
-    """Trains clients as `train_clients` does, many at once; raises InputError where it cannot do so exactly.
+    """Trains clients as `train_clients` does, many at once.
 
-    compile: whether a step is compiled; where that fails it is not, with a warning. largest: number of clients at
-    most; smaller stacks are filled up to it, so that one shape is traced. key: names task and model, for runs of
-    one process to share what is compiled. workers: threads that train stacks side by side, to the same bits.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It stays as it is.
+    loss : callable
+        (outputs, labels) -> loss of each sample.
+    settings : LocalSGD
+        How clients train.
+    x : torch.Tensor
+        A few samples, on which the model is tried.
+    device : str
+        Where it trains.
+    compile : bool
+        Whether a step is compiled; where that fails it is not, with a warning.
+    largest : int
+        Clients of a round at most; smaller stacks are filled up to it, so that one shape is traced.
+    key : object, optional
+        Names task and model, so that runs of one process share what is compiled.
+    workers : int
+        Threads that train stacks side by side, to the same bits.
+
+    Raises
+    ------
+    InputError
+        If torch cannot map the model over clients.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from simulations.tasks import cross_entropy
+    >>> from simulations.training import state_of
+    >>> model = torch.nn.Linear(3, 2)
+    >>> engine = StackedEngine(model, cross_entropy, LocalSGD(), torch.ones(2, 3))
+    >>> data = [(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))] * 5
+    >>> engine(state_of(model), data, [np.random.default_rng(client) for client in range(5)])["bias"].shape
+    (5, 2)
     """
 
     def __init__(
@@ -49,8 +82,8 @@ class StackedEngine:
         key: object = None,
         workers: int = 1,
     ) -> None:
-        if found := unstackable(model):
-            raise InputError(f"engine stacked: {found}; the engine plain can")
+        if reason := unstackable(model):
+            raise InputError(f"engine stacked: {reason}; the engine plain can")
         self.model, self.loss, self.settings, self.workers = prepared(model, x[:2], device), loss, settings, workers
         self.model = self.model.to(memory_format=torch.contiguous_format).train()  # type: ignore[call-overload]
         self.dropouts = dropouts(self.model)
@@ -58,7 +91,7 @@ class StackedEngine:
         self.one = next(self.model.parameters())
         self.key = (model if key is None else key, loss, settings, str(self.one.dtype), device)
         self.compile = compile
-        self.width = max(1, WIDTH // sum(each.numel() for each in self.model.parameters()))
+        self.width = max(1, STACK_SIZE // sum(parameter.numel() for parameter in self.model.parameters()))
         self.height = largest
         if compile and has_convolutions(model):
             self.width = 1
@@ -68,9 +101,9 @@ class StackedEngine:
 
     def _try(self, x: torch.Tensor) -> None:
         """Raises InputError where torch cannot map the model or its loss over clients."""
-        state = {name: each.detach()[None] for name, each in tensors(self.model).items()}
+        state = {name: tensor.detach()[None] for name, tensor in tensors(self.model).items()}
         parameters, y = {name: state.pop(name) for name in self.names}, torch.zeros((1, len(x)), dtype=torch.int64)
-        masks = {name: torch.ones((1, len(x), *each.shape)).to(self.one) for name, each in self.dropouts.items()}
+        masks = {name: torch.ones((1, len(x), *slot.shape)).to(self.one) for name, slot in self.dropouts.items()}
         weights, yes = torch.ones((1, len(x))).to(self.one), torch.ones(1, dtype=torch.bool, device=self.one.device)
         batch = (x[None].to(self.one.device), y.to(self.one.device), weights, yes, yes, masks)
         try:
@@ -87,10 +120,10 @@ class StackedEngine:
         training: Training = AS_EVERYBODY,
         references: Sequence[Reference] = (),
     ) -> dict[str, np.ndarray]:
-        """The clients' updates, layer -> [client, *shape]."""
+        """Returns the clients' updates, layer -> [client, *shape]."""
         start = {name: torch.tensor(global_model[name], device=self.one.device) for name in tensors(self.model)}
         if not datasets:
-            return {name: np.zeros((0, *each.shape), each.cpu().numpy().dtype) for name, each in start.items()}
+            return {name: np.zeros((0, *layer.shape), layer.cpu().numpy().dtype) for name, layer in start.items()}
 
         def train(first: int) -> Stack:
             part = slice(first, first + self.width)
@@ -98,17 +131,17 @@ class StackedEngine:
 
         firsts = range(0, len(datasets), self.width)
         if self.workers == 1 or len(firsts) == 1 or not self._is_traced(training):
-            parts = [train(first) for first in firsts]  # what is not traced puts numbers into the one model
+            parts = [train(first) for first in firsts]  # untraced steps write into the one model
         else:
             parts = [train(0)]  # traces and compiles
             with worker_threads(self.workers) as threads:
                 parts += threads.map(train, firsts[1:])
         if len(parts) == 1:
-            return {name: each.cpu().numpy() for name, each in parts[0].items()}
+            return {name: update.cpu().numpy() for name, update in parts[0].items()}
         return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in start}
 
     def _is_traced(self, training: Training) -> bool:
-        """Whether clients train as everybody does, and all that the model has is trained."""
+        """Whether clients train as everybody does, and the model has parameters only."""
         return training is AS_EVERYBODY and len(self.names) == len(tensors(self.model))
 
     def _train(
@@ -119,7 +152,7 @@ class StackedEngine:
         training: Training,
         references: Sequence[Reference],
     ) -> Stack:
-        """What one stack of clients learns."""
+        """The updates of one stack of clients."""
         settings = self.settings.of(training)
         as_one = self._is_traced(training)
         idle = max(0, min(self.width, self.height) - len(datasets)) if as_one else 0
@@ -127,29 +160,29 @@ class StackedEngine:
         plan = Plan(datasets, rngs, settings, self.dropouts, self.one, max(1, size), idle)
         if plan.is_ragged and has_batch_norm(self.model):
             raise InputError(
-                f"engine stacked: batch norm would see the padding of smaller batches; expected shares that "
-                f"{settings.batch_size} divides, or the engine plain"
+                f"engine stacked: batch norm would see the padding of smaller batches; expected numbers of samples "
+                f"that {settings.batch_size} divides, or the engine plain"
             )
         x, y = (torch.cat(part).to(self.one.device) for part in zip(*datasets, strict=True))
         if as_one:
-            return {name: each[: len(datasets)] for name, each in self._as_one(start, plan, x, y).items()}
-        stacked = {name: each.expand(len(datasets), *each.shape).clone() for name, each in start.items()}
+            return {name: update[: len(datasets)] for name, update in self._as_one(start, plan, x, y).items()}
+        stacked = {name: layer.expand(len(datasets), *layer.shape).clone() for name, layer in start.items()}
         parameters = {name: stacked.pop(name) for name in self.names}
-        velocities = {name: torch.zeros_like(each) for name, each in parameters.items()} if settings.momentum else {}
+        velocities = {name: torch.zeros_like(layer) for name, layer in parameters.items()} if settings.momentum else {}
         step = self._adapted(settings, training, start, references)
         for batch in plan.batches(x, y, training):
             parameters, velocities, stacked = step(parameters, velocities, stacked, batch)
         return {name: (parameters | stacked)[name].detach() - start[name] for name in start}
 
     def _adapted(self, settings: LocalSGD, training: Training, start: Stack, references: Sequence[Reference]) -> Step:
-        """One step of a stack of clients, with what an attacker changes about it."""
+        """One step of a stack of clients, with what an attacker changes in it."""
 
         def objective(parameters: Tensors, others: Tensors, batch: "Batch", reference: Reference) -> torch.Tensor:
             x, y, weights = batch[:3]
             value = (self.loss(functional_call(self.model, {**parameters, **others}, (x,)), y) * weights).sum()
             if training.penalty is None:
                 return value
-            so_far = {name: each - start[name] for name, each in parameters.items()}
+            so_far = {name: layer - start[name] for name, layer in parameters.items()}
             return training.alpha * value + (1 - training.alpha) * training.penalty(so_far, reference)
 
         def of_one(
@@ -157,7 +190,7 @@ class StackedEngine:
         ) -> tuple[Stack, Stack, Stack]:
             _, _, _, active, projects, masks = batch
             reference = Reference(first.previous, honest, first.final_weight, first.final_bias)
-            after_buffers = {name: each.clone() for name, each in state.items()}
+            after_buffers = {name: layer.clone() for name, layer in state.items()}
             gradients = grad(objective)(parameters, {**after_buffers, **masks}, batch, reference)
             if settings.weight_decay:
                 gradients = {name: g + settings.weight_decay * parameters[name] for name, g in gradients.items()}
@@ -165,38 +198,38 @@ class StackedEngine:
                 gradients = training.gradient(gradients, reference)
             if settings.momentum:
                 gradients = {name: settings.momentum * velocities[name] + g for name, g in gradients.items()}
-            after = {name: each - settings.learning_rate * gradients[name] for name, each in parameters.items()}
+            after = {name: layer - settings.learning_rate * gradients[name] for name, layer in parameters.items()}
             if training.project is not None:
-                so_far = training.project({name: each - start[name] for name, each in after.items()}, reference)
-                after = {name: torch.where(projects, start[name] + so_far[name], each) for name, each in after.items()}
-            kept = {name: torch.where(active, each, parameters[name]) for name, each in after.items()}
-            buffered = {name: torch.where(active, each, state[name]) for name, each in after_buffers.items()}
+                so_far = training.project({name: layer - start[name] for name, layer in after.items()}, reference)
+                after = {name: torch.where(projects, start[name] + so_far[name], after[name]) for name in after}
+            kept = {name: torch.where(active, layer, parameters[name]) for name, layer in after.items()}
+            buffered = {name: torch.where(active, layer, state[name]) for name, layer in after_buffers.items()}
             return kept, dict(gradients) if velocities else {}, buffered
 
         first = references[0] if references else NOTHING
-        honest = {name: torch.stack([each.honest[name] for each in references]) for name in first.honest}
+        honest = {name: torch.stack([reference.honest[name] for reference in references]) for name in first.honest}
         many = vmap(of_one, randomness="error")
         return lambda parameters, velocities, state, batch: many(parameters, velocities, state, batch, honest)
 
     def _as_one(self, start: Stack, plan: "Plan", x: torch.Tensor, y: torch.Tensor) -> Stack:
-        """What clients learn that train as everybody does; all parameters of one are a single row of numbers."""
+        """The updates of clients that train as everybody does; the parameters of one are a single row of numbers."""
         sizes = [start[name].numel() for name in self.names]
         first = torch.cat([start[name].flatten() for name in self.names])
-        parameters = first.expand(len(plan.each), -1).clone()
+        parameters = first.expand(len(plan.steps_of), -1).clone()
         velocities = torch.zeros_like(parameters) if self.settings.momentum else parameters[:, :0].clone()
         run = None
         for *seen, _, masks in plan.batches(x, y, AS_EVERYBODY):
-            given = (parameters, velocities, *seen, *masks.values())
+            arguments = (parameters, velocities, *seen, *masks.values())
             if run is None:
-                shapes = tuple((tuple(each.shape), str(each.dtype)) for each in given)
-                example, key = [torch.ones_like(each) for each in given], (self.key, shapes)
+                shapes = tuple((tuple(tensor.shape), str(tensor.dtype)) for tensor in arguments)
+                example, key = [torch.ones_like(tensor) for tensor in arguments], (self.key, shapes)
                 run = traced(self._flat_step(start), example, key, compile=self.compile)
-            parameters, velocities = run(*given)
-        moved = (parameters - first).split(sizes, dim=1)
-        return {name: each.reshape(-1, *start[name].shape) for name, each in zip(self.names, moved, strict=True)}
+            parameters, velocities = run(*arguments)
+        updates = (parameters - first).split(sizes, dim=1)
+        return {name: update.reshape(-1, *start[name].shape) for name, update in zip(self.names, updates, strict=True)}
 
     def _flat_step(self, start: Stack) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """A step of a stack, from tensors to tensors: parameters and velocities, both [client, number]."""
+        """A step of a stack, from tensors to tensors; it returns parameters and velocities, both [client, number]."""
         settings, names, masked = self.settings, self.names, list(self.dropouts)
         shapes = [start[name].shape for name in names]
         sizes = [shape.numel() for shape in shapes]
@@ -208,13 +241,13 @@ class StackedEngine:
                 state = dict(zip([*names, *masked], [*layers, *masks], strict=True))
                 return (self.loss(functional_call(self.alone, state, (x,)), y) * weights).sum()
 
-            layers = [each.view(shape) for each, shape in zip(parameters.split(sizes), shapes, strict=True)]
+            layers = [row.view(shape) for row, shape in zip(parameters.split(sizes), shapes, strict=True)]
             if self.width == 1:
-                leaves = [each.detach().requires_grad_() for each in layers]
+                leaves = [layer.detach().requires_grad_() for layer in layers]
                 gradients = torch.autograd.grad(objective(leaves), leaves, allow_unused=True, materialize_grads=True)
             else:
                 gradients = grad(objective)(layers)
-            change = torch.cat([each.reshape(-1) for each in gradients])
+            change = torch.cat([gradient.reshape(-1) for gradient in gradients])
             if settings.weight_decay:
                 change = change + settings.weight_decay * parameters
             if settings.momentum:
@@ -224,7 +257,7 @@ class StackedEngine:
 
         if self.width > 1:
             return vmap(of_one)
-        return lambda *each: tuple(out[None] for out in of_one(*(tensor[0] for tensor in each)))
+        return lambda *stacks: tuple(out[None] for out in of_one(*(stack[0] for stack in stacks)))
 
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Stack]
@@ -232,7 +265,33 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tens
 
 
 class Plan:
-    """Which samples each client of a stack sees in each step, and with which weight."""
+    """Which samples each client of a stack sees in each step, and with which weight.
+
+    Parameters
+    ----------
+    datasets : sequence of (x, y) tensors
+        Of the clients of the stack.
+    rngs : sequence of numpy.random.Generator
+        One per client: it draws orders and masks as for `train_clients`.
+    settings : LocalSGD
+        How they train.
+    layers : dict of str to Slot
+        The dropouts of the model.
+    like : torch.Tensor
+        Of the device and dtype of the weights.
+    size : int
+        Samples per step.
+    idle : int
+        Places without a client, at the end.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> data = [(torch.ones(n, 3), torch.zeros(n, dtype=torch.int64)) for n in (4, 6)]
+    >>> plan = Plan(data, [np.random.default_rng(k) for k in (0, 1)], LocalSGD(), {}, torch.ones(1), size=4)
+    >>> plan.steps, plan.steps_of.tolist(), plan.is_ragged
+    (2, [1, 2], True)
+    """
 
     def __init__(
         self,
@@ -246,26 +305,26 @@ class Plan:
     ) -> None:
         sizes = np.array([len(y) for _, y in datasets] + [0] * idle)
         self.size = size
-        self.each = -(-sizes // self.size) * settings.epochs  # steps of each client
-        self.steps = int(self.each.max())
+        self.steps_of = -(-sizes // self.size) * settings.epochs  # steps of each client
+        self.steps = int(self.steps_of.max())
         self.is_ragged = bool((sizes % self.size).any())
         self.layers, self.masks, self.like = layers, [Masks(list(layers.values()), rng) for rng in rngs], like
         chosen = np.zeros((self.steps, len(sizes), self.size), np.int64)
         self.counts = np.full((self.steps, len(sizes)), self.size)
         for client, (rng, first, count) in enumerate(zip(rngs, np.cumsum(sizes) - sizes, sizes, strict=False)):
             padded = -(-count // self.size) * self.size
-            orders = np.full((settings.epochs, padded), first)  # what is padded shows the client's first sample
+            orders = np.full((settings.epochs, padded), first)  # padding repeats the client's first sample
             for order in orders:
                 order[:count] += rng.permutation(count)
             mine = orders.reshape(-1, self.size)
             chosen[: len(mine), client] = mine
-            if count:  # else its places show sample 0, with which nothing happens
+            if count:  # the steps of a client without samples show sample 0, at weight 0
                 chosen[len(mine) :, client] = first
                 self.counts[padded // self.size - 1 : len(mine) : padded // self.size, client] -= padded - count
         self.chosen = torch.from_numpy(chosen).to(like.device)
-        if self.is_ragged or self.each.min() < self.steps:
+        if self.is_ragged or self.steps_of.min() < self.steps:
             weights = (np.arange(self.size) < self.counts[:, :, None]) / self.counts[:, :, None]
-            active = np.arange(self.steps)[:, None] < self.each
+            active = np.arange(self.steps)[:, None] < self.steps_of
             self.weights = torch.from_numpy(weights).to(like)
             self.active = torch.from_numpy(active).to(like.device)
         else:
@@ -273,8 +332,8 @@ class Plan:
             self.active = torch.ones((1, len(sizes)), dtype=torch.bool, device=like.device).expand(self.steps, -1)
 
     def batches(self, x: torch.Tensor, y: torch.Tensor, training: Training) -> "Iterator[Batch]":
-        """What all clients see in each step; gathered for many steps at once, as one large copy is the faster."""
-        block = max(1, BLOCK // (len(self.each) * self.size * max(1, x[0].numel())))
+        """Yields what all clients see in each step; gathered for many steps at once, as one large copy is faster."""
+        block = max(1, BLOCK_SIZE // (len(self.steps_of) * self.size * max(1, x[0].numel())))
         for first in range(0, self.steps, block):
             chosen = self.chosen[first : first + block]
             shape, places = chosen.shape, chosen.flatten()
@@ -286,31 +345,31 @@ class Plan:
     def _projects(self, number: int, training: Training) -> torch.Tensor:
         if training.project is None:
             return self.active[number]
-        due = ((number + 1) % training.every == 0) | (number + 1 == self.each)
+        due = ((number + 1) % training.every == 0) | (number + 1 == self.steps_of)
         return torch.from_numpy(due).to(self.like.device)
 
     def _masks(self, number: int) -> Stack:
         if not self.layers:
             return {}
-        drawn = [[torch.ones((self.size, *layer.shape)) for _ in self.each] for layer in self.layers.values()]
-        for client in np.flatnonzero(number < self.each):
+        drawn = [[torch.ones((self.size, *layer.shape)) for _ in self.steps_of] for layer in self.layers.values()]
+        for client in np.flatnonzero(number < self.steps_of):
             for layer, mask in enumerate(self.masks[client].draw(int(self.counts[number, client]))):
                 drawn[layer][client][: len(mask)] = mask
-        return {name: torch.stack(each).to(self.like) for name, each in zip(self.layers, drawn, strict=True)}
+        return {name: torch.stack(masks).to(self.like) for name, masks in zip(self.layers, drawn, strict=True)}
 
 
 def unstackable(model: nn.Module) -> str:
-    """Why a model cannot be stacked, empty where it can."""
+    """Returns why a model cannot be stacked, "" where it can."""
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         return "torch cannot map recurrent layers over clients"
     return ""
 
 
 def has_convolutions(model: nn.Module) -> bool:
-    """Whether any of its modules is a convolution."""
+    """Returns whether any module is a convolution."""
     return any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether any of its modules is a batch norm."""
+    """Returns whether any module is a batch norm."""
     return any(isinstance(module, nn.modules.batchnorm._NormBase) for module in model.modules())
