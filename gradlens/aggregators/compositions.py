@@ -5,19 +5,29 @@ buckets have an address, seed, purpose and round, so that a replay gives the sam
 clients that enter, and never clipped or noised.
 """
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from scipy import sparse
 
 from gradlens.aggregators.filters import filtered
-from gradlens.aggregators.rules import RULES, Aggregator, averaged, clip_factors, mean, rows_of, scaled, stood_of
+from gradlens.aggregators.rules import (
+    RULES,
+    Aggregator,
+    Rule,
+    Weighing,
+    averaged,
+    clip_factors,
+    mean,
+    rows_of,
+    scaled,
+    tolerated_of,
+)
 from gradlens.detectors import flame as flame_detector
 from gradlens.detectors.distances import inner_products
 from gradlens.errors import InputError
 from gradlens.log import UpdateLog
-from gradlens.settings import whole_number, whole_number_or_none
+from gradlens.settings import configured, whole_number, whole_number_or_none
 
 __all__ = [
     "bucketing",
@@ -43,7 +53,7 @@ def clipped(aggregate: Aggregator, bound: float | None = None) -> Aggregator:
     Source: Sun, Kairouz, Suresh & McMahan 2019, "Can You Really Backdoor Federated Learning?", arXiv:1911.07963,
     section 4: update / max(1, norm / bound).
     """
-    return Clipped(aggregate, _bound("clipped", bound))
+    return Rule(configured(_clipped, bound=_bound("clipped", bound)), aggregate, _weighing(aggregate))
 
 
 def noised(aggregate: Aggregator, std: float, seed: int = 0) -> Aggregator:
@@ -53,7 +63,8 @@ def noised(aggregate: Aggregator, std: float, seed: int = 0) -> Aggregator:
     there is no noise. Around a filter the noise also moves a model that the filter keeps: put the filter outside.
     Raises: InputError unless std is a finite number of at least 0 and seed a count.
     """
-    return Noised(aggregate, _std("noised", std), whole_number("noised: seed", seed))
+    method = configured(_noised, std=_std("noised", std), seed=whole_number("noised: seed", seed))
+    return Rule(method, aggregate, _weighing(aggregate))
 
 
 def norm_clipping(bound: float | None = None) -> Aggregator:
@@ -63,7 +74,7 @@ def norm_clipping(bound: float | None = None) -> Aggregator:
     Raises: InputError for a bound that is no length.
     Source: Sun et al. 2019, arXiv:1911.07963, "norm thresholding of updates".
     """
-    return NormClipping(_bound("norm_clipping", bound))
+    return Rule(configured(_norm_clipping, bound=_bound("norm_clipping", bound)))
 
 
 def weak_dp(bound: float | None = None, std: float = 0.025, seed: int = 0) -> Aggregator:
@@ -75,7 +86,8 @@ def weak_dp(bound: float | None = None, std: float = 0.025, seed: int = 0) -> Ag
     Raises: InputError for a setting out of its range.
     Source: Sun et al. 2019, arXiv:1911.07963, "(weak) differential privacy".
     """
-    return WeakDP(_bound("weak_dp", bound), _std("weak_dp", std), whole_number("weak_dp: seed", seed))
+    settings = {"bound": _bound("weak_dp", bound), "std": _std("weak_dp", std)}
+    return Rule(configured(_weak_dp, **settings, seed=whole_number("weak_dp: seed", seed)))
 
 
 def centred_clipping(radius: float | None = None, iterations: int = 1, start: str = "last") -> Aggregator:
@@ -91,7 +103,8 @@ def centred_clipping(radius: float | None = None, iterations: int = 1, start: st
     if start not in ("last", "zero"):
         raise InputError(f"centred_clipping: start is 'last' or 'zero', found {start!r:.80}")
     count = whole_number("centred_clipping: iterations", iterations, least=1)
-    return CentredClipping(_bound("centred_clipping", radius, "radius"), count, start)
+    length = _bound("centred_clipping", radius, "radius")
+    return Rule(configured(_centred_clipping, radius=length, iterations=count, start=start))
 
 
 def nearest_neighbour_mixing(rule: str | Aggregator = "mean", num_malicious: int | None = None) -> Aggregator:
@@ -103,7 +116,8 @@ def nearest_neighbour_mixing(rule: str | Aggregator = "mean", num_malicious: int
     Byzantine ML under Heterogeneity", AISTATS, arXiv:2302.01772, algorithm 2.
     """
     name = "nearest_neighbour_mixing"
-    return NearestNeighbourMixing(_rule(name, rule), whole_number_or_none(f"{name}: num_malicious", num_malicious))
+    number = whole_number_or_none(f"{name}: num_malicious", num_malicious)
+    return Rule(configured(_nearest_neighbour_mixing, num_malicious=number), _rule(name, rule))
 
 
 def bucketing(rule: str | Aggregator = "mean", size: int = 2, seed: int = 0) -> Aggregator:
@@ -116,7 +130,8 @@ def bucketing(rule: str | Aggregator = "mean", size: int = 2, seed: int = 0) -> 
     arXiv:2006.09365, algorithm 1.
     """
     count = whole_number("bucketing: size", size, least=1)
-    return Bucketing(_rule("bucketing", rule), count, whole_number("bucketing: seed", seed))
+    method = configured(_bucketing, size=count, seed=whole_number("bucketing: seed", seed))
+    return Rule(method, _rule("bucketing", rule))
 
 
 def flame(noise: float = 0.001, seed: int = 0, on: str = "updates") -> Aggregator:
@@ -129,7 +144,8 @@ def flame(noise: float = 0.001, seed: int = 0, on: str = "updates") -> Aggregato
     algorithm 1.
     """
     flame_detector(on)  # refuses another `on`
-    return Flame(_std("flame", noise, "noise"), whole_number("flame: seed", seed), on)
+    number = whole_number("flame: seed", seed)
+    return Rule(configured(_flame, noise=_std("flame", noise, "noise"), seed=number, on=on))
 
 
 def crfl(bound: float = 15.0, std: float = 0.01, seed: int = 0) -> Aggregator:
@@ -145,193 +161,106 @@ def crfl(bound: float = 15.0, std: float = 0.01, seed: int = 0) -> Aggregator:
     """
     if bound is None:
         raise InputError("crfl: bound is a length above 0, found None")
-    return Crfl(_bound("crfl", bound) or 0.0, _std("crfl", std), whole_number("crfl: seed", seed))
+    settings = {"bound": _bound("crfl", bound), "std": _std("crfl", std)}
+    return Rule(configured(_crfl, **settings, seed=whole_number("crfl: seed", seed)))
 
 
-@dataclass(frozen=True)
-class Clipped:
-    """What `clipped` builds."""
-
-    aggregate: Aggregator
-    bound: float | None
-
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        rows = rows_of(log[-1])
-        norms = log[-1].total_norms[rows]
-        bound = (float(np.median(norms)) if len(norms) else 0.0) if self.bound is None else self.bound
-        return self.aggregate(scaled(log, rows, clip_factors(norms, bound)))
-
-    def __repr__(self) -> str:
-        return f"clipped({self.aggregate!r}, bound={_short(self.bound)})"
+def _clipped(aggregate: Aggregator, log: UpdateLog, bound: float | None) -> dict[str, np.ndarray]:
+    rows = rows_of(log[-1])
+    norms = log[-1].total_norms[rows]
+    length = (float(np.median(norms)) if len(norms) else 0.0) if bound is None else bound
+    return aggregate(scaled(log, rows, clip_factors(norms, length)))
 
 
-@dataclass(frozen=True)
-class Noised:
-    """What `noised` builds."""
-
-    aggregate: Aggregator
-    std: float
-    seed: int
-
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        update = self.aggregate(log)
-        return _with_noise(log, update, self.std, self.seed) if log[-1].finite.any() else update
-
-    def __repr__(self) -> str:
-        return f"noised({self.aggregate!r}, std={self.std:g}, seed={self.seed})"
+def _noised(aggregate: Aggregator, log: UpdateLog, std: float, seed: int) -> dict[str, np.ndarray]:
+    update = aggregate(log)
+    return _with_noise(log, update, std, seed) if log[-1].finite.any() else update
 
 
-@dataclass(frozen=True)
-class NormClipping:
-    """What `norm_clipping` builds."""
-
-    bound: float | None
-
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        return clipped(mean(), self.bound)(log)
-
-    def __repr__(self) -> str:
-        return f"norm_clipping(bound={_short(self.bound)})"
+def _norm_clipping(log: UpdateLog, bound: float | None) -> dict[str, np.ndarray]:
+    return clipped(mean(), bound)(log)
 
 
-@dataclass(frozen=True)
-class WeakDP:
-    """What `weak_dp` builds."""
-
-    bound: float | None
-    std: float
-    seed: int
-
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        return noised(clipped(mean(), self.bound), self.std, self.seed)(log)
-
-    def __repr__(self) -> str:
-        return f"weak_dp(bound={_short(self.bound)}, std={self.std:g}, seed={self.seed})"
+def _weak_dp(log: UpdateLog, bound: float | None, std: float, seed: int) -> dict[str, np.ndarray]:
+    return noised(clipped(mean(), bound), std, seed)(log)
 
 
-@dataclass(frozen=True)
-class CentredClipping:
-    """What `centred_clipping` builds."""
-
-    radius: float | None
-    iterations: int
-    start: str
-
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        rows = rows_of(log[-1])
-        update = averaged(log, rows, np.ones(len(rows)))  # of the buffers; the parameters come next
-        if not len(rows):
-            return update
-        part = log[-1].take(rows)
-        everyone, norms, centre = np.arange(len(rows)), part.total_norms, self._start(log)
-        for _ in range(self.iterations):
-            square = sum(float(np.vdot(array, array)) for array in centre.values())
-            distances = np.sqrt(np.maximum(norms**2 - 2 * inner_products(part, centre) + square, 0))
-            radius = float(np.median(distances)) if self.radius is None else self.radius
-            factors = clip_factors(distances, radius).astype(FINEST).astype(np.float64)
-            stays = 1 - factors.sum() / len(rows)
-            for name, array in centre.items():
-                centre[name] = array * stays + part.weighted_mean(name, everyone, factors, len(rows))
-        return update | {name: array.astype(np.float32) for name, array in centre.items()}
-
-    def _start(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        now = log[-1].global_model
-        if self.start == "zero" or len(log) < 2:
-            return {name: np.zeros(now[name].shape) for name in log.model.parameters}
-        before = log[-2].global_model
-        return {name: now[name].astype(np.float64) - before[name] for name in log.model.parameters}
-
-    def __repr__(self) -> str:
-        return f"centred_clipping(radius={_short(self.radius)}, iterations={self.iterations}, start={self.start!r})"
+def _centred_clipping(log: UpdateLog, radius: float | None, iterations: int, start: str) -> dict[str, np.ndarray]:
+    rows = rows_of(log[-1])
+    update = averaged(log, rows, np.ones(len(rows)))  # of the buffers; the parameters come next
+    if not len(rows):
+        return update
+    part = log[-1].take(rows)
+    everyone, norms, center = np.arange(len(rows)), part.total_norms, _start(log, start)
+    for _ in range(iterations):
+        square = sum(float(np.vdot(array, array)) for array in center.values())
+        distances = np.sqrt(np.maximum(norms**2 - 2 * inner_products(part, center) + square, 0))
+        bound = float(np.median(distances)) if radius is None else radius
+        factors = clip_factors(distances, bound).astype(FINEST).astype(np.float64)
+        stays = 1 - factors.sum() / len(rows)
+        for name, array in center.items():
+            center[name] = array * stays + part.weighted_mean(name, everyone, factors, len(rows))
+    return update | {name: array.astype(np.float32) for name, array in center.items()}
 
 
-@dataclass(frozen=True)
-class NearestNeighbourMixing:
-    """What `nearest_neighbour_mixing` builds."""
-
-    rule: Aggregator
-    num_malicious: int | None
-
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        distances = log[-1].squared_distances  # before the question who is finite, which it answers on the way
-        rows = rows_of(log[-1])
-        if not len(rows):
-            return self.rule(log.keep(rows))
-        distances = distances[np.ix_(rows, rows)]
-        np.fill_diagonal(distances, -1)  # everybody is nearest to itself
-        count = len(rows) - stood_of(self.num_malicious, (len(rows) - 1) // 2)
-        nearest = np.sort(np.argsort(distances, axis=1, kind="stable")[:, :count], axis=1)
-        shares = (np.full(nearest.size, 1 / count), nearest.reshape(-1), np.arange(len(rows) + 1) * count)
-        return self.rule(log.keep(rows).combined(sparse.csr_array(shares, shape=distances.shape)))
-
-    def __repr__(self) -> str:
-        return f"nearest_neighbour_mixing({self.rule!r}, num_malicious={self.num_malicious})"
+def _start(log: UpdateLog, start: str) -> dict[str, np.ndarray]:
+    """The first center of centered clipping, layer -> float64 [*shape]."""
+    now = log[-1].global_model
+    if start == "zero" or len(log) < 2:
+        return {name: np.zeros(now[name].shape) for name in log.model.parameters}
+    before = log[-2].global_model
+    return {name: now[name].astype(np.float64) - before[name] for name in log.model.parameters}
 
 
-@dataclass(frozen=True)
-class Bucketing:
-    """What `bucketing` builds."""
-
-    rule: Aggregator
-    size: int
-    seed: int
-
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        rows = rows_of(log[-1])
-        order = np.random.default_rng([self.seed, BUCKETS, log[-1].index]).permutation(len(rows))
-        edges = np.append(np.arange(0, len(rows), self.size), len(rows))
-        if not len(rows):
-            return self.rule(log.keep(rows))
-        sizes = np.diff(edges)
-        members = np.concatenate([np.sort(order[start:stop]) for start, stop in pairwise(edges)])
-        shares = sparse.csr_array((np.repeat(1 / sizes, sizes), members, edges), shape=(len(sizes), len(rows)))
-        names = np.array([f"bucket-{number:06d}" for number in range(len(sizes))])
-        return self.rule(log.keep(rows).combined(shares, names))
-
-    def __repr__(self) -> str:
-        return f"bucketing({self.rule!r}, size={self.size}, seed={self.seed})"
+def _nearest_neighbour_mixing(rule: Aggregator, log: UpdateLog, num_malicious: int | None) -> dict[str, np.ndarray]:
+    distances = log[-1].squared_distances  # first: it finds the norms, by which who is finite is known
+    rows = rows_of(log[-1])
+    if not len(rows):
+        return rule(log.keep(rows))
+    distances = distances[np.ix_(rows, rows)]
+    np.fill_diagonal(distances, -1)  # every client is nearest to itself
+    count = len(rows) - tolerated_of(num_malicious, (len(rows) - 1) // 2)
+    nearest = np.sort(np.argsort(distances, axis=1, kind="stable")[:, :count], axis=1)
+    shares = (np.full(nearest.size, 1 / count), nearest.reshape(-1), np.arange(len(rows) + 1) * count)
+    return rule(log.keep(rows).combined(sparse.csr_array(shares, shape=distances.shape)))
 
 
-@dataclass(frozen=True)
-class Flame:
-    """What `flame` builds."""
-
-    noise: float
-    seed: int
-    on: str
-
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        norms = log[-1].total_norms[log[-1].finite]
-        bound = float(np.median(norms)) if len(norms) else 0.0  # of the whole cohort, before the filter
-        kept = filtered(mean(), flame_detector(self.on)).kept(log)
-        rule = clipped(mean(), bound) if bound > 0 else mean()
-        return noised(rule, self.noise * bound, self.seed)(log.keep(kept))
-
-    def __repr__(self) -> str:
-        return f"flame(noise={self.noise:g}, seed={self.seed}, on={self.on!r})"
+def _bucketing(rule: Aggregator, log: UpdateLog, size: int, seed: int) -> dict[str, np.ndarray]:
+    rows = rows_of(log[-1])
+    order = np.random.default_rng([seed, BUCKETS, log[-1].index]).permutation(len(rows))
+    edges = np.append(np.arange(0, len(rows), size), len(rows))
+    if not len(rows):
+        return rule(log.keep(rows))
+    sizes = np.diff(edges)
+    members = np.concatenate([np.sort(order[start:stop]) for start, stop in pairwise(edges)])
+    shares = sparse.csr_array((np.repeat(1 / sizes, sizes), members, edges), shape=(len(sizes), len(rows)))
+    names = np.array([f"bucket-{number:06d}" for number in range(len(sizes))])
+    return rule(log.keep(rows).combined(shares, names))
 
 
-@dataclass(frozen=True)
-class Crfl:
-    """What `crfl` builds."""
+def _flame(log: UpdateLog, noise: float, seed: int, on: str) -> dict[str, np.ndarray]:
+    norms = log[-1].total_norms[log[-1].finite]
+    bound = float(np.median(norms)) if len(norms) else 0.0  # of the whole cohort, before the filter
+    kept = filtered(mean(), flame_detector(on)).kept(log)
+    rule = clipped(mean(), bound) if bound > 0 else mean()
+    return noised(rule, noise * bound, seed)(log.keep(kept))
 
-    bound: float
-    std: float
-    seed: int
 
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        update = mean()(log)
-        if not log[-1].finite.any():
-            return update
-        now = {name: log[-1].global_model[name].astype(np.float64) for name in log.model.parameters}
-        following = {name: array + update[name] for name, array in now.items()}
-        norm = np.sqrt(sum(float(np.vdot(array, array)) for array in following.values()))
-        factor = float(clip_factors(norm, self.bound))
-        change = {name: (array * factor - now[name]).astype(np.float32) for name, array in following.items()}
-        return _with_noise(log, update | change, self.std, self.seed)
+def _crfl(log: UpdateLog, bound: float, std: float, seed: int) -> dict[str, np.ndarray]:
+    update = mean()(log)
+    if not log[-1].finite.any():
+        return update
+    now = {name: log[-1].global_model[name].astype(np.float64) for name in log.model.parameters}
+    following = {name: array + update[name] for name, array in now.items()}
+    norm = np.sqrt(sum(float(np.vdot(array, array)) for array in following.values()))
+    factor = float(clip_factors(norm, bound))
+    change = {name: (array * factor - now[name]).astype(np.float32) for name, array in following.items()}
+    return _with_noise(log, update | change, std, seed)
 
-    def __repr__(self) -> str:
-        return f"crfl(bound={self.bound:g}, std={self.std:g}, seed={self.seed})"
+
+def _weighing(aggregate: Aggregator) -> Weighing | None:
+    """What clients count in the mean inside a rule that is put around another, which changes nothing of that."""
+    return getattr(aggregate, "weighing", None)
 
 
 def _with_noise(log: UpdateLog, update: dict[str, np.ndarray], std: float, seed: int) -> dict[str, np.ndarray]:
@@ -364,7 +293,3 @@ def _std(where: str, value: float, setting: str = "std") -> float:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
-
-def _short(value: float | None) -> str:
-    return "None" if value is None else f"{value:g}"

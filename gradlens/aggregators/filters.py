@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from gradlens.aggregators.rules import Aggregator, Mean, clip_factors, scaled
+from gradlens.aggregators.rules import Aggregator, Weighing, clip_factors, scaled
 from gradlens.detectors import Detector, Verdict
 from gradlens.detectors.verdict import verdict_on
 from gradlens.errors import InputError, UnreadableError
@@ -140,6 +140,11 @@ class FilteredAggregator:
             weights = weights / _mean_weight(self.aggregate, log[-1], weights)
         return self.aggregate(scaled(log, np.arange(len(weights)), weights))
 
+    @property
+    def weighing(self) -> Weighing | None:
+        """What clients count in the mean that the inner rule ends in; None: all alike."""
+        return getattr(self.aggregate, "weighing", None)
+
     def verdict(self, log: UpdateLog) -> Verdict:
         """What the detector says of the last round."""
         return log.verdict(self.detector)
@@ -238,10 +243,8 @@ class FilteredAggregator:
 
 def _mean_weight(aggregate: Aggregator, round_: Round, weights: np.ndarray) -> float:
     """The mean of the weights [client] over who counts at all; by examples where the rule ends in a mean by them."""
-    rows = np.flatnonzero(weights)
-    while (inner := getattr(aggregate, "aggregate", None)) is not None:  # of what is clipped or noised
-        aggregate = inner
-    shares = aggregate.shares(round_, rows) if isinstance(aggregate, Mean) else np.ones(len(rows))
+    rows, weighing = np.flatnonzero(weights), getattr(aggregate, "weighing", None)
+    shares = np.ones(len(rows)) if weighing is None else weighing(round_, rows)
     return float(np.average(weights[rows], weights=shares))
 
 

@@ -1,18 +1,20 @@
 """Rules that choose and average: mean, median, trimmed mean, geometric median, Krum, Multi-Krum, Bulyan, RLR."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from scipy import sparse
 
 from gradlens.errors import InputError
 from gradlens.log import Round, UpdateLog, kernels
-from gradlens.settings import whole_number, whole_number_or_none
+from gradlens.settings import Configured, configured, whole_number, whole_number_or_none
 
 __all__ = [
     "RULES",
     "Aggregator",
+    "Rule",
     "bulyan",
     "geometric_median",
     "krum",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 Aggregator = Callable[[UpdateLog], dict[str, np.ndarray]]  # layer -> aggregated update [*shape]
+Weighing = Callable[[Round, np.ndarray], np.ndarray]  # (round, positions) -> what each client counts, float64 [client]
 
 
 def mean(weighted: bool = False, cap: float = 10.0) -> Aggregator:
@@ -33,7 +36,8 @@ def mean(weighted: bool = False, cap: float = 10.0) -> Aggregator:
     weighted: by `num_examples`, which is a claim: a client counts at most `cap` x the median client.
     Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data".
     """
-    return Mean(weighted, float(cap))
+    settings = {"weighted": weighted, "cap": float(cap)}
+    return Rule(configured(_mean, **settings), weighing=partial(_shares, **settings))
 
 
 def median() -> Aggregator:
@@ -41,7 +45,7 @@ def median() -> Aggregator:
 
     Source: Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates".
     """
-    return Median()
+    return Rule(configured(_median))
 
 
 def trimmed_mean(num_malicious: int | None = None) -> Aggregator:
@@ -51,7 +55,8 @@ def trimmed_mean(num_malicious: int | None = None) -> Aggregator:
     Raises: InputError if it is no count.
     Source: Yin et al. 2018, arXiv 1803.01498, definition 2, with beta = num_malicious / number of clients.
     """
-    return TrimmedMean(whole_number_or_none("trimmed_mean: num_malicious", num_malicious))
+    number = whole_number_or_none("trimmed_mean: num_malicious", num_malicious)
+    return Rule(configured(_trimmed_mean, num_malicious=number))
 
 
 def geometric_median(smoothing: float = 1e-6, iterations: int = 100) -> Aggregator:
@@ -67,7 +72,8 @@ def geometric_median(smoothing: float = 1e-6, iterations: int = 100) -> Aggregat
     """
     if not smoothing > 0:
         raise InputError(f"geometric_median: smoothing is a length above 0, found {smoothing!r}")
-    return GeometricMedian(float(smoothing), whole_number("geometric_median: iterations", iterations, least=1))
+    count = whole_number("geometric_median: iterations", iterations, least=1)
+    return Rule(configured(_geometric_median, smoothing=float(smoothing), iterations=count))
 
 
 def krum(num_malicious: int | None = None) -> Aggregator:
@@ -78,7 +84,7 @@ def krum(num_malicious: int | None = None) -> Aggregator:
     num_malicious: n > 2 num_malicious + 2. Raises: InputError if it is no count.
     Source: Blanchard et al. 2017, "Machine Learning with Adversaries", section 4.
     """
-    return Krum(whole_number_or_none("krum: num_malicious", num_malicious))
+    return Rule(configured(_krum, num_malicious=whole_number_or_none("krum: num_malicious", num_malicious)))
 
 
 def multi_krum(num_malicious: int | None = None, num_selected: int | None = None) -> Aggregator:
@@ -88,8 +94,9 @@ def multi_krum(num_malicious: int | None = None, num_selected: int | None = None
     open. Raises: InputError if one of them is no count.
     Source: Blanchard et al. 2017, section 4.1, which computes the scores once.
     """
-    counted = whole_number_or_none("multi_krum: num_malicious", num_malicious)
-    return MultiKrum(counted, whole_number_or_none("multi_krum: num_selected", num_selected, 1))
+    number = whole_number_or_none("multi_krum: num_malicious", num_malicious)
+    selected = whole_number_or_none("multi_krum: num_selected", num_selected, 1)
+    return Rule(configured(_multi_krum, num_malicious=number, num_selected=selected))
 
 
 def bulyan(num_malicious: int | None = None, selection: str = "repeated") -> Aggregator:
@@ -104,7 +111,8 @@ def bulyan(num_malicious: int | None = None, selection: str = "repeated") -> Agg
     """
     if selection not in ("repeated", "once"):
         raise InputError(f"bulyan: selection is 'repeated' or 'once', found {selection!r:.80}")
-    return Bulyan(whole_number_or_none("bulyan: num_malicious", num_malicious), selection)
+    number = whole_number_or_none("bulyan: num_malicious", num_malicious)
+    return Rule(configured(_bulyan, num_malicious=number, selection=selection))
 
 
 def rlr(threshold: int | None = None) -> Aggregator:
@@ -116,7 +124,7 @@ def rlr(threshold: int | None = None) -> Aggregator:
     Source: Ozdayi, Kantarcioglu & Gel 2021, "Defending against Backdoors in Federated Learning with Robust Learning
     Rate", AAAI, arXiv:2007.03767, equations 4 and 5, every client counting alike.
     """
-    return RobustLearningRate(whole_number_or_none("rlr: threshold", threshold, 1))
+    return Rule(configured(_rlr, threshold=whole_number_or_none("rlr: threshold", threshold, 1)))
 
 
 RULES: Mapping[str, Callable[..., Aggregator]] = {
@@ -156,156 +164,114 @@ def step(
     return {name: _cast(moved(name, array), array.dtype) for name, array in global_model.items()}
 
 
-@dataclass(frozen=True)
-class Mean:
-    """What `mean` builds."""
+@dataclass(frozen=True, repr=False)
+class Rule:
+    """What every builder of a rule returns: a function of a log with its settings, which prints like the call.
 
-    weighted: bool
-    cap: float
+    Attributes
+    ----------
+    method : Configured
+        The function (log, **settings) -> update, or (inner rule, log, **settings) -> update.
+    inner : Aggregator, optional
+        The rule that this one is put around.
+    weighing : callable, optional
+        (round, positions) -> what each of these clients counts in the mean that the rule ends in, float64 [client];
+        without one all clients count alike.
 
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        rows = rows_of(log[-1])
-        return averaged(log, rows, self.shares(log[-1], rows))
+    Examples
+    --------
+    >>> krum(num_malicious=2)
+    krum(num_malicious=2)
+    >>> krum(num_malicious=2) == krum(num_malicious=2)
+    True
+    """
 
-    def shares(self, round_: Round, rows: np.ndarray) -> np.ndarray:
-        """What each of these clients counts, float64 [client]."""
-        return capped(round_.num_examples[rows], self.cap) if self.weighted else np.ones(len(rows))
-
-    def __repr__(self) -> str:
-        return f"mean(weighted={self.weighted}, cap={self.cap:g})"
-
-
-@dataclass(frozen=True)
-class Median:
-    """What `median` builds."""
-
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        return _trimmed(log, None)
-
-    def __repr__(self) -> str:
-        return "median()"
-
-
-@dataclass(frozen=True)
-class TrimmedMean:
-    """What `trimmed_mean` builds."""
-
-    num_malicious: int | None
+    method: Configured
+    inner: Aggregator | None = None
+    weighing: Weighing | None = field(default=None, compare=False)
 
     def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        return _trimmed(log, self.num_malicious)
+        """The aggregated update of the last round, layer -> array [*shape]."""
+        return self.method(log) if self.inner is None else self.method(self.inner, log)
 
     def __repr__(self) -> str:
-        return f"trimmed_mean(num_malicious={self.num_malicious})"
+        parts = [] if self.inner is None else [repr(self.inner)]
+        parts += [f"{name}={f'{v:g}' if isinstance(v, float) else repr(v)}" for name, v in self.method.settings]
+        return f"{self.method.function.__name__.strip('_')}({', '.join(parts)})"
 
 
-@dataclass(frozen=True)
-class GeometricMedian:
-    """What `geometric_median` builds."""
-
-    smoothing: float
-    iterations: int
-
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        gram = log[-1].total_gram  # before the question who is finite, which it answers on the way
-        rows = rows_of(log[-1])
-        gram = gram[np.ix_(rows, rows)]
-        return averaged(log, rows, weiszfeld(gram, self.smoothing, self.iterations))
-
-    def __repr__(self) -> str:
-        return f"geometric_median(smoothing={self.smoothing:g}, iterations={self.iterations})"
+def _mean(log: UpdateLog, weighted: bool, cap: float) -> dict[str, np.ndarray]:
+    rows = rows_of(log[-1])
+    return averaged(log, rows, _shares(log[-1], rows, weighted, cap))
 
 
-@dataclass(frozen=True)
-class Krum:
-    """What `krum` builds."""
-
-    num_malicious: int | None
-
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        nearest = _by_krum(log[-1], self.num_malicious)[0][:1]
-        return averaged(log, nearest, np.ones(len(nearest)))
-
-    def __repr__(self) -> str:
-        return f"krum(num_malicious={self.num_malicious})"
+def _shares(round_: Round, rows: np.ndarray, weighted: bool, cap: float) -> np.ndarray:
+    """What each of these clients counts in the mean, float64 [client]."""
+    return capped(round_.num_examples[rows], cap) if weighted else np.ones(len(rows))
 
 
-@dataclass(frozen=True)
-class MultiKrum:
-    """What `multi_krum` builds."""
-
-    num_malicious: int | None
-    num_selected: int | None
-
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        rows, stood = _by_krum(log[-1], self.num_malicious)
-        rows = rows[: self.num_selected or len(rows) - stood]
-        rows = rows[np.argsort(log[-1].clients[rows])]
-        return averaged(log, rows, np.ones(len(rows)))
-
-    def __repr__(self) -> str:
-        return f"multi_krum(num_malicious={self.num_malicious}, num_selected={self.num_selected})"
+def _median(log: UpdateLog) -> dict[str, np.ndarray]:
+    return _trimmed_mean(log, None)
 
 
-@dataclass(frozen=True)
-class Bulyan:
-    """What `bulyan` builds."""
-
-    num_malicious: int | None
-    selection: str
-
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        round_ = log[-1]
-        distances = round_.squared_distances  # before the question who is finite, which it answers on the way
-        rows = rows_of(round_)
-        stood = stood_of(self.num_malicious, (len(rows) - 3) // 4)
-        selected = self._selected(distances[np.ix_(rows, rows)], stood)
-        rows = rows[np.sort(selected)]
-        return {
-            layer.name: _near_median(round_, layer.name, rows, len(rows) - 2 * stood)
-            if layer.kind == "parameter"
-            else round_.weighted_mean(layer.name, rows, np.ones(len(rows)))
-            for layer in log.model.layers
-        }
-
-    def _selected(self, distances: np.ndarray, stood: int) -> np.ndarray:
-        """The positions of all but twice `stood` clients that Krum selects, from squared distances."""
-        count = len(distances) - 2 * stood
-        if self.selection == "once":
-            return np.argsort(_krum_scores(distances, stood), kind="stable")[:count]
-        left, selected = np.arange(len(distances)), []
-        for _ in range(count):
-            best = int(np.argmin(_krum_scores(distances[np.ix_(left, left)], stood)))
-            selected.append(left[best])
-            left = np.delete(left, best)
-        return np.array(selected, np.int64)
-
-    def __repr__(self) -> str:
-        return f"bulyan(num_malicious={self.num_malicious}, selection={self.selection!r})"
+def _geometric_median(log: UpdateLog, smoothing: float, iterations: int) -> dict[str, np.ndarray]:
+    gram = log[-1].total_gram  # first: it finds the norms, by which who is finite is known
+    rows = rows_of(log[-1])
+    return averaged(log, rows, weiszfeld(gram[np.ix_(rows, rows)], smoothing, iterations))
 
 
-@dataclass(frozen=True)
-class RobustLearningRate:
-    """What `rlr` builds."""
+def _krum(log: UpdateLog, num_malicious: int | None) -> dict[str, np.ndarray]:
+    nearest = _by_krum(log[-1], num_malicious)[0][:1]
+    return averaged(log, nearest, np.ones(len(nearest)))
 
-    threshold: int | None
 
-    def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        round_, rows = log[-1], rows_of(log[-1])
-        update = averaged(log, rows, np.ones(len(rows)))
-        usual = (len(rows) - 1) // 2 + 1
-        least = usual if self.threshold is None or self.threshold > len(rows) else self.threshold
-        for name in log.model.parameters:
-            flat, start = update[name].reshape(-1), 0
-            for block in round_.blocks(name):
-                stop = start + block.shape[1]
-                votes = np.sign(block[rows]).sum(axis=0, dtype=np.float64)
-                flat[start:stop] *= np.where(np.abs(votes) >= least, 1, -1).astype(np.float32)
-                start = stop
-        return update
+def _multi_krum(log: UpdateLog, num_malicious: int | None, num_selected: int | None) -> dict[str, np.ndarray]:
+    rows, tolerated = _by_krum(log[-1], num_malicious)
+    rows = rows[: num_selected or len(rows) - tolerated]
+    rows = rows[np.argsort(log[-1].clients[rows])]
+    return averaged(log, rows, np.ones(len(rows)))
 
-    def __repr__(self) -> str:
-        return f"rlr(threshold={self.threshold})"
+
+def _bulyan(log: UpdateLog, num_malicious: int | None, selection: str) -> dict[str, np.ndarray]:
+    round_ = log[-1]
+    distances = round_.squared_distances  # first: it finds the norms, by which who is finite is known
+    rows = rows_of(round_)
+    tolerated = tolerated_of(num_malicious, (len(rows) - 3) // 4)
+    rows = rows[np.sort(_selected_by_krum(distances[np.ix_(rows, rows)], tolerated, selection))]
+    return {
+        layer.name: _near_median(round_, layer.name, rows, len(rows) - 2 * tolerated)
+        if layer.kind == "parameter"
+        else round_.weighted_mean(layer.name, rows, np.ones(len(rows)))
+        for layer in log.model.layers
+    }
+
+
+def _selected_by_krum(distances: np.ndarray, tolerated: int, selection: str) -> np.ndarray:
+    """The positions of all but twice `tolerated` clients that Krum selects, from squared distances."""
+    count = len(distances) - 2 * tolerated
+    if selection == "once":
+        return np.argsort(_krum_scores(distances, tolerated), kind="stable")[:count]
+    left, selected = np.arange(len(distances)), []
+    for _ in range(count):
+        best = int(np.argmin(_krum_scores(distances[np.ix_(left, left)], tolerated)))
+        selected.append(left[best])
+        left = np.delete(left, best)
+    return np.array(selected, np.int64)
+
+
+def _rlr(log: UpdateLog, threshold: int | None) -> dict[str, np.ndarray]:
+    round_, rows = log[-1], rows_of(log[-1])
+    update = averaged(log, rows, np.ones(len(rows)))
+    majority = (len(rows) - 1) // 2 + 1
+    least = majority if threshold is None or threshold > len(rows) else threshold
+    for name in log.model.parameters:
+        flat, start = update[name].reshape(-1), 0
+        for block in round_.blocks(name):
+            stop = start + block.shape[1]
+            votes = np.sign(block[rows]).sum(axis=0, dtype=np.float64)
+            flat[start:stop] *= np.where(np.abs(votes) >= least, 1, -1).astype(np.float32)
+            start = stop
+    return update
 
 
 def rows_of(round_: Round) -> np.ndarray:
@@ -340,10 +306,10 @@ def averaged(log: UpdateLog, rows: np.ndarray, weights: np.ndarray) -> dict[str,
     return {name: log[-1].weighted_mean(name, rows, weights) for name in log.model}
 
 
-def _trimmed(log: UpdateLog, num_malicious: int | None) -> dict[str, np.ndarray]:
+def _trimmed_mean(log: UpdateLog, num_malicious: int | None) -> dict[str, np.ndarray]:
     """The mean of each coordinate's middle values; None: of the one or two in the very middle."""
     round_, rows = log[-1], rows_of(log[-1])
-    trimmed = stood_of(num_malicious, (len(rows) - 1) // 2)
+    trimmed = tolerated_of(num_malicious, (len(rows) - 1) // 2)
     return {
         layer.name: round_.trimmed_mean(layer.name, trimmed, round_.finite)
         if layer.kind == "parameter"
@@ -353,19 +319,19 @@ def _trimmed(log: UpdateLog, num_malicious: int | None) -> dict[str, np.ndarray]
 
 
 def _by_krum(round_: Round, num_malicious: int | None) -> tuple[np.ndarray, int]:
-    """Positions of the finite clients from the smallest Krum score to the largest, and how many are stood."""
+    """Positions of the finite clients by ascending Krum score, and how many malicious clients are tolerated."""
     distances = round_.squared_distances  # before the question who is finite, which it answers on the way
     rows = rows_of(round_)
-    stood = stood_of(num_malicious, (len(rows) - 3) // 2)
-    scores = _krum_scores(distances[np.ix_(rows, rows)], stood)
-    return rows[np.argsort(scores, kind="stable")], stood
+    tolerated = tolerated_of(num_malicious, (len(rows) - 3) // 2)
+    scores = _krum_scores(distances[np.ix_(rows, rows)], tolerated)
+    return rows[np.argsort(scores, kind="stable")], tolerated
 
 
-def _krum_scores(distances: np.ndarray, stood: int) -> np.ndarray:
-    """Sums of the squared distances [client, client] to the nearest others, all but stood + 2 of them, [client]."""
+def _krum_scores(distances: np.ndarray, tolerated: int) -> np.ndarray:
+    """Sums of the squared distances [client, client] to the nearest others, all but tolerated + 2 of them, [client]."""
     others = distances.copy()
     np.fill_diagonal(others, np.inf)  # nobody is its own neighbour
-    neighbours = max(1, len(others) - stood - 2) if len(others) > 1 else 0
+    neighbours = max(1, len(others) - tolerated - 2) if len(others) > 1 else 0
     return np.sort(others, axis=1)[:, :neighbours].sum(axis=1)
 
 
@@ -389,8 +355,8 @@ def _near_median(round_: Round, layer: str, rows: np.ndarray, count: int) -> np.
     return out.reshape(shape)
 
 
-def stood_of(num_malicious: int | None, most: int) -> int:
-    """How many malicious clients the rule is to stand, of the most that it can."""
+def tolerated_of(num_malicious: int | None, most: int) -> int:
+    """How many malicious clients the rule tolerates, of the most that it can."""
     most = max(0, most)
     return most if num_malicious is None else min(num_malicious, most)
 
