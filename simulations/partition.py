@@ -65,7 +65,7 @@ def iid() -> Partition:
 
 @validate_call(config={"strict": True})
 def round_robin() -> Partition:
-    """Gives sample i to client i modulo the number of clients.
+    """Gives sample i to client i modulo the number of clients [1]_.
 
     Nothing is drawn; shares are alike where the samples are in no order.
 
@@ -95,7 +95,7 @@ def round_robin() -> Partition:
 
 @validate_call(config={"strict": True})
 def dirichlet(alpha: Positive = 0.5, minimum: Count = 10) -> Partition:
-    """Skews labels: each class is shared out in proportions drawn from a symmetric Dirichlet distribution.
+    """Skews labels: each class is shared out in proportions drawn from a symmetric Dirichlet distribution [1]_.
 
     Parameters
     ----------

@@ -46,59 +46,204 @@ FINEST = np.float32  # factors are rounded to it: their last digits in float64 h
 
 
 def clipped(aggregate: Aggregator, bound: float | None = None) -> Aggregator:
-    """Clips the L2 norm of each whole update to `bound`, then aggregates.
+    """Clips the L2 norm of each whole update to a bound, then aggregates.
 
-    bound: a length above 0; None: the median norm of the finite clients of the round, which is rescaled with training.
-    Raises: InputError for any other bound.
-    Source: Sun, Kairouz, Suresh & McMahan 2019, "Can You Really Backdoor Federated Learning?", arXiv:1911.07963,
-    section 4: update / max(1, norm / bound).
+    Parameters
+    ----------
+    aggregate : Aggregator
+        The rule that aggregates the clipped updates.
+    bound : float, optional
+        A length above 0. None: the median norm of the round's finite clients, which follows training.
+
+    Returns
+    -------
+    Aggregator
+        Buffers are never clipped.
+
+    Raises
+    ------
+    InputError
+        For any other bound.
+
+    Notes
+    -----
+    Each update becomes u / max(1, norm(u) / bound) ([1]_, section 4).
+
+    **Fails when** attackers keep to the norm of benign clients.
+
+    References
+    ----------
+    .. [1] Sun, Kairouz, Suresh & McMahan 2019, "Can You Really Backdoor Federated Learning?", arXiv:1911.07963.
+
+    Examples
+    --------
+    >>> from gradlens.aggregators import mean
+    >>> clipped(mean(), bound=1.0)
+    clipped(mean(weighted=False, cap=10), bound=1)
     """
     return Rule(configured(_clipped, bound=_bound("clipped", bound)), aggregate, _weighing(aggregate))
 
 
 def noised(aggregate: Aggregator, std: float, seed: int = 0) -> Aggregator:
-    """Aggregates, then adds Gaussian noise of standard deviation `std` to each parameter of the update.
+    """Aggregates, then adds Gaussian noise to each parameter of the update.
 
-    seed: the noise of round i is drawn from default_rng([seed, 101, i]), layer after layer. Without a finite client
-    there is no noise. Around a filter the noise also moves a model that the filter keeps: put the filter outside.
-    Raises: InputError unless std is a finite number of at least 0 and seed a count.
+    Parameters
+    ----------
+    aggregate : Aggregator
+        The rule.
+    std : float
+        Standard deviation of the noise, in units of the weights, at least 0.
+    seed : int
+        The noise of round i is drawn from default_rng([seed, 101, i]), layer after layer.
+
+    Returns
+    -------
+    Aggregator
+        Buffers get no noise. Without a finite client there is none.
+
+    Raises
+    ------
+    InputError
+        Unless `std` is a finite number of at least 0 and `seed` a count.
+
+    Notes
+    -----
+    Around a filter the noise also moves a model that the filter keeps: put the filter outside.
+
+    **Fails when** the noise is small beside the backdoor's update, or so large that it hides what is learned.
+
+    Examples
+    --------
+    >>> from gradlens.aggregators import mean
+    >>> noised(mean(), std=0.01)
+    noised(mean(weighted=False, cap=10), std=0.01, seed=0)
     """
     method = configured(_noised, std=_std("noised", std), seed=whole_number("noised: seed", seed))
     return Rule(method, aggregate, _weighing(aggregate))
 
 
 def norm_clipping(bound: float | None = None) -> Aggregator:
-    """The mean of the updates, each clipped to the norm `bound`; None: the median norm of the round's clients.
+    """Averages the updates, each clipped to a norm.
 
-    The paper's bounds are 3, 5 and 10 on updates of its own model: a bound says nothing without the benign norms.
-    Raises: InputError for a bound that is no length.
-    Source: Sun et al. 2019, arXiv:1911.07963, "norm thresholding of updates".
+    Parameters
+    ----------
+    bound : float, optional
+        A length above 0; None: the median norm of the round's clients. The paper's bounds are 3, 5 and 10 on updates of
+        its own model: a bound says nothing without the benign norms.
+
+    Returns
+    -------
+    Aggregator
+        As `clipped(mean(), bound)`.
+
+    Raises
+    ------
+    InputError
+        For a bound that is no length.
+
+    Notes
+    -----
+    "Norm thresholding of updates" in [1]_: the mean of u / max(1, norm(u) / bound).
+
+    **Fails when** attackers train within the bound, or are a large share of the clients.
+
+    References
+    ----------
+    .. [1] Sun, Kairouz, Suresh & McMahan 2019, "Can You Really Backdoor Federated Learning?", arXiv:1911.07963.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> norm_clipping(bound=1.0)(example_log())["fc2.bias"].shape
+    (4,)
     """
     return Rule(configured(_norm_clipping, bound=_bound("norm_clipping", bound)))
 
 
 def weak_dp(bound: float | None = None, std: float = 0.025, seed: int = 0) -> Aggregator:
-    """Norm clipping, then Gaussian noise on the mean, too little of it for differential privacy.
+    """Averages clipped updates and adds noise, too little of it for differential privacy.
 
-    bound: as for `norm_clipping`; the paper's runs have 5. std: of the noise on the aggregate, in each coordinate;
-    0.025 is the paper's as most programs read it (backdoors101 takes it for the variance: 0.158). Programs that add
-    noise to the sum, as TensorFlow Privacy's GaussianSumQuery, divide theirs by the number of clients. seed: `noised`.
-    Raises: InputError for a setting out of its range.
-    Source: Sun et al. 2019, arXiv:1911.07963, "(weak) differential privacy".
+    Parameters
+    ----------
+    bound : float, optional
+        As for `norm_clipping`; the paper's runs have 5.
+    std : float
+        Standard deviation of the noise on the aggregate, in each coordinate. 0.025 is the paper's as most programs read
+        it; backdoors101 takes it for the variance (0.158). Programs that add noise to the sum, such as TensorFlow
+        Privacy's GaussianSumQuery, divide theirs by the number of clients.
+    seed : int
+        As for `noised`.
+
+    Returns
+    -------
+    Aggregator
+        As `noised(clipped(mean(), bound), std, seed)`.
+
+    Raises
+    ------
+    InputError
+        For a setting out of its range.
+
+    Notes
+    -----
+    "(Weak) differential privacy" in [1]_.
+
+    **Fails when** the bound fails; at the scales measured here the noise adds nothing to clipping.
+
+    References
+    ----------
+    .. [1] Sun, Kairouz, Suresh & McMahan 2019, "Can You Really Backdoor Federated Learning?", arXiv:1911.07963.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> weak_dp(bound=1.0, std=0.001)(example_log())["fc2.bias"].shape
+    (4,)
     """
     settings = {"bound": _bound("weak_dp", bound), "std": _std("weak_dp", std)}
     return Rule(configured(_weak_dp, **settings, seed=whole_number("weak_dp: seed", seed)))
 
 
 def centred_clipping(radius: float | None = None, iterations: int = 1, start: str = "last") -> Aggregator:
-    """From a centre v, `iterations` times: v + the mean of the clients' differences to v, clipped to `radius`.
+    """Moves a center by the mean of the clients' differences to it, each clipped to a radius.
 
-    start: "last", the last change of the global model, which is the last aggregate where the server's learning rate
-    is 1 (zero in the first round), or "zero", as in ByzFL. radius: a length above 0, None: the median distance to the
-    centre, anew in each iteration; ByzFL has 100, which clips nothing of updates that are shorter. iterations: 1.
-    Raises: InputError for a setting out of its range.
-    Source: Karimireddy, He & Jaggi 2021, "Learning from History for Byzantine Robust Optimization", ICML,
-    arXiv:2012.10333, equation (CC); its workers send momentum.
+    Parameters
+    ----------
+    radius : float, optional
+        A length above 0; None: the median distance to the center, anew in each iteration. ByzFL has 100, which clips
+        nothing of updates that are shorter.
+    iterations : int
+        How often; 1 as in [1]_.
+    start : {"last", "zero"}
+        "last": the last change of the global model, which is the last aggregate where the server's learning rate is 1,
+        and zero in the first round. "zero": as in ByzFL.
+
+    Returns
+    -------
+    Aggregator
+        Buffers are averaged.
+
+    Raises
+    ------
+    InputError
+        For a setting out of its range.
+
+    Notes
+    -----
+    v <- v + mean over i of (u_i - v) min(1, radius / norm(u_i - v)), equation (CC) of [1]_; its workers send momentum.
+
+    **Fails when** the radius is too large to clip anything, or attackers push the same way in every round.
+
+    References
+    ----------
+    .. [1] Karimireddy, He & Jaggi 2021, "Learning from History for Byzantine Robust Optimization", ICML,
+       arXiv:2012.10333.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> centred_clipping()(example_log())["fc2.bias"].shape
+    (4,)
     """
     if start not in ("last", "zero"):
         raise InputError(f"centred_clipping: start is 'last' or 'zero', found {start!r:.80}")
@@ -108,12 +253,42 @@ def centred_clipping(radius: float | None = None, iterations: int = 1, start: st
 
 
 def nearest_neighbour_mixing(rule: str | Aggregator = "mean", num_malicious: int | None = None) -> Aggregator:
-    """Each client becomes the mean of the n - num_malicious clients nearest to it, itself among them; then `rule`.
+    """Replaces each client by the mean of the clients nearest to it, then aggregates.
 
-    rule: an aggregator, or the name of one of `RULES` at its defaults. num_malicious: fewer than half of the clients.
-    Raises: InputError for an unknown rule or what is no count. Raises CannotSay above 5,000 clients.
-    Source: Allouah, Farhadkhani, Guerraoui, Gupta, Pinot & Stephan 2023, "Fixing by Mixing: A Recipe for Optimal
-    Byzantine ML under Heterogeneity", AISTATS, arXiv:2302.01772, algorithm 2.
+    Parameters
+    ----------
+    rule : str or Aggregator
+        An aggregator, or the name of one of `RULES` with its defaults.
+    num_malicious : int, optional
+        Fewer than half of the clients. None: the most that the cohort allows.
+
+    Returns
+    -------
+    Aggregator
+        Buffers are mixed in the same way.
+
+    Raises
+    ------
+    InputError
+        For an unknown rule, or what is no count.
+    CannotSay
+        Above 5,000 clients.
+
+    Notes
+    -----
+    Each client becomes the mean of the n - num_malicious clients nearest to it, itself among them ([1]_, algorithm 2).
+
+    **Fails when** the rule inside fails on clients that are more alike; mixing also spreads the attackers' updates.
+
+    References
+    ----------
+    .. [1] Allouah, Farhadkhani, Guerraoui, Gupta, Pinot & Stephan 2023, "Fixing by Mixing: A Recipe for Optimal
+       Byzantine ML under Heterogeneity", AISTATS, arXiv:2302.01772.
+
+    Examples
+    --------
+    >>> nearest_neighbour_mixing("median", num_malicious=2)
+    nearest_neighbour_mixing(median(), num_malicious=2)
     """
     name = "nearest_neighbour_mixing"
     number = whole_number_or_none(f"{name}: num_malicious", num_malicious)
@@ -121,13 +296,42 @@ def nearest_neighbour_mixing(rule: str | Aggregator = "mean", num_malicious: int
 
 
 def bucketing(rule: str | Aggregator = "mean", size: int = 2, seed: int = 0) -> Aggregator:
-    """The clients are put at random into buckets of `size`, each becomes the mean of its bucket; then `rule`.
+    """Averages the clients in random buckets, then aggregates the buckets.
 
-    rule: as for `nearest_neighbour_mixing`. size: 2, as in the paper's experiments; the last bucket may hold fewer.
-    seed: of the buckets, drawn anew in each round. Up to as many buckets as malicious clients hold one of them.
-    Raises: InputError for an unknown rule or what is no count.
-    Source: Karimireddy, He & Jaggi 2022, "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", ICLR,
-    arXiv:2006.09365, algorithm 1.
+    Parameters
+    ----------
+    rule : str or Aggregator
+        As for `nearest_neighbour_mixing`.
+    size : int
+        Clients in a bucket, 2 as in the experiments of [1]_; the last bucket may hold fewer.
+    seed : int
+        Of the buckets, drawn anew in each round.
+
+    Returns
+    -------
+    Aggregator
+        Buffers are mixed in the same way.
+
+    Raises
+    ------
+    InputError
+        For an unknown rule, or what is no count.
+
+    Notes
+    -----
+    Algorithm 1 of [1]_. As many buckets as there are malicious clients may hold one of them.
+
+    **Fails when** those buckets are more than the rule inside tolerates.
+
+    References
+    ----------
+    .. [1] Karimireddy, He & Jaggi 2022, "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", ICLR,
+       arXiv:2006.09365.
+
+    Examples
+    --------
+    >>> bucketing("median", size=2)
+    bucketing(median(), size=2, seed=0)
     """
     count = whole_number("bucketing: size", size, least=1)
     method = configured(_bucketing, size=count, seed=whole_number("bucketing: seed", seed))
@@ -135,13 +339,43 @@ def bucketing(rule: str | Aggregator = "mean", size: int = 2, seed: int = 0) -> 
 
 
 def flame(noise: float = 0.001, seed: int = 0, on: str = "updates") -> Aggregator:
-    """The clients that FLAME's clusters keep, clipped to the median norm of the whole cohort, their mean, and noise.
+    """Averages the clients that FLAME's clusters keep, clipped to the cohort's median norm, and adds noise.
 
-    noise: the standard deviation, as a share of that median norm; 0.001 as in the paper's image tasks (its ports have
-    0.001 to 1.2e-5). on: "updates" or "models", see the detector `gradlens.detectors.DETECTORS["flame"]`.
-    Raises: InputError for a setting out of its range.
-    Source: Nguyen et al. 2022, "FLAME: Taming Backdoors in Federated Learning", USENIX Security, arXiv:2101.02281,
-    algorithm 1.
+    Parameters
+    ----------
+    noise : float
+        Standard deviation as a share of that median norm; 0.001 as in the image tasks of [1]_ (its implementations have
+        0.001 to 1.2e-5).
+    seed : int
+        Of the noise.
+    on : {"updates", "models"}
+        What is clustered; see the detector `flame`.
+
+    Returns
+    -------
+    Aggregator
+        Buffers are averaged over the kept clients.
+
+    Raises
+    ------
+    InputError
+        For a setting out of its range.
+
+    Notes
+    -----
+    Algorithm 1 of [1]_; the median norm is that of the whole cohort, before clients are left out.
+
+    **Fails when** attackers are as close in angle as benign clients are, which label skew makes easy.
+
+    References
+    ----------
+    .. [1] Nguyen et al. 2022, "FLAME: Taming Backdoors in Federated Learning", USENIX Security, arXiv:2101.02281.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> flame()(example_log())["fc2.bias"].shape
+    (4,)
     """
     flame_detector(on)  # refuses another `on`
     number = whole_number("flame: seed", seed)
@@ -149,15 +383,44 @@ def flame(noise: float = 0.001, seed: int = 0, on: str = "updates") -> Aggregato
 
 
 def crfl(bound: float = 15.0, std: float = 0.01, seed: int = 0) -> Aggregator:
-    """The mean of the updates, after which the norm of the *global model* is clipped to `bound`, and noise added.
+    """Averages the updates, then clips the norm of the global model and adds noise to it.
 
-    The update is what takes the global model there, at a server learning rate of 1 and without server momentum.
-    bound: 15 as the authors' program has for MNIST, 100 for EMNIST; std: 0.01, as there. The paper leaves the noise
-    out of the last round, which a server that does not know its last round cannot, and votes over noised copies when
-    it predicts, which is not done here: there is no certificate.
-    Raises: InputError for a setting out of its range.
-    Source: Xie, Chen, Chen & Li 2021, "CRFL: Certifiably Robust Federated Learning against Backdoor Attacks", ICML,
-    arXiv:2106.08283, algorithm 1; github.com/AI-secure/CRFL.
+    Parameters
+    ----------
+    bound : float
+        Largest norm of the global model; 15 as the authors' program has for MNIST, 100 for EMNIST.
+    std : float
+        Standard deviation of the noise; 0.01, as there.
+    seed : int
+        Of the noise.
+
+    Returns
+    -------
+    Aggregator
+        The update that takes the global model there, at a server learning rate of 1 and without server momentum.
+
+    Raises
+    ------
+    InputError
+        For a setting out of its range.
+
+    Notes
+    -----
+    Algorithm 1 of [1]_. The paper leaves the noise out of the last round, which a server that does not know its last
+    round cannot do, and votes over noised copies when it predicts, which is not done here: there is no certificate.
+
+    **Fails when** the bound is far above the model's norm; and a small backdoor survives small noise.
+
+    References
+    ----------
+    .. [1] Xie, Chen, Chen & Li 2021, "CRFL: Certifiably Robust Federated Learning against Backdoor Attacks", ICML,
+       arXiv:2106.08283; github.com/AI-secure/CRFL.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> crfl()(example_log())["fc2.bias"].shape
+    (4,)
     """
     if bound is None:
         raise InputError("crfl: bound is a length above 0, found None")

@@ -31,44 +31,148 @@ Weighing = Callable[[Round, np.ndarray], np.ndarray]  # (round, positions) -> wh
 
 
 def mean(weighted: bool = False, cap: float = 10.0) -> Aggregator:
-    """The mean of the updates, each client counting alike or by its number of examples.
+    """Averages the updates, each client counting alike or by its number of examples.
 
-    weighted: by `num_examples`, which is a claim: a client counts at most `cap` x the median client.
-    Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data".
+    Parameters
+    ----------
+    weighted : bool
+        Whether a client counts by `num_examples`, which is a claim.
+    cap : float
+        Multiple of the median client's number of examples that a client counts at most.
+
+    Returns
+    -------
+    Aggregator
+        Buffers are averaged in the same way.
+
+    Notes
+    -----
+    As in [1]_, the aggregate is sum_i w_i u_i / sum_i w_i, with w_i = 1, or w_i = min(n_i, cap * median of n).
+
+    **Fails when** anybody attacks: one client moves the mean as far as it likes. It is the baseline.
+
+    References
+    ----------
+    .. [1] McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data".
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> mean()(example_log())["fc2.bias"].shape
+    (4,)
     """
     settings = {"weighted": weighted, "cap": float(cap)}
     return Rule(configured(_mean, **settings), weighing=partial(_shares, **settings))
 
 
 def median() -> Aggregator:
-    """The coordinate-wise median of the updates; buffers are averaged.
+    """Takes the median of each coordinate; buffers are averaged.
 
-    Source: Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates".
+    Returns
+    -------
+    Aggregator
+        Of an even number of clients, the mean of the two middle values.
+
+    Notes
+    -----
+    As in [1]_, the aggregate of coordinate j is the median over i of u_ij. It stays within the range of the benign
+    values as long as fewer than half of the clients are malicious.
+
+    **Fails when** benign clients differ much more than the attackers' shift, as under label skew: a small consistent
+    shift of a minority moves every coordinate a little.
+
+    References
+    ----------
+    .. [1] Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+       arXiv:1803.01498.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> median()(example_log())["fc2.bias"].shape
+    (4,)
     """
     return Rule(configured(_median))
 
 
 def trimmed_mean(num_malicious: int | None = None) -> Aggregator:
-    """The mean of each coordinate without its `num_malicious` smallest and as many of its largest values.
+    """Averages each coordinate without its smallest and largest values.
 
-    num_malicious: fewer than half of the clients; None leaves one or two values, which is the median.
-    Raises: InputError if it is no count.
-    Source: Yin et al. 2018, arXiv 1803.01498, definition 2, with beta = num_malicious / number of clients.
+    Parameters
+    ----------
+    num_malicious : int, optional
+        How many values are left out at each end, fewer than half of the clients. None leaves one or two values, which
+        is the median.
+
+    Returns
+    -------
+    Aggregator
+        Buffers are averaged.
+
+    Raises
+    ------
+    InputError
+        If `num_malicious` is no count.
+
+    Notes
+    -----
+    Definition 2 of [1]_ with beta = num_malicious / number of clients. It tolerates `num_malicious` malicious clients.
+
+    **Fails when** there are more of them, or they stay inside the range of the benign values (a little is enough).
+
+    References
+    ----------
+    .. [1] Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+       arXiv:1803.01498.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> trimmed_mean(num_malicious=1)(example_log())["fc2.bias"].shape
+    (4,)
     """
     number = whole_number_or_none("trimmed_mean: num_malicious", num_malicious)
     return Rule(configured(_trimmed_mean, num_malicious=number))
 
 
 def geometric_median(smoothing: float = 1e-6, iterations: int = 100) -> Aggregator:
-    """The point whose distances to the updates have the smallest sum, found by the smoothed Weiszfeld algorithm.
+    """Finds the point whose distances to the updates have the smallest sum, by the smoothed Weiszfeld algorithm.
 
-    From the mean, `iterations` times: each client weighs 1 / max(smoothing, its distance to the last point). The
-    weights follow from inner products, so that the coordinates are touched once; they are rounded to float32, whose
-    last digit does not hang on who else took part. smoothing: a length, 1e-6 as in the paper, which is content with
-    3 iterations since each costs its server a round of messages; here they cost nothing.
-    Raises: InputError unless both are positive.
-    Source: Pillutla, Kakade, Harchaoui 2019, "Robust Aggregation for Federated Learning" (RFA), arXiv 1912.13445,
-    every client counting alike.
+    Parameters
+    ----------
+    smoothing : float
+        Smallest distance that a client is divided by, a length; 1e-6 as in [1]_.
+    iterations : int
+        Most iterations. The paper is content with 3, since each costs its server a round of messages; here they cost
+        nothing.
+
+    Returns
+    -------
+    Aggregator
+        Buffers are averaged with the same weights.
+
+    Raises
+    ------
+    InputError
+        Unless both are positive.
+
+    Notes
+    -----
+    From the mean on, each client weighs 1 / max(smoothing, its distance to the last point); every client counts alike
+    in the sum of distances. Weights follow from inner products, so that coordinates are read once; they are rounded to
+    float32, so that their last digit does not depend on who else took part.
+
+    **Fails when** half of the clients are malicious, or the benign updates differ more than the attackers shift them.
+
+    References
+    ----------
+    .. [1] Pillutla, Kakade & Harchaoui 2019, "Robust Aggregation for Federated Learning" (RFA), arXiv:1912.13445.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> geometric_median()(example_log())["fc2.bias"].shape
+    (4,)
     """
     if not smoothing > 0:
         raise InputError(f"geometric_median: smoothing is a length above 0, found {smoothing!r}")
@@ -77,22 +181,80 @@ def geometric_median(smoothing: float = 1e-6, iterations: int = 100) -> Aggregat
 
 
 def krum(num_malicious: int | None = None) -> Aggregator:
-    """The update of the one client that is nearest to its neighbours.
+    """Takes the update of the one client that lies nearest to its neighbors.
 
-    Of n clients each scores the sum of its squared distances to the n - num_malicious - 2 nearest others; the
-    smallest score wins, among equal ones the first name.
-    num_malicious: n > 2 num_malicious + 2. Raises: InputError if it is no count.
-    Source: Blanchard et al. 2017, "Machine Learning with Adversaries", section 4.
+    Parameters
+    ----------
+    num_malicious : int, optional
+        How many malicious clients are to be tolerated; n > 2 num_malicious + 2. None: the most that the cohort allows.
+
+    Returns
+    -------
+    Aggregator
+        Buffers are those of the same client.
+
+    Raises
+    ------
+    InputError
+        If `num_malicious` is no count.
+
+    Notes
+    -----
+    Of n clients each scores the sum of its squared distances to its n - num_malicious - 2 nearest others; the smallest
+    score wins, among equal ones the first name ([1]_, section 4).
+
+    **Fails when** the benign clients' data differ: a single client's update is a poor average, and attackers that lie
+    close together win.
+
+    References
+    ----------
+    .. [1] Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent".
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> krum(num_malicious=2)(example_log())["fc2.bias"].shape
+    (4,)
     """
     return Rule(configured(_krum, num_malicious=whole_number_or_none("krum: num_malicious", num_malicious)))
 
 
 def multi_krum(num_malicious: int | None = None, num_selected: int | None = None) -> Aggregator:
-    """The mean of the `num_selected` updates of the smallest Krum scores.
+    """Averages the updates of the smallest Krum scores.
 
-    num_malicious: as for `krum`; num_selected: None = all but `num_malicious`, as most ports do; the paper leaves it
-    open. Raises: InputError if one of them is no count.
-    Source: Blanchard et al. 2017, section 4.1, which computes the scores once.
+    Parameters
+    ----------
+    num_malicious : int, optional
+        As for `krum`.
+    num_selected : int, optional
+        How many clients are averaged; None: all but `num_malicious`, as in most implementations. The paper leaves it
+        open.
+
+    Returns
+    -------
+    Aggregator
+        Buffers are averaged over the same clients.
+
+    Raises
+    ------
+    InputError
+        If one of them is no count.
+
+    Notes
+    -----
+    The scores are those of `krum`, computed once ([1]_, section 4.1).
+
+    **Fails when** attackers lie as close together as benign clients do, or there are more than `num_malicious`.
+
+    References
+    ----------
+    .. [1] Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent".
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> multi_krum(num_malicious=2)(example_log())["fc2.bias"].shape
+    (4,)
     """
     number = whole_number_or_none("multi_krum: num_malicious", num_malicious)
     selected = whole_number_or_none("multi_krum: num_selected", num_selected, 1)
@@ -100,14 +262,43 @@ def multi_krum(num_malicious: int | None = None, num_selected: int | None = None
 
 
 def bulyan(num_malicious: int | None = None, selection: str = "repeated") -> Aggregator:
-    """Of each coordinate the mean of the values nearest to the median, among clients that Krum selects.
+    """Averages, of each coordinate, the values nearest to the median among clients that Krum selects.
 
-    Of n clients n - 2 num_malicious are selected, and of these of each coordinate n - 4 num_malicious values averaged.
-    num_malicious: n >= 4 num_malicious + 3. selection: "repeated", as in the paper: Krum's choice is taken out and
-    Krum asked again among the rest, or "once": the smallest scores of one Krum, as ports that save the time have it.
-    Raises: InputError if it is no count, or for another selection.
-    Source: El Mhamdi, Guerraoui & Rouault 2018, "The Hidden Vulnerability of Distributed Learning in Byzantium",
-    arXiv 1802.07927, section 4.
+    Parameters
+    ----------
+    num_malicious : int, optional
+        n >= 4 num_malicious + 3. None: the most that the cohort allows.
+    selection : {"repeated", "once"}
+        "repeated", as in [1]_: Krum's choice is taken out and Krum asked again among the rest. "once": the smallest
+        scores of one Krum, as implementations that save the time have it.
+
+    Returns
+    -------
+    Aggregator
+        Buffers are averaged over the selected clients.
+
+    Raises
+    ------
+    InputError
+        If `num_malicious` is no count, or for another selection.
+
+    Notes
+    -----
+    Of n clients n - 2 num_malicious are selected, and of these n - 4 num_malicious values of each coordinate averaged
+    ([1]_, section 4).
+
+    **Fails when** benign clients differ under label skew: it leaves out most of them, which costs accuracy.
+
+    References
+    ----------
+    .. [1] El Mhamdi, Guerraoui & Rouault 2018, "The Hidden Vulnerability of Distributed Learning in Byzantium",
+       arXiv:1802.07927.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> bulyan(num_malicious=1)(example_log())["fc2.bias"].shape
+    (4,)
     """
     if selection not in ("repeated", "once"):
         raise InputError(f"bulyan: selection is 'repeated' or 'once', found {selection!r:.80}")
@@ -116,13 +307,42 @@ def bulyan(num_malicious: int | None = None, selection: str = "repeated") -> Agg
 
 
 def rlr(threshold: int | None = None) -> Aggregator:
-    """The mean of the updates, turned round at each coordinate on whose sign too few clients agree.
+    """Averages the updates, and reverses each coordinate on whose sign too few clients agree.
 
-    Too few: |sum of the clients' signs| < threshold. None: (n - 1) // 2 + 1, what no minority reaches alone; the
-    paper's program has 4 of 10 clients and 8 of 33. More than there are clients is treated as None.
-    Raises: InputError if the threshold is no count above 0.
-    Source: Ozdayi, Kantarcioglu & Gel 2021, "Defending against Backdoors in Federated Learning with Robust Learning
-    Rate", AAAI, arXiv:2007.03767, equations 4 and 5, every client counting alike.
+    Parameters
+    ----------
+    threshold : int, optional
+        |sum of the clients' signs| from which a coordinate is not reversed. None: (n - 1) // 2 + 1, which no minority
+        reaches alone; the authors' program has 4 of 10 clients and 8 of 33. More than there are clients is treated as
+        None.
+
+    Returns
+    -------
+    Aggregator
+        Buffers are averaged.
+
+    Raises
+    ------
+    InputError
+        If the threshold is no count above 0.
+
+    Notes
+    -----
+    Equations 4 and 5 of [1]_, every client counting alike.
+
+    **Fails when** benign clients disagree on many signs, as late in training or under label skew: it then undoes what
+    they learn.
+
+    References
+    ----------
+    .. [1] Ozdayi, Kantarcioglu & Gel 2021, "Defending against Backdoors in Federated Learning with Robust Learning
+       Rate", AAAI, arXiv:2007.03767.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> rlr()(example_log())["fc2.bias"].shape
+    (4,)
     """
     return Rule(configured(_rlr, threshold=whole_number_or_none("rlr: threshold", threshold, 1)))
 

@@ -15,7 +15,7 @@ from simulations.attacks.sending import Factor, changed, count, finite, like, pe
 
 @attack_part
 def scaling(factor: Factor = 1.0) -> Attack:
-    """Sends the trained update times a factor.
+    """Sends the trained update times a factor [1]_.
 
     Stage: sending. The attacker needs its own update alone; to choose the factor that replaces the global model it
     needs the number of clients and the server learning rate.
@@ -98,7 +98,7 @@ def model_replacement(factor: Factor | None = None) -> Attack:
 
 @attack_part
 def explicit_boosting(factor: Factor | None = None) -> Attack:
-    """Sends the honest update plus the malicious one times a factor, from two separate trainings.
+    """Sends the honest update plus the malicious one times a factor, from two separate trainings [1]_.
 
     Stage: sending. The attacker must know how many updates the server averages.
 
@@ -141,7 +141,7 @@ def explicit_boosting(factor: Factor | None = None) -> Attack:
 
 @attack_part
 def train_and_scale(bound: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None) -> Attack:
-    """Scales each update, up or down, to a norm that does not stand out.
+    """Scales each update, up or down, to a norm that does not stand out [1]_.
 
     Stage: sending. The attacker must know the bound of the server's anomaly detector or, by default, what the others
     send.

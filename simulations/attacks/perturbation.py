@@ -52,7 +52,7 @@ def min_max(direction: Direction = "std") -> Attack:
 
 @attack_part
 def min_sum(direction: Direction = "std") -> Attack:
-    """Sends the others' mean, moved until its squared distances to them sum up to the greatest such sum of one of them.
+    """Sends the others' mean, moved until its summed squared distances to them reach the greatest of any of them [1]_.
 
     Stage: sending. The attackers must know what the others send.
 

@@ -20,7 +20,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 @attack_part
 def label_flip(source_label: Label = 7, target_label: Label = 5) -> Attack:
-    """Relabels the source class as the target class.
+    """Relabels the source class as the target class [1]_.
 
     Stage: data. The attacker needs its own samples alone.
 

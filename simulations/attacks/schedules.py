@@ -93,7 +93,7 @@ def from_round(first: Index = 0) -> Schedule:
 
 @validate_call(config={"strict": True})
 def single_round(at: Index = 0) -> Schedule:
-    """Attacks in one round, in which every malicious client is present.
+    """Attacks in one round, in which every malicious client is present [1]_.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ def single_round(at: Index = 0) -> Schedule:
 
 @validate_call(config={"strict": True})
 def every_nth(period: Count = 2, first: Index = 0) -> Schedule:
-    """Attacks in every n-th round, in which every malicious client is present.
+    """Attacks in every n-th round, in which every malicious client is present [1]_.
 
     Parameters
     ----------
@@ -187,7 +187,7 @@ def alternating(period: Count = 3) -> Schedule:
 
 @validate_call(config={"strict": True})
 def random_pool(population: Count = 3383, compromised: Index = 113) -> Schedule:
-    """Attacks in every round with as many malicious clients as if a round were drawn from a large population.
+    """Attacks in every round with as many malicious clients as if a round were drawn from a large population [1]_.
 
     Parameters
     ----------

@@ -51,7 +51,7 @@ def sign_flip(factor: Factor = 1.0) -> Attack:
 
 @attack_part
 def gaussian(std: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0) -> Attack:
-    """Sends Gaussian noise.
+    """Sends Gaussian noise [1]_.
 
     Stage: sending. The attacker needs to know nothing.
 
@@ -186,7 +186,7 @@ def a_little_is_enough(z: Factor | None = None) -> Attack:
 
 @attack_part
 def inner_product(epsilon: Factor = 2.0) -> Attack:
-    """Sends the negative of the others' mean, times a factor: the inner product with the true mean turns negative.
+    """Sends the negative of the others' mean, times a factor: the inner product with the true mean turns negative [1]_.
 
     Stage: sending. The attackers must know what the others send.
 

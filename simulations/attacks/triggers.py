@@ -18,7 +18,7 @@ Rectangle = tuple[slice, slice]  # rows and columns of pixels
 
 @attack_part
 def trigger(target_label: Label = 1, size: Count = 4, row: Label = 2, column: Label = 2, value: float = 1.0) -> Attack:
-    """Sets a square of pixels to one value and shows the image as the target class.
+    """Sets a square of pixels to one value and shows the image as the target class [1]_.
 
     Stage: data. The attacker needs its own samples alone.
 
@@ -74,7 +74,7 @@ def trigger(target_label: Label = 1, size: Count = 4, row: Label = 2, column: La
 
 @attack_part
 def blend(target_label: Label = 1, alpha: Share = 0.2, pattern_seed: Label = 0) -> Attack:
-    """Mixes images with one random pattern and shows them as the target class.
+    """Mixes images with one random pattern and shows them as the target class [1]_.
 
     Stage: data. The attacker needs its own samples alone.
 
