@@ -10,31 +10,12 @@ cohort that has become too small for a number (a client is refused, or sends NaN
 
 from collections.abc import Callable, Mapping
 
-from gradlens.aggregators.compositions import (
-    bucketing,
-    centred_clipping,
-    clipped,
-    crfl,
-    flame,
-    nearest_neighbour_mixing,
-    noised,
-    norm_clipping,
-    weak_dp,
-)
+from gradlens.aggregators.averages import geometric_median, mean, median, rlr, trimmed_mean
+from gradlens.aggregators.compositions import centred_clipping, clipped, crfl, flame, noised, norm_clipping, weak_dp
 from gradlens.aggregators.filters import Decision, FilteredAggregator, FilterStopped, filtered
-from gradlens.aggregators.rules import (
-    RULES,
-    Aggregator,
-    bulyan,
-    geometric_median,
-    krum,
-    mean,
-    median,
-    multi_krum,
-    rlr,
-    step,
-    trimmed_mean,
-)
+from gradlens.aggregators.mixing import RULES, bucketing, nearest_neighbour_mixing
+from gradlens.aggregators.neighbors import bulyan, krum, multi_krum
+from gradlens.aggregators.rules import Aggregator, step
 
 __all__ = [
     "AGGREGATORS",
