@@ -1,4 +1,4 @@
-"""`filtered`: a detector's verdict decides who is aggregated, and how; `Decision`: what was decided, and why."""
+"""Filters: a detector's verdict decides which clients enter a rule, and with which weight (`filtered`, `Decision`)."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -17,11 +17,24 @@ __all__ = ["ACTIONS", "Decision", "FilterStopped", "FilteredAggregator", "filter
 
 ACTIONS = ("drop", "down_weight", "clip", "record")
 FALLBACKS = ("keep_model", "use_all", "stop")
-DISTRUSTED = 0.5  # what a flagged client counts at most, where a filter weighs down by its own rule
+MOST_OF_FLAGGED = 0.5  # largest weight of a flagged client where the detector gives no weights for this round
 
 
 class FilterStopped(InputError):  # noqa: N818 - a decision, not a fault
-    """A filter was told to stop where everybody is flagged, or where its detector abstains."""
+    """Raised by a filter that is set to "stop" when all clients are flagged, or when its detector abstains.
+
+    Examples
+    --------
+    >>> from gradlens.aggregators import mean
+    >>> from gradlens.detectors import DETECTORS
+    >>> from gradlens.examples import example_log
+    >>> rule = filtered(mean(), DETECTORS["layer_norms"](), when_abstained="stop")
+    >>> try:
+    ...     rule(example_log(num_clients=2))
+    ... except FilterStopped as reason:
+    ...     print(str(reason).partition(", as set in")[0])
+    round 3: the detector abstained: stop
+    """
 
 
 def filtered(
@@ -34,26 +47,60 @@ def filtered(
     when_abstained: str = "use_all",
     cleared: Collection[str] = (),
 ) -> "FilteredAggregator":
-    """Aggregates the clients of the last round as the verdict on them says.
+    """Builds a rule that aggregates the clients of the last round as a detector's verdict on them says.
 
-    action: what becomes of a flagged client.
-    - "drop": it is left out.
-    - "down_weight": each client counts by the verdict's weights where the detector gives them, a flagged one 1/2 at
-      most where it is flagged for an earlier round. Without weights an unflagged client counts 1 and a flagged one
-      1 / max(2, z), z = (score - median) / (1.4826 MAD) over the cohort's finite scores; 1/2 where the MAD is 0. The
-      weights are scaled to mean 1 over who counts at all (for a mean by examples: that mean of them), so that a mean
-      becomes the weighted mean of what clients count in it times their weights; other rules see updates of another
-      length.
-    - "clip": its norm is clipped to the median norm of the unflagged.
-    - "record": nothing; the verdict is given, and everybody aggregated as without a filter.
-    out_for: for how many rounds after its flag a client counts as flagged; 0: in that round only; None: until it is
-    cleared. cleared: names whose earlier flags are forgotten. Flags of earlier rounds are asked from the log, so that
-    a replay decides the same.
-    when_all_flagged, when_abstained: "keep_model": the update is zero; "use_all": every client that is comparable
-    (no verdict trusts the others: refused, not finite, of an absurd size) as without a filter, but under an abstention
-    those yet out from an earlier flag stay out; "stop": `FilterStopped` is raised. Neither concerns "record".
-    f is counted anew: a rule sees only those who are left, and its num_malicious is what it tolerates of them.
-    Raises: InputError for another setting.
+    Parameters
+    ----------
+    aggregate : Aggregator
+        The rule for the clients that enter. It sees only them: its `num_malicious`, where it is None, is counted anew.
+    detector : Detector
+        Gives the verdict.
+    action : {"drop", "down_weight", "clip", "record"}
+        What becomes of a flagged client. "drop": it is left out. "down_weight": its update is scaled down, see Notes.
+        "clip": its norm is clipped to the median norm of the unflagged clients. "record": nothing; the verdict is
+        recorded and all clients are aggregated as without a filter.
+    out_for : int or None
+        For how many rounds after its flag a client still counts as flagged; 0: in that round only; None: until it is
+        cleared. Earlier flags are read from the log, so that a replay decides the same.
+    when_all_flagged, when_abstained : {"keep_model", "use_all", "stop"}
+        What happens when all clients are flagged, or the detector abstains. "keep_model": the update is zero.
+        "use_all": all comparable clients enter as without a filter, though after an abstention those that are out by an
+        earlier flag stay out. "stop": `FilterStopped` is raised. Neither concerns "record".
+    cleared : collection of str
+        Clients whose earlier flags are forgotten.
+
+    Returns
+    -------
+    FilteredAggregator
+        Also gives the `Decision` on each client.
+
+    Raises
+    ------
+    InputError
+        For another setting.
+
+    Notes
+    -----
+    Clients that were refused, are not finite or too long to be compared do not enter; "record" leaves the last kind to
+    the rule.
+
+    Under "down_weight" a client counts by the verdict's weights where the detector gives them; one that is flagged for
+    an earlier round counts 1/2 at most. Without such weights an unflagged client counts 1 and a flagged one
+    1 / max(2, z), where z = (score - median) / (1.4826 MAD) over the finite scores of the cohort; 1/2 where the MAD is
+    0. Weights are scaled to mean 1 over the clients that enter (weighted by examples if the rule is such a mean), so
+    that a mean becomes the weighted mean; other rules see updates of another length.
+
+    **Fails when** the detector misses the attackers, or flags benign clients whose data differ from the others'.
+
+    Examples
+    --------
+    >>> from gradlens.aggregators import mean
+    >>> from gradlens.detectors import DETECTORS
+    >>> from gradlens.examples import example_log
+    >>> rule = filtered(mean(), DETECTORS["layer_norms"]())
+    >>> decision = rule.decision(example_log())
+    >>> sorted(set(decision.clients.tolist()) - set(decision.kept))
+    ['client-9']
     """
     for setting, value, allowed in (
         ("action", action, ACTIONS),
@@ -73,11 +120,29 @@ def filtered(
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """What a filter decided on the clients of a round: of those recorded, in the round's order, then the refused.
+    """What a filter decided on each client of a round.
 
-    weights: float64 [client], 0 for who is left out, 1 for who is used as it is, between them what a clipped or a
-    weighed down client counts; reasons: str [client], why it is not 1, "" where it is; outcome: what held for the
-    whole round, "" where the verdict decided on each client.
+    Attributes
+    ----------
+    verdict : Verdict
+        What the detector says of the clients.
+    clients : ndarray of str [client]
+        Those recorded, in the order of the round, then those refused.
+    weights : ndarray of float64 [client]
+        0: left out; 1: used as it is; between: clipped or weighed down.
+    reasons : ndarray of str [client]
+        Why the weight is not 1, "" where it is.
+    outcome : str
+        What held for the whole round, "" where the verdict decided on each client.
+
+    Examples
+    --------
+    >>> from gradlens.aggregators import mean
+    >>> from gradlens.detectors import DETECTORS
+    >>> from gradlens.examples import example_log
+    >>> decision = filtered(mean(), DETECTORS["layer_norms"](), action="clip").decision(example_log())
+    >>> decision.weights.round(2).tolist()[-2:], decision.reasons.tolist()[-1]
+    ([1.0, 0.25], 'flagged, clipped')
     """
 
     verdict: Verdict
@@ -88,16 +153,19 @@ class Decision:
 
     @property
     def kept(self) -> list[str]:
-        """Names of the clients that are aggregated."""
+        """Names of the clients that enter, list of str."""
         return self.clients[self.weights > 0].tolist()
 
     @property
     def stopped(self) -> bool:
-        """Whether the filter was told to stop here."""
+        """Whether the filter is set to stop in such a round."""
         return self.outcome.endswith(": stop")
 
     def weighing(self, weights: np.ndarray, outcome: str, done: str = "") -> "Decision":
-        """The decision with these weights [client]; done: what was done to who counts less than 1 but more than 0."""
+        """Returns the decision with these weights [client] and their reasons.
+
+        `done` is the reason added for clients whose weight lies between 0 and 1, such as "clipped".
+        """
         reasons = [
             "" if weight == 1 else ", ".join(filter(None, (reason, done if weight > 0 else "")))
             for reason, weight in zip(self.reasons.tolist(), weights.tolist(), strict=True)
@@ -105,10 +173,7 @@ class Decision:
         return replace(self, weights=weights, outcome=outcome, reasons=np.array(reasons, dtype=np.str_))
 
     def table(self, round_: int, detector: str) -> pd.DataFrame:
-        """The rows that `verdicts.arrow` holds of the round (`gradlens.run.VERDICT_COLUMNS`).
-
-        reason: the client's own, then what held for the whole round.
-        """
+        """The rows of the round in `verdicts.arrow`; the reason is the client's, then what held for the round."""
         reasons = ["; ".join(filter(None, (str(reason), self.outcome))) for reason in self.reasons]
         table = self.verdict.table(round_, detector).assign(
             kept=self.weights > 0, null=self.verdict.null, weight=self.weights, reason=np.array(reasons, dtype=np.str_)
@@ -118,7 +183,15 @@ class Decision:
 
 @dataclass(frozen=True)
 class FilteredAggregator:
-    """What `filtered` builds."""
+    """A rule behind a detector, as `filtered` builds it; the attributes are its settings.
+
+    Examples
+    --------
+    >>> from gradlens.aggregators import median
+    >>> from gradlens.detectors import DETECTORS
+    >>> filtered(median(), DETECTORS["flame"](), action="record")
+    filtered(median(), flame(on='updates'), action='record')
+    """
 
     aggregate: Aggregator
     detector: Detector
@@ -129,10 +202,10 @@ class FilteredAggregator:
     cleared: frozenset[str] = frozenset()
 
     def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        """The aggregated update; raises FilterStopped where the settings say so."""
+        """The aggregated update, layer -> array [*shape]; raises FilterStopped where the settings say so."""
         decision = self.decision(log)
         if decision.stopped:
-            raise FilterStopped(f"round {log[-1].index}: {decision.outcome} was asked for by {self!r}")
+            raise FilterStopped(f"round {log[-1].index}: {decision.outcome}, as set in {self!r}")
         if self.action == "record":
             return self.aggregate(log)
         weights = decision.weights[: len(log[-1])]
@@ -142,64 +215,64 @@ class FilteredAggregator:
 
     @property
     def weighing(self) -> Weighing | None:
-        """What clients count in the mean that the inner rule ends in; None: all alike."""
+        """What clients count in the mean that the inner rule ends in; None: all count alike."""
         return getattr(self.aggregate, "weighing", None)
 
     def verdict(self, log: UpdateLog) -> Verdict:
-        """What the detector says of the last round."""
+        """The detector's verdict on the last round."""
         return log.verdict(self.detector)
 
     def kept(self, log: UpdateLog) -> np.ndarray:
-        """Which recorded clients of the last round are aggregated, bool [client]."""
+        """Which recorded clients of the last round enter, bool [client]."""
         return self.decision(log).weights[: len(log[-1])] > 0
 
     def decision(self, log: UpdateLog) -> Decision:
-        """What is decided on each client of the last round, and why; nothing is aggregated or raised for it."""
+        """What is decided on each client of the last round, and why; nothing is aggregated, and it does not stop."""
         round_ = log[-1]
         try:
             verdict, since = self.verdict(log), self._flagged_before(log)
-        except UnreadableError as reason:  # a server goes on without the rounds that were taken from it
+        except UnreadableError as reason:  # a server carries on without earlier rounds that can no longer be read
             verdict = verdict_on(round_, np.zeros(len(round_)), np.inf, abstained=f"earlier rounds are lost: {reason}")
             since = {}
         untrusted = np.isin(verdict.clients, round_.clients[round_.comparable], invert=True)
         out = verdict.flags | untrusted | np.isin(verdict.clients, list(since))
-        said = Decision(verdict, verdict.clients, np.ones(len(out)), self._reasons(round_, verdict, since))
+        undecided = Decision(verdict, verdict.clients, np.ones(len(out)), self._reasons(round_, verdict, since))
         if self.action == "record":
             finite = np.isin(verdict.clients, round_.clients[round_.finite])
-            return said.weighing(finite * 1.0, "only recorded")
+            return undecided.weighing(finite * 1.0, "only recorded")
         if verdict.abstained and self.when_abstained != "use_all":
-            return said.weighing(np.zeros(len(out)), f"the detector abstained: {self.when_abstained}")
+            return undecided.weighing(np.zeros(len(out)), f"the detector abstained: {self.when_abstained}")
         weights = self._weights(round_, verdict, out, untrusted)
         if len(out) and (out.all() or not weights.any()):
             outcome = f"everybody is flagged: {self.when_all_flagged}"
             weights = ~untrusted * 1.0 if self.when_all_flagged == "use_all" else np.zeros(len(out))
-            return said.weighing(weights, outcome)
+            return undecided.weighing(weights, outcome)
         outcome = "the detector abstained: use_all" if verdict.abstained else ""
         done = {"clip": "clipped", "down_weight": "weighed down"}.get(self.action, "")
-        return said.weighing(weights, outcome, done)
+        return undecided.weighing(weights, outcome, done)
 
     def _flagged_before(self, log: UpdateLog) -> dict[str, int]:
-        """Clients that are yet out from an earlier flag -> the round of their last one."""
+        """Client that is still out by an earlier flag -> the round of its last flag."""
         if self.out_for == 0 or len(log) < 2:
             return {}
-        flagged, now = log[:-1].folded(LastFlags(self.detector)), log[-1].index
+        last_flags, now = log[:-1].folded(LastFlags(self.detector)), log[-1].index
         within = np.inf if self.out_for is None else self.out_for
-        return {name: at for name, at in flagged.items() if now - at <= within and name not in self.cleared}
+        return {name: at for name, at in last_flags.items() if now - at <= within and name not in self.cleared}
 
     def _weights(self, round_: Round, verdict: Verdict, out: np.ndarray, untrusted: np.ndarray) -> np.ndarray:
-        """What each client of the verdict counts, [client], where not everybody is flagged."""
+        """The weight of each client of the verdict, float64 [client], where not all are flagged."""
         recorded = len(round_)
         if self.action == "drop":
             return ~out * 1.0
         if self.action == "clip":
             norms, weights = round_.total_norms, ~out * 1.0
             if not out.all():
-                own, finite = norms[~out[:recorded]], round_.finite
-                clip = clip_factors(np.where(finite, norms, 0), float(np.median(own)) if len(own) else 0.0)
+                unflagged, finite = norms[~out[:recorded]], round_.finite
+                clip = clip_factors(np.where(finite, norms, 0), float(np.median(unflagged)) if len(unflagged) else 0.0)
                 weights[:recorded] = np.where(out[:recorded], clip * finite, 1.0)
             return weights
         if verdict.weights is not None:
-            weights = np.where(out & ~verdict.flags, np.minimum(verdict.weights, DISTRUSTED), verdict.weights)
+            weights = np.where(out & ~verdict.flags, np.minimum(verdict.weights, MOST_OF_FLAGGED), verdict.weights)
             return np.where(untrusted, 0.0, weights)
         scores = verdict.scores[~untrusted]
         spread = 1.4826 * np.median(np.abs(scores - np.median(scores))) if len(scores) else 0.0
@@ -207,42 +280,42 @@ class FilteredAggregator:
             z = np.where(untrusted, np.inf, (verdict.scores - np.median(scores)) / spread)
         else:
             z = np.zeros(len(out))
-        return np.where(untrusted, 0.0, np.where(out, 1 / np.maximum(1 / DISTRUSTED, z), 1.0))
+        return np.where(untrusted, 0.0, np.where(out, 1 / np.maximum(1 / MOST_OF_FLAGGED, z), 1.0))
 
     def _reasons(self, round_: Round, verdict: Verdict, since: dict[str, int]) -> np.ndarray:
-        """What speaks against each client of the verdict, str [client], "" if nothing does."""
-        broken = set(round_.clients[~round_.finite].tolist())
-        absurd = set(round_.clients[round_.finite & ~round_.comparable].tolist())
+        """What speaks against each client of the verdict, str [client]; "" where nothing does."""
+        not_finite = set(round_.clients[~round_.finite].tolist())
+        too_long = set(round_.clients[round_.finite & ~round_.comparable].tolist())
 
         def reason(client: str, flagged: bool) -> str:
             if client in round_.refused:
                 return f"refused: {round_.refused[client]}"
-            if client in broken:
+            if client in not_finite:
                 return "not finite"
-            if client in absurd:
+            if client in too_long:
                 return "too long to be compared"
             return "flagged" if flagged else f"flagged in round {since[client]}" if client in since else ""
 
-        found = [reason(*each) for each in zip(verdict.clients.tolist(), verdict.flags.tolist(), strict=True)]
-        return np.array(found, dtype=np.str_)
+        flags = zip(verdict.clients.tolist(), verdict.flags.tolist(), strict=True)
+        return np.array([reason(client, flagged) for client, flagged in flags], dtype=np.str_)
 
     def __repr__(self) -> str:
         changed = [
             f", {name}={value!r}"
-            for name, value, usual in (
+            for name, value, default in (
                 ("action", self.action, "drop"),
                 ("out_for", self.out_for, 0),
                 ("when_all_flagged", self.when_all_flagged, "keep_model"),
                 ("when_abstained", self.when_abstained, "use_all"),
                 ("cleared", sorted(self.cleared), []),
             )
-            if value != usual
+            if value != default
         ]
         return f"filtered({self.aggregate!r}, {self.detector!r}{''.join(changed)})"
 
 
 def _mean_weight(aggregate: Aggregator, round_: Round, weights: np.ndarray) -> float:
-    """The mean of the weights [client] over who counts at all; by examples where the rule ends in a mean by them."""
+    """The mean of the weights [client] above 0, by examples where the rule ends in a mean by examples."""
     rows, weighing = np.flatnonzero(weights), getattr(aggregate, "weighing", None)
     shares = np.ones(len(rows)) if weighing is None else weighing(round_, rows)
     return float(np.average(weights[rows], weights=shares))
