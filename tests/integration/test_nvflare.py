@@ -19,6 +19,7 @@ import gradlens
 import planted
 from gradlens import AGGREGATORS, DETECTORS, InputError
 from gradlens.aggregators import filtered, mean
+from gradlens.errors import EverybodyRefused
 from gradlens.integrations.nvflare import GradlensAggregator
 
 LOG = planted.PLANTED["shifted class"].log(rounds=2)
