@@ -10,8 +10,8 @@ from gradlens.aggregators import AGGREGATORS, Aggregator, FilteredAggregator, fi
 from gradlens.detectors import DETECTORS, calibrate
 from gradlens.errors import InputError
 from gradlens.log.writer import VERDICT_COLUMNS
+from gradlens.names import named
 from gradlens.run import Run
-from gradlens.settings import named_in
 
 __all__ = ["Replay", "replay", "rule_named"]
 
@@ -110,10 +110,10 @@ def rule_named(
 
     clean_rounds: first rounds on which the detector is calibrated to `fpr`, 0: it keeps its own threshold.
     """
-    rule = named_in(AGGREGATORS, "aggregator", aggregator)()
+    rule = named("aggregators", AGGREGATORS, aggregator)()
     if detector is None:
         return rule
-    judge = named_in(DETECTORS, "detector", detector)()
+    judge = named("detectors", DETECTORS, detector)()
     return filtered(rule, calibrate(judge, clean_rounds, fpr) if clean_rounds else judge, action=action)
 
 

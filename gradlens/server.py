@@ -28,7 +28,7 @@ from gradlens.log.intake import Received, Sent, State, received, spec_of, state_
 from gradlens.log.levels import Reduction
 from gradlens.log.manifest import MANIFEST, read_manifest
 from gradlens.log.writer import FolderLock, check_free
-from gradlens.settings import named_in
+from gradlens.names import named
 
 __all__ = ["Decision", "Recorder"]
 
@@ -292,7 +292,7 @@ def _filter(given: FilteredAggregator | None, detector: Detector | str | None) -
         raise InputError("a recorder takes a detector or a filter, found both; the filter has a detector of its own")
     if not isinstance(detector, str):
         return filtered(mean(), detector)
-    return filtered(mean(), named_in(DETECTORS, "detector", detector)())
+    return filtered(mean(), named("detectors", DETECTORS, detector)())
 
 
 def _plain_source(source: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """Checks of settings, one for each kind of value, and `Configured`, a function with its settings."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from gradlens.errors import InputError
-
-Entry = TypeVar("Entry")
 
 
 def whole_number(setting: str, value: Any, least: int = 0) -> int:
@@ -43,13 +41,6 @@ def one_of(setting: str, value: Any, *allowed: str) -> str:
     if value not in allowed:
         raise InputError(f"{setting} must be one of {', '.join(allowed)}, found {value!r:.80}")
     return value
-
-
-def named_in(table: Mapping[str, Entry], setting: str, name: str) -> Entry:
-    """The entry of a table that a setting names; raises InputError that lists the names where there is none of it."""
-    if name not in table:
-        raise InputError(f"{setting}: expected one of {', '.join(table)}, found {name!r:.80}")
-    return table[name]
 
 
 @dataclass(frozen=True, repr=False)

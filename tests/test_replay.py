@@ -114,8 +114,8 @@ def test_the_command_writes_the_table(attacked, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (("-d", "krumm"), "detector: expected one of"),
-        (("-a", "means"), "aggregator: expected one of"),
+        (("-d", "krumm"), "detector: there is no"),
+        (("-a", "means"), "aggregator: there is no"),
         (("-d", "krum", "--action", "shoot"), "action is one of"),
         (("-d", "krum", "--clean-rounds", 2, "--fpr", 7), "fpr is a rate"),
     ],

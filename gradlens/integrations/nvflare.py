@@ -27,8 +27,8 @@ from gradlens.errors import InputError
 from gradlens.integrations import numbers, read_safely
 from gradlens.log import UpdateLog
 from gradlens.log.intake import Unfit, as_array
+from gradlens.names import named
 from gradlens.server import Recorder
-from gradlens.settings import named_in
 
 __all__ = ["GradlensAggregator"]
 
@@ -52,10 +52,10 @@ class GradlensAggregator(ModelAggregator):
         if unknown := [part for part in settings or {} if part not in given]:
             raise InputError(f"settings: expected tables of {', '.join(given)}, found {unknown[0]!r:.80}")
         given |= settings or {}
-        self._rule: Aggregator = named_in(AGGREGATORS, "aggregator", aggregator)(**given["aggregator"])
+        self._rule: Aggregator = named("aggregators", AGGREGATORS, aggregator)(**given["aggregator"])
         self._filter: FilteredAggregator | None = None
         if detector:
-            judge = named_in(DETECTORS, "detector", detector)(**given["detector"])
+            judge = named("detectors", DETECTORS, detector)(**given["detector"])
             self._filter = filtered(self._rule, judge, **given["filter"])
         self._recorder: Recorder | None = None
         self._global: Mapping[str, Any] = {}

@@ -16,6 +16,7 @@ import gradlens
 import planted
 from gradlens import DETECTORS, Recorder
 from gradlens.aggregators import Decision, FilterStopped, filtered, mean
+from gradlens.errors import EverybodyRefused
 from gradlens.integrations.flower import GradlensStrategy
 
 LOG = planted.PLANTED["shifted class"].log(rounds=3)
@@ -140,7 +141,7 @@ def test_where_all_are_rejected_the_model_stays(tmp_path):
     def client(place, index, start):
         return content({name: array * np.float32(np.nan) for name, array in start.items() if array.dtype != np.int64})
 
-    with Recorder(tmp_path / "run", detector="krum") as recorder:
+    with Recorder(tmp_path / "run", detector="krum") as recorder, pytest.warns(EverybodyRefused, match="norm.count"):
         result = played(GradlensStrategy(inner(), recorder), client)
     assert {name: array.tolist() for name, array in state_of(result.arrays).items()} == {
         name: array.tolist() for name, array in START.items()
