@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from gradlens.aggregators import AGGREGATORS, Aggregator, FilteredAggregator, filtered, step
-from gradlens.detectors import DETECTORS, calibrate
+from gradlens.aggregators import AGGREGATORS, Aggregator, FilteredAggregator, calibrated_filter, step
+from gradlens.detectors import DETECTORS
 from gradlens.errors import InputError
 from gradlens.log.writer import VERDICT_COLUMNS
 from gradlens.names import named
@@ -114,7 +114,7 @@ def rule_named(
     if detector is None:
         return rule
     judge = named("detectors", DETECTORS, detector)()
-    return filtered(rule, calibrate(judge, clean_rounds, fpr) if clean_rounds else judge, action=action)
+    return calibrated_filter(rule, judge, clean_rounds=clean_rounds, fpr=fpr, action=action)
 
 
 def _distance(one: State, other: State, layers: tuple[str, ...]) -> float:

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from gradlens.aggregators import AGGREGATORS, Aggregator, FilteredAggregator, filtered, mean
-from gradlens.detectors import DETECTORS, calibrate
+from gradlens.aggregators import AGGREGATORS, Aggregator, FilteredAggregator, calibrated_filter, filtered, mean
+from gradlens.detectors import DETECTORS
 from gradlens.errors import InputError
 from gradlens.names import hint, named
-from gradlens.settings import whole_number
 from simulations.attacks import ATTACKS, SCHEDULES, Schedule, build_part, in_order
 from simulations.partition import PARTITIONS
 
@@ -142,12 +141,7 @@ def filter_settings(value: Any) -> dict[str, Any]:
 
 def live_filter(rule: Aggregator, detector: Component, settings: Mapping[str, Any]) -> FilteredAggregator:
     """Returns the filter of a scenario around its rule; raises InputError for settings out of their range."""
-    around = FILTER | dict(settings)
-    judge, rounds, fpr = build("detector", detector), around.pop("clean_rounds"), around.pop("fpr")
-    whole_number("clean_rounds", rounds)
-    if isinstance(fpr, bool) or not isinstance(fpr, int | float) or not 0 < fpr < 1:
-        raise InputError(f"fpr must be a rate above 0 and below 1, found {fpr!r:.80}")
-    return filtered(rule, calibrate(judge, null=rounds, fpr=fpr) if rounds else judge, **around)
+    return calibrated_filter(rule, build("detector", detector), **(FILTER | dict(settings)))
 
 
 def one_line(error: ValidationError, where: str, known: Iterable[str] = ()) -> InputError:

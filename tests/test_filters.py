@@ -11,6 +11,7 @@ import planted
 from gradlens.aggregators import (
     AGGREGATORS,
     FilterStopped,
+    calibrated_filter,
     clipped,
     filtered,
     krum,
@@ -20,7 +21,7 @@ from gradlens.aggregators import (
     noised,
     trimmed_mean,
 )
-from gradlens.detectors import DETECTORS, Verdict, score_by
+from gradlens.detectors import DETECTORS, Verdict, calibrate, score_by
 from gradlens.detectors.verdict import verdict_on
 from gradlens.errors import InputError
 from gradlens.log import Round, UpdateLog
@@ -320,3 +321,28 @@ def test_ten_thousand_clients_are_decided_quickly():
         rule = filtered(AGGREGATORS["norm_clipping"](), score_by(layer_norms, robust_zscore, 2.5), action=action)
         assert 0 < rule.decision(log).verdict.flags.mean() < 0.1
         assert np.isfinite(rule(log)["w"]).all()
+
+
+def test_a_filter_is_calibrated_on_first_rounds_that_are_declared_clean():
+    detector = DETECTORS["krum"]()
+    found = calibrated_filter(mean(), detector, clean_rounds=3, fpr=0.1, action="clip", out_for=2)
+    assert found == filtered(mean(), calibrate(detector, null=3, fpr=0.1), action="clip", out_for=2)
+    assert calibrated_filter(mean(), detector, fpr=0.1) == filtered(mean(), detector)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"clean_rounds": -1}, "clean_rounds must be a whole number of at least 0, found -1"),
+        ({"clean_rounds": True}, "clean_rounds must be a whole number of at least 0, found True"),
+        ({"fpr": 1.0}, "fpr must be a rate above 0 and below 1, found 1.0"),
+        ({"fpr": True}, "fpr must be a rate above 0 and below 1, found True"),
+        ({"fpr": float("nan")}, "fpr must be a rate above 0 and below 1, found nan"),
+        ({"fpr": "0.1"}, "fpr must be a rate above 0 and below 1, found '0.1'"),
+        ({"action": "clap"}, "filtered: action is one of drop, down_weight, clip, record, found 'clap'"),
+    ],
+)
+def test_settings_of_a_calibrated_filter_out_of_range(settings, reason):
+    with pytest.raises(InputError) as refused:
+        calibrated_filter(mean(), DETECTORS["krum"](), **settings)
+    assert str(refused.value) == reason

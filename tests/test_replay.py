@@ -117,7 +117,7 @@ def test_the_command_writes_the_table(attacked, monkeypatch, capsys):
         (("-d", "krumm"), "detector: there is no"),
         (("-a", "means"), "aggregator: there is no"),
         (("-d", "krum", "--action", "shoot"), "action is one of"),
-        (("-d", "krum", "--clean-rounds", 2, "--fpr", 7), "fpr is a rate"),
+        (("-d", "krum", "--clean-rounds", 2, "--fpr", 7), "fpr must be a rate"),
     ],
 )
 def test_wrong_words_are_one_line(attacked, monkeypatch, capsys, words, reason):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from gradlens.aggregators.averages import geometric_median, mean, median, rlr, trimmed_mean
 from gradlens.aggregators.compositions import centred_clipping, clipped, crfl, flame, noised, norm_clipping, weak_dp
-from gradlens.aggregators.filters import Decision, FilteredAggregator, FilterStopped, filtered
+from gradlens.aggregators.filters import Decision, FilteredAggregator, FilterStopped, calibrated_filter, filtered
 from gradlens.aggregators.mixing import RULES, bucketing, nearest_neighbour_mixing
 from gradlens.aggregators.neighbors import bulyan, krum, multi_krum
 from gradlens.aggregators.rules import Aggregator, step
@@ -26,6 +26,7 @@ __all__ = [
     "FilteredAggregator",
     "bucketing",
     "bulyan",
+    "calibrated_filter",
     "centred_clipping",
     "clipped",
     "crfl",

@@ -2,18 +2,20 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from gradlens.aggregators.rules import Aggregator, Weighing, clip_factors, scaled
-from gradlens.detectors import Detector, Verdict
+from gradlens.detectors import Detector, Verdict, calibrate
 from gradlens.detectors.verdict import verdict_on
 from gradlens.errors import InputError, UnreadableError
 from gradlens.log import Round, UpdateLog
 from gradlens.log.writer import VERDICT_COLUMNS
+from gradlens.settings import whole_number
 
-__all__ = ["ACTIONS", "Decision", "FilterStopped", "FilteredAggregator", "filtered"]
+__all__ = ["ACTIONS", "Decision", "FilterStopped", "FilteredAggregator", "calibrated_filter", "filtered"]
 
 ACTIONS = ("drop", "down_weight", "clip", "record")
 FALLBACKS = ("keep_model", "use_all", "stop")
@@ -116,6 +118,47 @@ def filtered(
     memory = None if out_for is None else int(out_for)
     names = frozenset(str(name) for name in cleared)
     return FilteredAggregator(aggregate, detector, action, memory, when_all_flagged, when_abstained, names)
+
+
+def calibrated_filter(
+    aggregate: Aggregator, detector: Detector, *, clean_rounds: int = 0, fpr: float = 0.05, **settings: Any
+) -> "FilteredAggregator":
+    """Builds a filter whose detector is calibrated on the first rounds, which are declared clean.
+
+    Parameters
+    ----------
+    aggregate : Aggregator
+        The rule for the clients that enter.
+    detector : Detector
+        Gives the verdict.
+    clean_rounds : int
+        How many first rounds calibrate the detector; 0: it keeps its own threshold.
+    fpr : float
+        The share of benign updates that it may flag, above 0 and below 1; without clean rounds it changes nothing.
+    **settings
+        As for `filtered`.
+
+    Returns
+    -------
+    FilteredAggregator
+        As `filtered(aggregate, calibrate(detector, null=clean_rounds, fpr=fpr), **settings)`.
+
+    Raises
+    ------
+    InputError
+        For a setting out of its range.
+
+    Examples
+    --------
+    >>> from gradlens.aggregators import median
+    >>> from gradlens.detectors import DETECTORS
+    >>> calibrated_filter(median(), DETECTORS["flame"](), clean_rounds=3, action="clip")
+    filtered(median(), calibrate(flame(on='updates'), null=3, fpr=0.05), action='clip')
+    """
+    rounds = whole_number("clean_rounds", clean_rounds)
+    if isinstance(fpr, bool) or not isinstance(fpr, int | float) or not 0 < fpr < 1:
+        raise InputError(f"fpr must be a rate above 0 and below 1, found {fpr!r:.80}")
+    return filtered(aggregate, calibrate(detector, null=rounds, fpr=fpr) if rounds else detector, **settings)
 
 
 @dataclass(frozen=True, eq=False)
