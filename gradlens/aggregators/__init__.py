@@ -10,31 +10,11 @@ cohort that has become too small for a number (a client is refused, or sends NaN
 
 from collections.abc import Callable, Mapping
 
-from gradlens.aggregators.compositions import (
-    bucketing,
-    centred_clipping,
-    clipped,
-    crfl,
-    flame,
-    nearest_neighbour_mixing,
-    noised,
-    norm_clipping,
-    weak_dp,
-)
+from gradlens.aggregators.compositions import bucketing, clipped, nearest_neighbour_mixing, noised
 from gradlens.aggregators.filters import Decision, FilteredAggregator, FilterStopped, filtered
-from gradlens.aggregators.rules import (
-    RULES,
-    Aggregator,
-    bulyan,
-    geometric_median,
-    krum,
-    mean,
-    median,
-    multi_krum,
-    rlr,
-    step,
-    trimmed_mean,
-)
+from gradlens.aggregators.published_rules import centred_clipping, crfl, flame, norm_clipping, weak_dp
+from gradlens.aggregators.rules import Aggregator, geometric_median, mean, median, rlr, step, trimmed_mean
+from gradlens.aggregators.selection import RULES, bulyan, krum, multi_krum
 
 __all__ = [
     "AGGREGATORS",
