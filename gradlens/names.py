@@ -88,7 +88,7 @@ def imported(setting: str, name: str) -> Any:
     try:
         value = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the module does when it is imported
-        raise InputError(f"{setting}: cannot import {name!r}: {' '.join(str(error).split())}") from error
+        raise InputError(f"{setting}: cannot import {name!r}: {_in_one_line(error)}") from error
     if not callable(value):
         raise InputError(f"{setting}: expected a function, {name!r} is of type {type(value).__name__}")
     return value
@@ -113,15 +113,15 @@ def _loaded(setting: str, point: EntryPoint) -> Any:
     try:
         value = point.load()
     except Exception as error:  # whatever the package does when it is imported
-        reason = f"of {_package(point)} cannot be imported: {_first_line(error)}"
+        reason = f"of {_package(point)} cannot be imported: {_in_one_line(error)}"
         raise InputError(f"{setting}: {point.name!r} {reason}") from error
     if not callable(value):
         raise InputError(f"{setting}: {point.name!r} of {_package(point)} is no function: {type(value).__name__}")
     return value
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _package(point: EntryPoint) -> str:
