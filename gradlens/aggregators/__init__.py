@@ -1,21 +1,20 @@
 """Aggregators: a log -> the aggregated update of its last round; `filtered` lets a detector decide who enters.
 
-Sums are formed in float64, in the order of the clients' names, so that the order in which they answered changes
-no bit. A client with a number that is not finite never enters; without any client the update is zero. Buffers are
-averaged over the clients that enter.
+Sums are formed in float64 in the order of the clients' names, so that the order of arrival changes no bit. A client
+that sent a number that is not finite never enters; without any client the update is zero. Buffers are averaged over the
+clients that enter.
 
-num_malicious: how many malicious clients a rule is to stand, None = the most that it tolerates for the cohort. A
-cohort that has become too small for a number (a client is refused, or sends NaN) is treated as with None.
+`num_malicious` is how many malicious clients a rule tolerates; None means the most that it can for the cohort. A cohort
+that is too small for the number, because a client was refused or sent NaN, is treated as with None.
 """
 
 from collections.abc import Callable, Mapping
 
-from gradlens.aggregators.averages import geometric_median, mean, median, rlr, trimmed_mean
-from gradlens.aggregators.compositions import centred_clipping, clipped, crfl, flame, noised, norm_clipping, weak_dp
+from gradlens.aggregators.compositions import bucketing, clipped, nearest_neighbour_mixing, noised
 from gradlens.aggregators.filters import Decision, FilteredAggregator, FilterStopped, calibrated_filter, filtered
-from gradlens.aggregators.mixing import RULES, bucketing, nearest_neighbour_mixing
-from gradlens.aggregators.neighbors import bulyan, krum, multi_krum
-from gradlens.aggregators.rules import Aggregator, step
+from gradlens.aggregators.published_rules import centred_clipping, crfl, flame, norm_clipping, weak_dp
+from gradlens.aggregators.rules import Aggregator, geometric_median, mean, median, rlr, step, trimmed_mean
+from gradlens.aggregators.selection import RULES, bulyan, krum, multi_krum
 
 __all__ = [
     "AGGREGATORS",

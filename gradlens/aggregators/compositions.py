@@ -1,25 +1,32 @@
-"""What is put around a rule, clipping and noise, and the published rules that are made of it.
+"""What is put around a rule: clipping, noise, mixing, buckets; `published_rules` has the published rules made of it.
 
-Clipped clients are linear combinations of clients (`Round.combined`): nothing is copied. Noise has an address (seed,
-purpose and round), so that a replay draws the same bits. Buffers are averaged over the clients that enter, and never
-clipped or noised.
+Clipped, mixed and bucketed clients are linear combinations of clients (`Round.combined`): nothing is copied. Noise and
+buckets have an address, seed, purpose and round, so that a replay gives the same bits. Buffers are averaged over the
+clients that enter, and never clipped or noised.
 """
 
-import numpy as np
+from itertools import pairwise
 
-from gradlens.aggregators.averages import mean
-from gradlens.aggregators.filters import filtered
-from gradlens.aggregators.rules import Aggregator, Rule, Weighing, averaged, clip_factors, rows_of, scaled
-from gradlens.detectors import flame as flame_detector
-from gradlens.detectors.distances import inner_products
+import numpy as np
+from scipy import sparse
+
+from gradlens.aggregators.rules import (
+    Aggregator,
+    Rule,
+    Weighing,
+    clip_factors,
+    rows_of,
+    scaled,
+    tolerated_of,
+)
+from gradlens.aggregators.selection import RULES
 from gradlens.errors import InputError
 from gradlens.log import UpdateLog
-from gradlens.settings import configured, whole_number
+from gradlens.settings import configured, whole_number, whole_number_or_none
 
-__all__ = ["centred_clipping", "clipped", "crfl", "flame", "noised", "norm_clipping", "weak_dp"]
+__all__ = ["bucketing", "clipped", "nearest_neighbour_mixing", "noised"]
 
-NOISE = 101  # purpose of the random numbers, apart from those of buckets and of simulations
-FINEST = np.float32  # clipping factors are rounded to it: their last digits in float64 depend on who else took part
+NOISE, BUCKETS = 101, 102  # purposes of random numbers, apart from those of simulations
 
 
 def clipped(aggregate: Aggregator, bound: float | None = None) -> Aggregator:
@@ -58,7 +65,7 @@ def clipped(aggregate: Aggregator, bound: float | None = None) -> Aggregator:
     >>> clipped(mean(), bound=1.0)
     clipped(mean(weighted=False, cap=10), bound=1)
     """
-    return Rule(configured(_clipped, bound=_bound("clipped", bound)), aggregate, _weighing(aggregate))
+    return Rule(configured(_clipped, bound=length_or_none("clipped", bound)), aggregate, _weighing(aggregate))
 
 
 def noised(aggregate: Aggregator, std: float, seed: int = 0) -> Aggregator:
@@ -95,228 +102,94 @@ def noised(aggregate: Aggregator, std: float, seed: int = 0) -> Aggregator:
     >>> noised(mean(), std=0.01)
     noised(mean(weighted=False, cap=10), std=0.01, seed=0)
     """
-    method = configured(_noised, std=_std("noised", std), seed=whole_number("noised: seed", seed))
+    method = configured(_noised, std=deviation("noised", std), seed=whole_number("noised: seed", seed))
     return Rule(method, aggregate, _weighing(aggregate))
 
 
-def norm_clipping(bound: float | None = None) -> Aggregator:
-    """Averages the updates, each clipped to a norm.
+def nearest_neighbour_mixing(rule: str | Aggregator = "mean", num_malicious: int | None = None) -> Aggregator:
+    """Replaces each client by the mean of the clients nearest to it, then aggregates.
 
     Parameters
     ----------
-    bound : float, optional
-        A length above 0; None: the median norm of the round's clients. The paper's bounds are 3, 5 and 10 on updates of
-        its own model: a bound says nothing without the benign norms.
+    rule : str or Aggregator
+        An aggregator, or the name of one of `RULES` with its defaults.
+    num_malicious : int, optional
+        Fewer than half of the clients. None: the most that the cohort allows.
 
     Returns
     -------
     Aggregator
-        As `clipped(mean(), bound)`.
+        Buffers are mixed in the same way.
 
     Raises
     ------
     InputError
-        For a bound that is no length.
+        For an unknown rule, or what is no count.
+    CannotSay
+        Above 5,000 clients.
 
     Notes
     -----
-    "Norm thresholding of updates" in [1]_: the mean of u / max(1, norm(u) / bound).
+    Each client becomes the mean of the n - num_malicious clients nearest to it, itself among them ([1]_, algorithm 2).
 
-    **Fails when** attackers train within the bound, or are a large share of the clients.
+    **Fails when** the rule inside fails on clients that are more alike; mixing also spreads the attackers' updates.
 
     References
     ----------
-    .. [1] Sun, Kairouz, Suresh & McMahan 2019, "Can You Really Backdoor Federated Learning?", arXiv:1911.07963.
+    .. [1] Allouah, Farhadkhani, Guerraoui, Gupta, Pinot & Stephan 2023, "Fixing by Mixing: A Recipe for Optimal
+       Byzantine ML under Heterogeneity", AISTATS, arXiv:2302.01772.
 
     Examples
     --------
-    >>> from gradlens.examples import example_log
-    >>> norm_clipping(bound=1.0)(example_log())["fc2.bias"].shape
-    (4,)
+    >>> nearest_neighbour_mixing("median", num_malicious=2)
+    nearest_neighbour_mixing(median(), num_malicious=2)
     """
-    return Rule(configured(_norm_clipping, bound=_bound("norm_clipping", bound)))
+    name = "nearest_neighbour_mixing"
+    number = whole_number_or_none(f"{name}: num_malicious", num_malicious)
+    return Rule(configured(_nearest_neighbour_mixing, num_malicious=number), _rule(name, rule))
 
 
-def weak_dp(bound: float | None = None, std: float = 0.025, seed: int = 0) -> Aggregator:
-    """Averages clipped updates and adds noise, too little of it for differential privacy.
+def bucketing(rule: str | Aggregator = "mean", size: int = 2, seed: int = 0) -> Aggregator:
+    """Averages the clients in random buckets, then aggregates the buckets.
 
     Parameters
     ----------
-    bound : float, optional
-        As for `norm_clipping`; the paper's runs have 5.
-    std : float
-        Standard deviation of the noise on the aggregate, in each coordinate. 0.025 is the paper's as most programs read
-        it; backdoors101 takes it for the variance (0.158). Programs that add noise to the sum, such as TensorFlow
-        Privacy's GaussianSumQuery, divide theirs by the number of clients.
+    rule : str or Aggregator
+        As for `nearest_neighbour_mixing`.
+    size : int
+        Clients in a bucket, 2 as in the experiments of [1]_; the last bucket may hold fewer.
     seed : int
-        As for `noised`.
+        Of the buckets, drawn anew in each round.
 
     Returns
     -------
     Aggregator
-        As `noised(clipped(mean(), bound), std, seed)`.
+        Buffers are mixed in the same way.
 
     Raises
     ------
     InputError
-        For a setting out of its range.
+        For an unknown rule, or what is no count.
 
     Notes
     -----
-    "(Weak) differential privacy" in [1]_.
+    Algorithm 1 of [1]_. As many buckets as there are malicious clients may hold one of them.
 
-    **Fails when** the bound fails; at the scales measured here the noise adds nothing to clipping.
-
-    References
-    ----------
-    .. [1] Sun, Kairouz, Suresh & McMahan 2019, "Can You Really Backdoor Federated Learning?", arXiv:1911.07963.
-
-    Examples
-    --------
-    >>> from gradlens.examples import example_log
-    >>> weak_dp(bound=1.0, std=0.001)(example_log())["fc2.bias"].shape
-    (4,)
-    """
-    settings = {"bound": _bound("weak_dp", bound), "std": _std("weak_dp", std)}
-    return Rule(configured(_weak_dp, **settings, seed=whole_number("weak_dp: seed", seed)))
-
-
-def centred_clipping(radius: float | None = None, iterations: int = 1, start: str = "last") -> Aggregator:
-    """Moves a center by the mean of the clients' differences to it, each clipped to a radius.
-
-    Parameters
-    ----------
-    radius : float, optional
-        A length above 0; None: the median distance to the center, anew in each iteration. ByzFL has 100, which clips
-        nothing of updates that are shorter.
-    iterations : int
-        How often; 1 as in [1]_.
-    start : {"last", "zero"}
-        "last": the last change of the global model, which is the last aggregate where the server's learning rate is 1,
-        and zero in the first round. "zero": as in ByzFL.
-
-    Returns
-    -------
-    Aggregator
-        Buffers are averaged.
-
-    Raises
-    ------
-    InputError
-        For a setting out of its range.
-
-    Notes
-    -----
-    v <- v + mean over i of (u_i - v) min(1, radius / norm(u_i - v)), equation (CC) of [1]_; its workers send momentum.
-
-    **Fails when** the radius is too large to clip anything, or attackers push the same way in every round.
+    **Fails when** those buckets are more than the rule inside tolerates.
 
     References
     ----------
-    .. [1] Karimireddy, He & Jaggi 2021, "Learning from History for Byzantine Robust Optimization", ICML,
-       arXiv:2012.10333.
+    .. [1] Karimireddy, He & Jaggi 2022, "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", ICLR,
+       arXiv:2006.09365.
 
     Examples
     --------
-    >>> from gradlens.examples import example_log
-    >>> centred_clipping()(example_log())["fc2.bias"].shape
-    (4,)
+    >>> bucketing("median", size=2)
+    bucketing(median(), size=2, seed=0)
     """
-    if start not in ("last", "zero"):
-        raise InputError(f"centred_clipping: start is 'last' or 'zero', found {start!r:.80}")
-    count = whole_number("centred_clipping: iterations", iterations, least=1)
-    length = _bound("centred_clipping", radius, "radius")
-    return Rule(configured(_centred_clipping, radius=length, iterations=count, start=start))
-
-
-def flame(noise: float = 0.001, seed: int = 0, on: str = "updates") -> Aggregator:
-    """Averages the clients that FLAME's clusters keep, clipped to the cohort's median norm, and adds noise.
-
-    Parameters
-    ----------
-    noise : float
-        Standard deviation as a share of that median norm; 0.001 as in the image tasks of [1]_ (its implementations have
-        0.001 to 1.2e-5).
-    seed : int
-        Of the noise.
-    on : {"updates", "models"}
-        What is clustered; see the detector `flame`.
-
-    Returns
-    -------
-    Aggregator
-        Buffers are averaged over the kept clients.
-
-    Raises
-    ------
-    InputError
-        For a setting out of its range.
-
-    Notes
-    -----
-    Algorithm 1 of [1]_; the median norm is that of the whole cohort, before clients are left out.
-
-    **Fails when** attackers are as close in angle as benign clients are, which label skew makes easy.
-
-    References
-    ----------
-    .. [1] Nguyen et al. 2022, "FLAME: Taming Backdoors in Federated Learning", USENIX Security, arXiv:2101.02281.
-
-    Examples
-    --------
-    >>> from gradlens.examples import example_log
-    >>> flame()(example_log())["fc2.bias"].shape
-    (4,)
-    """
-    flame_detector(on)  # refuses another `on`
-    number = whole_number("flame: seed", seed)
-    return Rule(configured(_flame, noise=_std("flame", noise, "noise"), seed=number, on=on))
-
-
-def crfl(bound: float = 15.0, std: float = 0.01, seed: int = 0) -> Aggregator:
-    """Averages the updates, then clips the norm of the global model and adds noise to it.
-
-    Parameters
-    ----------
-    bound : float
-        Largest norm of the global model; 15 as the authors' program has for MNIST, 100 for EMNIST.
-    std : float
-        Standard deviation of the noise; 0.01, as there.
-    seed : int
-        Of the noise.
-
-    Returns
-    -------
-    Aggregator
-        The update that takes the global model there, at a server learning rate of 1 and without server momentum.
-
-    Raises
-    ------
-    InputError
-        For a setting out of its range.
-
-    Notes
-    -----
-    Algorithm 1 of [1]_. The paper leaves the noise out of the last round, which a server that does not know its last
-    round cannot do, and votes over noised copies when it predicts, which is not done here: there is no certificate.
-
-    **Fails when** the bound is far above the model's norm; and a small backdoor survives small noise.
-
-    References
-    ----------
-    .. [1] Xie, Chen, Chen & Li 2021, "CRFL: Certifiably Robust Federated Learning against Backdoor Attacks", ICML,
-       arXiv:2106.08283; github.com/AI-secure/CRFL.
-
-    Examples
-    --------
-    >>> from gradlens.examples import example_log
-    >>> crfl()(example_log())["fc2.bias"].shape
-    (4,)
-    """
-    if bound is None:
-        raise InputError("crfl: bound is a length above 0, found None")
-    settings = {"bound": _bound("crfl", bound), "std": _std("crfl", std)}
-    return Rule(configured(_crfl, **settings, seed=whole_number("crfl: seed", seed)))
+    count = whole_number("bucketing: size", size, least=1)
+    method = configured(_bucketing, size=count, seed=whole_number("bucketing: seed", seed))
+    return Rule(method, _rule("bucketing", rule))
 
 
 def _clipped(aggregate: Aggregator, log: UpdateLog, bound: float | None) -> dict[str, np.ndarray]:
@@ -328,62 +201,33 @@ def _clipped(aggregate: Aggregator, log: UpdateLog, bound: float | None) -> dict
 
 def _noised(aggregate: Aggregator, log: UpdateLog, std: float, seed: int) -> dict[str, np.ndarray]:
     update = aggregate(log)
-    return _with_noise(log, update, std, seed) if log[-1].finite.any() else update
+    return with_noise(log, update, std, seed) if log[-1].finite.any() else update
 
 
-def _norm_clipping(log: UpdateLog, bound: float | None) -> dict[str, np.ndarray]:
-    return clipped(mean(), bound)(log)
-
-
-def _weak_dp(log: UpdateLog, bound: float | None, std: float, seed: int) -> dict[str, np.ndarray]:
-    return noised(clipped(mean(), bound), std, seed)(log)
-
-
-def _centred_clipping(log: UpdateLog, radius: float | None, iterations: int, start: str) -> dict[str, np.ndarray]:
+def _nearest_neighbour_mixing(rule: Aggregator, log: UpdateLog, num_malicious: int | None) -> dict[str, np.ndarray]:
+    distances = log[-1].squared_distances  # first: it finds the norms, by which who is finite is known
     rows = rows_of(log[-1])
-    update = averaged(log, rows, np.ones(len(rows)))  # of the buffers; the parameters come next
     if not len(rows):
-        return update
-    part = log[-1].take(rows)
-    everyone, norms, center = np.arange(len(rows)), part.total_norms, _start(log, start)
-    for _ in range(iterations):
-        square = sum(float(np.vdot(array, array)) for array in center.values())
-        distances = np.sqrt(np.maximum(norms**2 - 2 * inner_products(part, center) + square, 0))
-        bound = float(np.median(distances)) if radius is None else radius
-        factors = clip_factors(distances, bound).astype(FINEST).astype(np.float64)
-        stays = 1 - factors.sum() / len(rows)
-        for name, array in center.items():
-            center[name] = array * stays + part.weighted_mean(name, everyone, factors, len(rows))
-    return update | {name: array.astype(np.float32) for name, array in center.items()}
+        return rule(log.keep(rows))
+    distances = distances[np.ix_(rows, rows)]
+    np.fill_diagonal(distances, -1)  # every client is nearest to itself
+    count = len(rows) - tolerated_of(num_malicious, (len(rows) - 1) // 2)
+    nearest = np.sort(np.argsort(distances, axis=1, kind="stable")[:, :count], axis=1)
+    shares = (np.full(nearest.size, 1 / count), nearest.reshape(-1), np.arange(len(rows) + 1) * count)
+    return rule(log.keep(rows).combined(sparse.csr_array(shares, shape=distances.shape)))
 
 
-def _start(log: UpdateLog, start: str) -> dict[str, np.ndarray]:
-    """The first center of centered clipping, layer -> float64 [*shape]."""
-    now = log[-1].global_model
-    if start == "zero" or len(log) < 2:
-        return {name: np.zeros(now[name].shape) for name in log.model.parameters}
-    before = log[-2].global_model
-    return {name: now[name].astype(np.float64) - before[name] for name in log.model.parameters}
-
-
-def _flame(log: UpdateLog, noise: float, seed: int, on: str) -> dict[str, np.ndarray]:
-    norms = log[-1].total_norms[log[-1].finite]
-    bound = float(np.median(norms)) if len(norms) else 0.0  # of the whole cohort, before the filter
-    kept = filtered(mean(), flame_detector(on)).kept(log)
-    rule = clipped(mean(), bound) if bound > 0 else mean()
-    return noised(rule, noise * bound, seed)(log.keep(kept))
-
-
-def _crfl(log: UpdateLog, bound: float, std: float, seed: int) -> dict[str, np.ndarray]:
-    update = mean()(log)
-    if not log[-1].finite.any():
-        return update
-    now = {name: log[-1].global_model[name].astype(np.float64) for name in log.model.parameters}
-    following = {name: array + update[name] for name, array in now.items()}
-    norm = np.sqrt(sum(float(np.vdot(array, array)) for array in following.values()))
-    factor = float(clip_factors(norm, bound))
-    change = {name: (array * factor - now[name]).astype(np.float32) for name, array in following.items()}
-    return _with_noise(log, update | change, std, seed)
+def _bucketing(rule: Aggregator, log: UpdateLog, size: int, seed: int) -> dict[str, np.ndarray]:
+    rows = rows_of(log[-1])
+    order = np.random.default_rng([seed, BUCKETS, log[-1].index]).permutation(len(rows))
+    edges = np.append(np.arange(0, len(rows), size), len(rows))
+    if not len(rows):
+        return rule(log.keep(rows))
+    sizes = np.diff(edges)
+    members = np.concatenate([np.sort(order[start:stop]) for start, stop in pairwise(edges)])
+    shares = sparse.csr_array((np.repeat(1 / sizes, sizes), members, edges), shape=(len(sizes), len(rows)))
+    names = np.array([f"bucket-{number:06d}" for number in range(len(sizes))])
+    return rule(log.keep(rows).combined(shares, names))
 
 
 def _weighing(aggregate: Aggregator) -> Weighing | None:
@@ -391,7 +235,8 @@ def _weighing(aggregate: Aggregator) -> Weighing | None:
     return getattr(aggregate, "weighing", None)
 
 
-def _with_noise(log: UpdateLog, update: dict[str, np.ndarray], std: float, seed: int) -> dict[str, np.ndarray]:
+def with_noise(log: UpdateLog, update: dict[str, np.ndarray], std: float, seed: int) -> dict[str, np.ndarray]:
+    """The update with Gaussian noise on its parameters; the noise of a round has an address."""
     rng = np.random.default_rng([seed, NOISE, log[-1].index])
     parts = ((name, update[name]) for name in log.model.parameters)
     return update | {
@@ -399,13 +244,23 @@ def _with_noise(log: UpdateLog, update: dict[str, np.ndarray], std: float, seed:
     }
 
 
-def _bound(where: str, value: float | None, setting: str = "bound") -> float | None:
+def _rule(where: str, rule: str | Aggregator) -> Aggregator:
+    if callable(rule):
+        return rule
+    if rule not in RULES:
+        raise InputError(f"{where}: rule is an aggregator or one of {', '.join(RULES)}, found {rule!r:.80}")
+    return RULES[rule]()
+
+
+def length_or_none(where: str, value: float | None, setting: str = "bound") -> float | None:
+    """The value as a length above 0, None left as it is; raises InputError for anything else."""
     if value is not None and (not _is_number(value) or not 0 < value < np.inf):
         raise InputError(f"{where}: {setting} is a length above 0, or None, found {value!r:.80}")
     return None if value is None else float(value)
 
 
-def _std(where: str, value: float, setting: str = "std") -> float:
+def deviation(where: str, value: float, setting: str = "std") -> float:
+    """The value as a standard deviation; raises InputError unless it is a finite number of at least 0."""
     if not _is_number(value) or not 0 <= value < np.inf:
         raise InputError(f"{where}: {setting} is a number of at least 0, found {value!r:.80}")
     return float(value)

@@ -6,6 +6,7 @@ Takes the sweeps of `simulations/scenarios/norm_clipping.toml` and `norm_clippin
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from gradlens.processes import processes
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="table and page, without their endings")
     options = parser.parse_args(arguments)
     sweeps = [Sweep.open(folder) for folder in options.sweeps]
-    with processes(options.workers) as executor:
+    with processes(options.workers) if options.workers > 1 else nullcontext() as executor:
         parts = [
             (figures.place_of(sweep), lambda sweep=sweep: figures.rows_of_sweep(sweep, executor)) for sweep in sweeps
         ]

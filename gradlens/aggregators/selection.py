@@ -1,13 +1,26 @@
-"""Rules that choose clients by their distances to their neighbors: Krum, Multi-Krum, Bulyan."""
+"""Rules that select by distance, Krum, Multi-Krum and Bulyan; and the table of all plain rules."""
+
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from gradlens.aggregators.rules import Aggregator, Rule, averaged, rows_of, tolerated_of
+from gradlens.aggregators.rules import (
+    Aggregator,
+    Rule,
+    averaged,
+    geometric_median,
+    mean,
+    median,
+    rlr,
+    rows_of,
+    tolerated_of,
+    trimmed_mean,
+)
 from gradlens.errors import InputError
 from gradlens.log import Round, UpdateLog, kernels
 from gradlens.settings import configured, whole_number_or_none
 
-__all__ = ["bulyan", "krum", "multi_krum"]
+__all__ = ["RULES", "bulyan", "krum", "multi_krum"]
 
 
 def krum(num_malicious: int | None = None) -> Aggregator:
@@ -136,6 +149,18 @@ def bulyan(num_malicious: int | None = None, selection: str = "repeated") -> Agg
     return Rule(configured(_bulyan, num_malicious=number, selection=selection))
 
 
+RULES: Mapping[str, Callable[..., Aggregator]] = {
+    "mean": mean,
+    "median": median,
+    "trimmed_mean": trimmed_mean,
+    "geometric_median": geometric_median,
+    "krum": krum,
+    "multi_krum": multi_krum,
+    "bulyan": bulyan,
+    "rlr": rlr,
+}
+
+
 def _krum(log: UpdateLog, num_malicious: int | None) -> dict[str, np.ndarray]:
     nearest = _by_krum(log[-1], num_malicious)[0][:1]
     return averaged(log, nearest, np.ones(len(nearest)))
@@ -146,23 +171,6 @@ def _multi_krum(log: UpdateLog, num_malicious: int | None, num_selected: int | N
     rows = rows[: num_selected or len(rows) - tolerated]
     rows = rows[np.argsort(log[-1].clients[rows])]
     return averaged(log, rows, np.ones(len(rows)))
-
-
-def _by_krum(round_: Round, num_malicious: int | None) -> tuple[np.ndarray, int]:
-    """Positions of the finite clients by ascending Krum score, and how many malicious clients are tolerated."""
-    distances = round_.squared_distances  # before the question who is finite, which it answers on the way
-    rows = rows_of(round_)
-    tolerated = tolerated_of(num_malicious, (len(rows) - 3) // 2)
-    scores = _krum_scores(distances[np.ix_(rows, rows)], tolerated)
-    return rows[np.argsort(scores, kind="stable")], tolerated
-
-
-def _krum_scores(distances: np.ndarray, tolerated: int) -> np.ndarray:
-    """Sums of the squared distances [client, client] to the nearest others, all but tolerated + 2 of them, [client]."""
-    others = distances.copy()
-    np.fill_diagonal(others, np.inf)  # nobody is its own neighbour
-    neighbours = max(1, len(others) - tolerated - 2) if len(others) > 1 else 0
-    return np.sort(others, axis=1)[:, :neighbours].sum(axis=1)
 
 
 def _bulyan(log: UpdateLog, num_malicious: int | None, selection: str) -> dict[str, np.ndarray]:
@@ -190,6 +198,23 @@ def _selected_by_krum(distances: np.ndarray, tolerated: int, selection: str) -> 
         selected.append(left[best])
         left = np.delete(left, best)
     return np.array(selected, np.int64)
+
+
+def _by_krum(round_: Round, num_malicious: int | None) -> tuple[np.ndarray, int]:
+    """Positions of the finite clients by ascending Krum score, and how many malicious clients are tolerated."""
+    distances = round_.squared_distances  # before the question who is finite, which it answers on the way
+    rows = rows_of(round_)
+    tolerated = tolerated_of(num_malicious, (len(rows) - 3) // 2)
+    scores = _krum_scores(distances[np.ix_(rows, rows)], tolerated)
+    return rows[np.argsort(scores, kind="stable")], tolerated
+
+
+def _krum_scores(distances: np.ndarray, tolerated: int) -> np.ndarray:
+    """Sums of the squared distances [client, client] to the nearest others, all but tolerated + 2 of them, [client]."""
+    others = distances.copy()
+    np.fill_diagonal(others, np.inf)  # nobody is its own neighbour
+    neighbours = max(1, len(others) - tolerated - 2) if len(others) > 1 else 0
+    return np.sort(others, axis=1)[:, :neighbours].sum(axis=1)
 
 
 def _near_median(round_: Round, layer: str, rows: np.ndarray, count: int) -> np.ndarray:
