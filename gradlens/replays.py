@@ -1,4 +1,4 @@
-"""Replay: what another rule, or a filter, would have made of the updates that a run holds."""
+"""Replays: what another aggregation rule, or a filter, would have made of the updates that a run holds."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,19 +16,24 @@ from gradlens.run import Run
 __all__ = ["Replay", "replay", "rule_named"]
 
 State = Mapping[str, np.ndarray]  # layer -> array
-NAMED = 20  # clients that are named
+NUM_SHOWN = 20  # clients that the text names
 Measure = Callable[[State], Mapping[str, float]]
 
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """What came of a replay.
+    """The result of a replay; its text is a table of the rounds.
 
-    rounds: a row per round: round, clients (recorded), left_out, change and recorded_change (L2 norms of what the round
-    changes in the parameters, here and in the run), distance (L2, between both global models after the round), then
-    what `measure` gives of the global model here, each beside the run's own figure, recorded_NAME.
-    decisions: of a filter, the rows that a live one writes (`Run.verdicts`); empty for a rule. state: layer -> array,
-    the global model after the last round.
+    Attributes
+    ----------
+    rounds : DataFrame
+        A row per round: round, clients (recorded), left_out, change and recorded_change (L2 norms of what the round
+        changes in the parameters, here and in the run), distance (L2, between both global models after the round), then
+        the figures of `measure` for the global model here, each beside that of the run, recorded_NAME.
+    decisions : DataFrame
+        Of a filter, the rows that a live one writes (`Run.verdicts`); empty for a rule.
+    state : Mapping of str to ndarray
+        The global model after the last round, layer -> array.
     """
 
     rounds: pd.DataFrame
@@ -36,17 +41,17 @@ class Replay:
     state: State
 
     def __str__(self) -> str:
-        """Round by round, and who was left out in how many of them."""
+        """The table of rounds, and which clients were left out in how many of them."""
         lines = [self.rounds.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
         if len(self.decisions):
             counts = self.decisions.loc[~self.decisions["kept"].astype(bool), "client"].value_counts()
-            named = [f"{client} ({count})" for client, count in counts.head(NAMED).items()]
-            more = ", ..." if len(counts) > NAMED else ""
+            named = [f"{client} ({count})" for client, count in counts.head(NUM_SHOWN).items()]
+            more = ", ..." if len(counts) > NUM_SHOWN else ""
             lines.append(f"left out, in so many rounds: {', '.join(named) or 'nobody'}{more}")
         lines.append(
-            "the updates are as they were sent: from another global model clients would have sent others, so that"
+            "the updates are as they were sent: given another global model, clients would have sent others, so that"
         )
-        lines.append("accuracy and ASR say the less, the farther both models have come apart (distance)")
+        lines.append("accuracy and ASR say less the farther both models are apart (distance)")
         return "\n".join(lines)
 
 
@@ -58,15 +63,57 @@ def replay(
     server_learning_rate: float | None = None,
     server_momentum: float | None = None,
 ) -> Replay:
-    """Aggregates the recorded updates round after round by another rule, from the run's first global model on.
+    """Aggregates the recorded updates of each round by another rule, from the run's first global model on.
 
-    The updates stay as they were sent, though from another global model clients would have sent others: it answers
-    what the server would have made of this evidence, not what would have happened. Nothing corrects what adds up: where
-    both models have come far apart (`distance`, beside `recorded_change`), accuracy and ASR say little; and honest
-    updates that pushed back against an attack still do where the attack is left out. With the run's own rule the run
-    comes out again. measure: a global model -> figures by name (main_accuracy, asr). server_learning_rate,
-    server_momentum: None, those of the run's scenario; 1 and 0 where it has none.
-    Raises: InputError where updates were recorded as sketches, or a filter is told to stop.
+    Parameters
+    ----------
+    run : Run
+        The recording.
+    aggregate : Aggregator
+        A rule, or a filter in front of one.
+    measure : callable, optional
+        A global model, layer -> array -> figures by name, such as main_accuracy and asr.
+    server_learning_rate, server_momentum : float, optional
+        None: those of the run's scenario; 1 and 0 where it has none.
+
+    Returns
+    -------
+    Replay
+        With the run's own rule the run comes out again.
+
+    Raises
+    ------
+    InputError
+        If updates were recorded as sketches, the run has no round, or a filter is set to stop and does.
+
+    Notes
+    -----
+    A replay says what the server would have made of the recorded updates, not what would have happened: given another
+    global model, clients would have sent other updates.
+
+    **Fails when** both models have come far apart (`distance`, beside `recorded_change`): differences add up, nothing
+    corrects them, and accuracy and ASR say little. Honest updates that pushed back against an attack still do so
+    where the attack is left out.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from gradlens import AGGREGATORS, Recorder, Run
+    >>> from gradlens.examples import example_log
+    >>> log, folder = example_log(rounds=2), TemporaryDirectory()
+    >>> state = log[0].global_model
+    >>> with Recorder(f"{folder.name}/run", sent="updates") as recorder:
+    ...     for prefix in log.prefixes():
+    ...         clients, updates = prefix[-1].clients.tolist(), prefix[-1].updates
+    ...         sent = {client: {n: a[row] for n, a in updates.items()} for row, client in enumerate(clients)}
+    ...         _ = recorder.log_round(state, sent)
+    ...         state = step(state, AGGREGATORS["mean"]()(prefix))
+    ...         recorder.commit(state)
+    >>> replay(Run.open(f"{folder.name}/run"), AGGREGATORS["median"]()).rounds[["round", "clients", "left_out"]]
+       round  clients  left_out
+    0      0       10         0
+    1      1       10         0
+    >>> folder.cleanup()
     """
     rate = run.scenario.get("server_learning_rate", 1.0) if server_learning_rate is None else server_learning_rate
     momentum = run.scenario.get("server_momentum", 0.0) if server_momentum is None else server_momentum
@@ -83,10 +130,10 @@ def replay(
             decision = aggregate.decision(prefix)
             decisions.append(decision.table(round_.index, repr(aggregate.detector)))
             left_out = int((decision.weights == 0).sum())
-        told = run.metrics.iloc[len(rows)]
+        recorded_figures = run.metrics.iloc[len(rows)]
         figures = {}
         for name, value in (measure(moved) if measure else {}).items():
-            figures |= {name: value, f"recorded_{name}": told.get(name, np.nan)}
+            figures |= {name: value, f"recorded_{name}": recorded_figures.get(name, np.nan)}
         rows.append(
             {
                 "round": round_.index,
@@ -99,16 +146,37 @@ def replay(
             }
         )
         before, state, recorded = state, moved, after
-    said = pd.concat(decisions, ignore_index=True) if decisions else pd.DataFrame(columns=list(VERDICT_COLUMNS))
-    return Replay(pd.DataFrame(rows), said, state)
+    table = pd.concat(decisions, ignore_index=True) if decisions else pd.DataFrame(columns=list(VERDICT_COLUMNS))
+    return Replay(pd.DataFrame(rows), table, state)
 
 
 def rule_named(
     aggregator: str, detector: str | None = None, *, action: str = "drop", clean_rounds: int = 0, fpr: float = 0.05
 ) -> Aggregator:
-    """A rule by its name, and the filter of a detector in front of it; raises InputError where there is none of it.
+    """Builds a rule by its name, with a detector's filter in front of it if one is named.
 
-    clean_rounds: first rounds on which the detector is calibrated to `fpr`, 0: it keeps its own threshold.
+    Parameters
+    ----------
+    aggregator : str
+        A name in `AGGREGATORS`, of an installed package, or `module:function`; its settings are the defaults.
+    detector : str, optional
+        Likewise of `DETECTORS`.
+    action : str
+        What the filter does with a flagged client; see `filtered`.
+    clean_rounds, fpr : int, float
+        As for `calibrated_filter`.
+
+    Raises
+    ------
+    InputError
+        For an unknown name, with the nearest ones, or a setting out of its range.
+
+    Examples
+    --------
+    >>> rule_named("median")
+    median()
+    >>> rule_named("median", "flame", action="clip")
+    filtered(median(), flame(on='updates'), action='clip')
     """
     rule = named("aggregators", AGGREGATORS, aggregator)()
     if detector is None:
