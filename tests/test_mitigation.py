@@ -169,9 +169,9 @@ def test_what_cannot_be_counted_is_refused_with_a_reason():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: aggregate_ranks({"a": [0, 0]}, num_channels=2), "nobody's can be counted .a: no order of 0 to 1."),
-        (lambda: aggregate_ranks(np.zeros((0, 3))), "nobody sent any"),
-        (lambda: aggregate_votes({"a": [0, 1]}), "num_channels is needed"),
+        (lambda: aggregate_ranks({"a": [0, 0]}, num_channels=2), "no client's can be counted .a: no order of 0 to 1."),
+        (lambda: aggregate_ranks(np.zeros((0, 3))), "no client sent any"),
+        (lambda: aggregate_votes({"a": [0, 1]}), "rows of named clients need num_channels, found None"),
         (lambda: aggregate_ranks([[0, 1]]), r"expected an array \[client, channel\]"),
         (lambda: votes_of(ACTIVATIONS, 0.0), "share is above 0"),
         (lambda: ranks_of(np.array([[0.0, np.nan]])), r"found nan at \[0, 1\]"),

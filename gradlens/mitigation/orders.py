@@ -1,4 +1,4 @@
-"""What clients send of a model's channels, ranks or votes, and what the server makes of it: `PruningOrder`."""
+"""Pruning orders: what clients report of a layer's channels, as ranks or votes, and what the server makes of it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,15 +10,28 @@ from gradlens.errors import InputError
 
 Sent = Mapping[str, Any] | np.ndarray | Sequence[Any]  # client -> what it sent, or [client, channel]
 
-SHOWN = 5  # channels that a repr names
+NUM_SHOWN = 5  # channels that a repr names
 
 
 @dataclass(frozen=True, eq=False)
 class PruningOrder:
-    """In which order to prune the channels of a layer, and whose word it rests on.
+    """The order in which to prune the channels of a layer, and the clients that it rests on.
 
-    order: int64 [channel], the first to go first. scores: float64 [channel], the mean rank, or the share of votes
-    against it. counted: the clients that it rests on; refused: client -> why what it sent was not counted.
+    Attributes
+    ----------
+    order : ndarray of int64 [channel]
+        The channel to be pruned first comes first.
+    scores : ndarray of float64 [channel]
+        The mean rank, or the share of votes against the channel.
+    counted : tuple of str
+        Clients that the order rests on.
+    refused : Mapping of str to str
+        Client -> why what it sent was not counted.
+
+    Examples
+    --------
+    >>> aggregate_ranks({"a": [0, 1, 2], "b": [1, 0, 2], "c": [0, 0, 0]}, num_channels=3)
+    PruningOrder(3 channels, first 0, 1, 2; 2 of 3 clients counted)
     """
 
     order: np.ndarray
@@ -27,37 +40,103 @@ class PruningOrder:
     refused: Mapping[str, str]
 
     def __repr__(self) -> str:
-        first = ", ".join(map(str, self.order[:SHOWN].tolist())) + (", ..." if len(self.order) > SHOWN else "")
+        first = ", ".join(map(str, self.order[:NUM_SHOWN].tolist())) + (", ..." if len(self.order) > NUM_SHOWN else "")
         clients = f"{len(self.counted)} of {len(self.counted) + len(self.refused)} clients"
         return f"PruningOrder({len(self.order)} channels, first {first}; {clients} counted)"
 
 
 def ranks_of(activations: np.ndarray) -> np.ndarray:
-    """Ranks of channels by activation, 0 the least active: float [..., channel] -> int64 [..., channel].
+    """Ranks channels by activation, 0 for the least active.
 
-    Of equal ones the first channel comes first. Raises InputError on a number that is not finite.
+    Parameters
+    ----------
+    activations : ndarray of float [..., channel]
+        As of `channel_activations`.
+
+    Returns
+    -------
+    ndarray of int64 [..., channel]
+        Among equal activations the first channel comes first.
+
+    Raises
+    ------
+    InputError
+        If a number is not finite.
+
+    Examples
+    --------
+    >>> ranks_of(np.array([0.3, 0.0, 0.2]))
+    array([2, 0, 1])
     """
-    found = _finite(activations)
-    return np.argsort(np.argsort(found, axis=-1, kind="stable"), axis=-1, kind="stable")
+    finite = _finite(activations)
+    return np.argsort(np.argsort(finite, axis=-1, kind="stable"), axis=-1, kind="stable")
 
 
 def votes_of(activations: np.ndarray, share: float = 0.5) -> np.ndarray:
-    """Votes against the least active channels, a share of them: float [..., channel] -> int64 0 or 1, same shape.
+    """Votes against a share of the channels, the least active ones.
 
-    share: above 0 and at most 1; the count is rounded, and one vote at least. Raises InputError on a share out of its
-    range or a number that is not finite.
+    Parameters
+    ----------
+    activations : ndarray of float [..., channel]
+        As of `channel_activations`.
+    share : float
+        Above 0 and at most 1; the number of votes is rounded, and at least 1.
+
+    Returns
+    -------
+    ndarray of int64 [..., channel]
+        1 for a vote to prune the channel, else 0.
+
+    Raises
+    ------
+    InputError
+        If the share is out of its range or a number is not finite.
+
+    Examples
+    --------
+    >>> votes_of(np.array([0.3, 0.0, 0.2, 0.1]))
+    array([0, 1, 0, 1])
     """
     ranks = ranks_of(activations)
     return (ranks < _num_votes(share, ranks.shape[-1])).astype(np.int64)
 
 
 def aggregate_ranks(ranks: Sent, num_channels: int | None = None) -> PruningOrder:
-    """Rank aggregation (RAP): channels by the mean of the clients' ranks, the lowest first.
+    """Orders channels by the mean of the clients' ranks, the lowest first (rank aggregation, RAP).
 
-    ranks: [client, channel] or client -> [channel], 0 the least active; whoever sends anything but each of 0, 1, ...,
-    num_channels - 1 once is refused with a reason, so that a client moves a mean by (num_channels - 1) / clients at
-    most. num_channels: needed where clients are named, for who sends is not asked how many there are. Of equal means
-    the first channel comes first. Raises InputError where nobody is left. Source: Wu et al. 2020, arXiv:2011.01767.
+    Parameters
+    ----------
+    ranks : ndarray [client, channel], sequence of rows, or Mapping of client to row
+        Each row holds every whole number from 0, the least active channel, to num_channels - 1 once; a client that
+        sends anything else is refused with a reason.
+    num_channels : int, optional
+        Needed unless `ranks` is an array: clients do not decide how many channels there are.
+
+    Returns
+    -------
+    PruningOrder
+        Among equal means the first channel comes first.
+
+    Raises
+    ------
+    InputError
+        If no client can be counted, or `num_channels` is needed.
+
+    Notes
+    -----
+    As in [1]_. One client moves a mean rank by (num_channels - 1) / clients at most.
+
+    **Fails when** malicious clients report a well-formed order that protects the backdoor's channels (`lied`), which
+    cannot be refused.
+
+    References
+    ----------
+    .. [1] Wu et al. 2020, arXiv:2011.01767.
+
+    Examples
+    --------
+    >>> aggregate_ranks(np.array([[0, 2, 1], [1, 2, 0], [0, 2, 1]])).order
+    array([0, 2, 1])
     """
     rows, width = _rows("ranks", ranks, num_channels)
     everything = np.arange(width)
@@ -69,12 +148,42 @@ def aggregate_ranks(ranks: Sent, num_channels: int | None = None) -> PruningOrde
 
 
 def aggregate_votes(votes: Sent, num_channels: int | None = None, share: float | None = None) -> PruningOrder:
-    """Majority voting (MVP): channels by the number of votes against them, the most first.
+    """Orders channels by the number of votes against them, the most first (majority voting, MVP).
 
-    votes: [client, channel] or client -> [channel] of 0 and 1; anything else is refused with a reason, and so is
-    another number of votes than `share` of the channels where that is given. num_channels: as of `aggregate_ranks`.
-    Of equal counts, which are common, the first channel comes first. Raises InputError where nobody is left.
-    Source: Wu et al. 2020, arXiv:2011.01767.
+    Parameters
+    ----------
+    votes : ndarray [client, channel], sequence of rows, or Mapping of client to row
+        Of 0 and 1; a client that sends anything else is refused with a reason.
+    num_channels : int, optional
+        As for `aggregate_ranks`.
+    share : float, optional
+        If given, a client that votes against any other share of the channels is refused as well.
+
+    Returns
+    -------
+    PruningOrder
+        Among equal numbers of votes, which are common, the first channel comes first.
+
+    Raises
+    ------
+    InputError
+        If no client can be counted, `num_channels` is needed, or the share is out of its range.
+
+    Notes
+    -----
+    As in [1]_.
+
+    **Fails when** malicious clients cast well-formed votes that protect the backdoor's channels (`lied`), which cannot
+    be refused.
+
+    References
+    ----------
+    .. [1] Wu et al. 2020, arXiv:2011.01767.
+
+    Examples
+    --------
+    >>> aggregate_votes(np.array([[1, 0, 0], [1, 0, 1], [1, 0, 1]])).order
+    array([0, 2, 1])
     """
     rows, width = _rows("votes", votes, num_channels)
     wanted = None if share is None else _num_votes(share, width)
@@ -82,8 +191,8 @@ def aggregate_votes(votes: Sent, num_channels: int | None = None, share: float |
     def problem(row: np.ndarray) -> str:
         if not np.isin(row, (0, 1)).all():
             return "expected 0 and 1 only"
-        given = int(row.sum())
-        return "" if wanted in (None, given) else f"expected {wanted} votes, found {given}"
+        cast = int(row.sum())
+        return "" if wanted in (None, cast) else f"expected {wanted} votes, found {cast}"
 
     sound, refused = _sorted_out(rows, width, problem)
     scores = _mean("votes", sound, refused)
@@ -91,33 +200,67 @@ def aggregate_votes(votes: Sent, num_channels: int | None = None, share: float |
 
 
 def lied(activations: np.ndarray, liars: Sequence[int], protected: Sequence[int] | None = None) -> np.ndarray:
-    """What clients report of their activations if some lie: float64 [client, channel], as a new array.
+    """What clients report of their activations if some of them lie.
 
-    liars: rows. protected: channels that a liar reports as its most active ones, the rest as they are (for a backdoor
-    in channels that clean data leave quiet, see `trigger_channels`); None: it reports the reverse order. What follows
-    from such a report is a well-formed row of ranks or votes: it cannot be refused.
+    Parameters
+    ----------
+    activations : ndarray of float [client, channel]
+        What they measure.
+    liars : sequence of int
+        Rows of the clients that lie.
+    protected : sequence of int, optional
+        Channels that a liar reports as its most active ones, the rest as they are: for a backdoor in channels that
+        clean data leave quiet, see `trigger_channels`. None: it reports the reverse order.
+
+    Returns
+    -------
+    ndarray of float64 [client, channel]
+        A new array. The ranks or votes that follow from it are well-formed: they cannot be refused.
+
+    Examples
+    --------
+    >>> ranks_of(lied(np.array([[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]]), liars=[1], protected=[0]))
+    array([[0, 1, 2],
+           [2, 0, 1]])
     """
     reported = _finite(activations).copy()
     for row in liars:
         if protected is None:
             reported[row] = -reported[row]
         else:
-            chosen = list(protected)
-            reported[row, chosen] += 1 + np.ptp(reported[row])
+            reported[row, list(protected)] += 1 + np.ptp(reported[row])
     return reported
 
 
 def trigger_channels(clean: np.ndarray, triggered: np.ndarray, count: int) -> np.ndarray:
-    """The `count` channels that a trigger raises most: activations [channel] without and with it -> int64, sorted."""
+    """The channels whose activation a trigger raises most.
+
+    Parameters
+    ----------
+    clean, triggered : ndarray of float [channel]
+        Activations without and with the trigger.
+    count : int
+        How many channels.
+
+    Returns
+    -------
+    ndarray of int64 [count]
+        In ascending order.
+
+    Examples
+    --------
+    >>> trigger_channels(np.array([0.1, 0.0, 0.2]), np.array([0.1, 0.9, 0.4]), count=2)
+    array([1, 2])
+    """
     return np.sort(np.argsort(_finite(clean) - _finite(triggered), kind="stable")[:count])
 
 
 def _finite(activations: Any) -> np.ndarray:
-    found = np.asarray(activations, dtype=np.float64)
-    if not np.isfinite(found).all():
-        where = tuple(np.argwhere(~np.isfinite(found))[0].tolist())
-        raise InputError(f"activations: expected finite numbers, found {found[where]} at {list(where)}")
-    return found
+    values = np.asarray(activations, dtype=np.float64)
+    if not np.isfinite(values).all():
+        where = tuple(np.argwhere(~np.isfinite(values))[0].tolist())
+        raise InputError(f"activations: expected finite numbers, found {values[where]} at {list(where)}")
+    return values
 
 
 def _num_votes(share: float, width: int) -> int:
@@ -130,7 +273,7 @@ def _rows(name: str, sent: Sent, num_channels: int | None) -> tuple[dict[str, An
     """What each client sent, and how many channels there are."""
     if isinstance(sent, Mapping):
         if num_channels is None:
-            raise InputError(f"{name}: of named clients num_channels is needed: they are not asked how many there are")
+            raise InputError(f"{name}: rows of named clients need num_channels, found None")
         return {str(client): row for client, row in sent.items()}, num_channels
     rows = {str(number): row for number, row in enumerate(sent)}
     if num_channels is not None:
@@ -143,7 +286,7 @@ def _rows(name: str, sent: Sent, num_channels: int | None) -> tuple[dict[str, An
 def _sorted_out(
     rows: Mapping[str, Any], width: int, problem: Callable[[np.ndarray], str]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """What can be counted, client -> float64 [channel], and why the rest cannot."""
+    """The rows that can be counted, client -> float64 [channel], and why the others cannot, client -> reason."""
     sound, refused = {}, {}
     for client, sent in rows.items():
         row = _numbers(sent)
@@ -161,16 +304,16 @@ def _sorted_out(
 
 
 def _numbers(sent: Any) -> np.ndarray | None:
-    """What a client sent as float64, None where it is no array of real numbers; its text is not taken for numbers."""
+    """What a client sent as float64, None unless it is an array of real numbers; text is not read as numbers."""
     try:
-        found = np.asarray(sent)
+        row = np.asarray(sent)
     except (ValueError, TypeError):  # rows of several lengths
         return None
-    return found.astype(np.float64) if found.dtype.kind in "biuf" else None
+    return row.astype(np.float64) if row.dtype.kind in "biuf" else None
 
 
 def _mean(name: str, sound: Mapping[str, np.ndarray], refused: Mapping[str, str]) -> np.ndarray:
     if not sound:
         why = "; ".join(f"{client}: {reason}" for client, reason in list(refused.items())[:3])
-        raise InputError(f"{name}: nobody's can be counted" + (f" ({why})" if why else ": nobody sent any"))
+        raise InputError(f"{name}: no client's can be counted" + (f" ({why})" if why else ": no client sent any"))
     return np.mean(list(sound.values()), axis=0)
