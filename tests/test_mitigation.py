@@ -262,7 +262,7 @@ def test_the_norm_is_found_by_what_it_sees_not_by_its_place(x):
         (lambda m, x: pruned_layer(m, "4"), "expected one of 0 .not the last., found '4'"),
         (lambda m, x: without_channels(m, [4], x), "0 has the channels 0 to 3, found 4"),
         (lambda m, x: channel_activations(m, x[:0]), "found none"),
-        (lambda m, x: without_extreme_weights(m, 0.0), "delta is a positive number"),
+        (lambda m, x: without_extreme_weights(m, 0.0), "delta must be a positive number"),
         (lambda m, x: without_extreme_weights(m, 3.0, ["7"]), "found '7'"),
         (lambda m, x: prune(begin(m, nothing), [1, 1], len, x), "some come twice"),
         (lambda m, x: prune(begin(m, nothing), [1], lambda m: 1.0, x, budget=float("nan")), "budget is a share"),

@@ -14,10 +14,30 @@ if TYPE_CHECKING:
 
 
 def pruned_layer(model: "nn.Module", layer: str | None = None) -> str:
-    """The layer whose channels are pruned: the one named, or the last convolution, or without one the last dense layer.
+    """Returns the layer whose channels are pruned: the last convolution, or without one the last hidden dense layer.
 
-    Never the final layer, whose units are the classes. Layers count in the order in which the model registers them;
-    name the layer where it computes in another. Raises InputError where there is no such layer.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Layers count in the order in which the model registers them; name the layer if it computes in another order.
+    layer : str, optional
+        The dotted name of the layer, to choose another one; never the final layer, whose units are the classes.
+
+    Returns
+    -------
+    str
+        Its dotted name.
+
+    Raises
+    ------
+    InputError
+        If there is no such layer.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> pruned_layer(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+    '0'
     """
     *hidden, _ = names = list(_layers(model)) or [""]
     if layer is not None:
@@ -25,7 +45,8 @@ def pruned_layer(model: "nn.Module", layer: str | None = None) -> str:
             raise InputError(f"layer: expected one of {', '.join(hidden) or 'none'} (not the last), found {layer!r}")
         return layer
     if not hidden:
-        kinds = ", ".join(dict.fromkeys(type(each).__name__ for each in model.modules() if not any(each.children())))
+        leaves = (module for module in model.modules() if not any(module.children()))
+        kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in leaves))
         raise InputError(
             f"model: expected a convolution or dense layer besides the final one ({names[0] or 'none'}), "
             f"found {kinds or 'none'}"
@@ -35,11 +56,37 @@ def pruned_layer(model: "nn.Module", layer: str | None = None) -> str:
 
 
 def channel_activations(model: "nn.Module", x: Any, layer: str | None = None, batch_size: int = 1_000) -> np.ndarray:
-    """The mean activation of each channel of a layer on samples: float64 [channel]; what a client computes.
+    """Returns the mean activation of each channel of a layer on samples, which is what a client measures.
 
-    The positive part of what the layer gives, after a norm that follows it, averaged over samples and positions.
-    x: samples as the model takes them, a numpy array or a tensor. layer: as of `pruned_layer`. The model stays as it
-    is. Raises InputError without samples.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It stays as it is.
+    x : ndarray or Tensor
+        Samples as the model takes them.
+    layer : str, optional
+        As for `pruned_layer`.
+    batch_size : int
+        Samples at a time.
+
+    Returns
+    -------
+    ndarray of float64 [channel]
+        The positive part of the layer's output, after a norm that follows it, averaged over samples and positions.
+
+    Raises
+    ------
+    InputError
+        Without samples, or if the layer takes no part in what the model computes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    >>> _ = model[0].weight.data.copy_(torch.eye(2)), model[0].bias.data.zero_()
+    >>> channel_activations(model, np.array([[1.0, -1.0], [3.0, -1.0]], np.float32))
+    array([2., 0.])
     """
     import torch
 
@@ -67,7 +114,32 @@ def channel_activations(model: "nn.Module", x: Any, layer: str | None = None, ba
 
 
 def without_channels(model: "nn.Module", channels: Sequence[int], x: Any, layer: str | None = None) -> "nn.Module":
-    """A copy of the model in which channels of a layer are 0, also after a norm that follows; as of `prune`."""
+    """Returns a copy of the model in which some channels of a layer are 0, also after a norm that follows.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It stays as it is.
+    channels : sequence of int
+        The channels.
+    x : ndarray or Tensor
+        A few samples, to see which norm follows the layer.
+    layer : str, optional
+        As for `pruned_layer`.
+
+    Raises
+    ------
+    InputError
+        If the layer has no such channel, or one is named twice.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> pruned = without_channels(model, [1], np.zeros((1, 2), np.float32))
+    >>> (pruned[0].weight == 0).all(dim=1).tolist()
+    [False, True, False]
+    """
     name = pruned_layer(model, layer)
     chosen = channel_list(channels)
     check_channels(name, chosen, channel_count(model.get_submodule(name)))
@@ -77,16 +149,36 @@ def without_channels(model: "nn.Module", channels: Sequence[int], x: Any, layer:
 
 
 def without_extreme_weights(model: "nn.Module", delta: float, layers: Sequence[str] | None = None) -> "nn.Module":
-    """A copy of the model with weights outside mu +- delta sigma of their layer at 0; biases stay.
+    """Returns a copy of the model with weights far from the mean of their layer set to 0; biases stay.
 
-    mu, sigma: mean and standard deviation of the layer's weights, those that are 0 (pruned) or not finite left out; a
-    weight that is not finite is always outside. layers: names; None: the last convolution but the final layer, and
-    the first dense layer. Raises InputError on a delta that is no positive number, or a layer that is not there.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It stays as it is.
+    delta : float
+        Weights outside mu +- delta sigma of their layer become 0, and so do those that are not finite. mu and sigma are
+        the mean and standard deviation of its finite weights other than 0, which are the pruned ones.
+    layers : sequence of str, optional
+        Dotted names. None: the last convolution other than the final layer, and the first dense layer.
+
+    Raises
+    ------
+    InputError
+        If `delta` is no positive number, or a layer is not there.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 1))
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[0.1, 0.2, 0.1, 9.0]]))
+    >>> [round(weight, 1) for weight in without_extreme_weights(model, delta=1.5)[0].weight[0].tolist()]
+    [0.1, 0.2, 0.1, 0.0]
     """
     import torch
 
     if not (np.isfinite(delta) and delta > 0):
-        raise InputError(f"delta is a positive number, found {delta}")
+        raise InputError(f"delta must be a positive number, found {delta}")
     ours = copy.deepcopy(model)
     with torch.no_grad():
         for name in adjusted_layers(model, layers):
@@ -125,11 +217,11 @@ def weights_of(model: "nn.Module", name: str) -> "Tensor":
 
 
 def _parameter(name: str, module: "nn.Module", which: str) -> Any:
-    """A layer's own numbers, to be written; None where it has none."""
-    found = module._parameters.get(which)
-    if found is None and getattr(module, which, None) is not None:
-        raise InputError(f"{name}.{which} is computed from others; remove its parametrization first")
-    return None if found is None else found.data
+    """A layer's weight or bias, to be written to; None where it has none."""
+    parameter = module._parameters.get(which)
+    if parameter is None and getattr(module, which, None) is not None:
+        raise InputError(f"{name}.{which} is computed from other parameters; remove its parametrization first")
+    return None if parameter is None else parameter.data
 
 
 def adjusted_layers(model: "nn.Module", layers: Sequence[str] | None) -> list[str]:
@@ -147,29 +239,29 @@ def adjusted_layers(model: "nn.Module", layers: Sequence[str] | None) -> list[st
 
 
 def zero_channels(model: "nn.Module", channels: Mapping[str, Sequence[int]]) -> None:
-    """Sets what the channels of some layers or norms give to 0, in place."""
+    """Sets the output of some channels of layers or norms to 0, in place: layer or norm -> channels."""
     for name, chosen in channels.items():
         module = model.get_submodule(name)
-        owned = [_parameter(name, module, which) for which in ("weight", "bias")]
-        if owned[0] is None:  # a norm without numbers of its own takes the mean away, which is 0 from now on
-            owned = [getattr(module, "running_mean", None)]
-        for tensor in owned:
+        tensors = [_parameter(name, module, which) for which in ("weight", "bias")]
+        if tensors[0] is None:  # a norm without weights subtracts the running mean, which is 0 for a channel at 0
+            tensors = [getattr(module, "running_mean", None)]
+        for tensor in tensors:
             if tensor is not None:
                 tensor[list(chosen)] = 0
 
 
 def norms_after(model: "nn.Module", layer: str, x: Any) -> list[str]:
-    """The norms that a layer's channels come to before anything mixes them: those of which a channel at 0 is to be 0.
+    """The norms that a layer's channels reach before anything mixes them, whose channels must be 0 as well.
 
-    Found by trying, as the order of registration says nothing: with the layer's first channel at 0, then at random
-    numbers, such a norm sees nothing else change, and 0 the first time.
+    Found by trying, since the order of registration tells nothing: with the layer's first channel once at 0, once at
+    random numbers, such a norm sees a change in its first channel only, which is 0 the first time.
     """
     import torch
     from torch import nn
 
     ours = copy.deepcopy(model).eval()
     of_layer, kinds = ours.get_submodule(layer), (nn.modules.batchnorm._NormBase, nn.GroupNorm)
-    norms = {name: each for name, each in ours.named_modules() if isinstance(each, kinds)}
+    norms = {name: module for name, module in ours.named_modules() if isinstance(module, kinds)}
     if not norms:
         return []
     axis, width = (1 if _is_convolution(of_layer) else -1), channel_count(of_layer)
@@ -177,9 +269,9 @@ def norms_after(model: "nn.Module", layer: str, x: Any) -> list[str]:
     fill = [0.0]
 
     def watch(name: str) -> "Callable[[nn.Module, Any], None]":
-        return lambda module, given: inputs[name].append(given[0].clone())
+        return lambda module, arguments: inputs[name].append(arguments[0].clone())
 
-    def replace(module: "nn.Module", given: Any, output: "Tensor") -> "Tensor":
+    def replace(module: "nn.Module", arguments: Any, output: "Tensor") -> "Tensor":
         changed = output.clone()
         channel = changed.movedim(axis, 0)[0]
         noise = torch.rand(channel.shape, generator=torch.Generator().manual_seed(0))
@@ -189,34 +281,34 @@ def norms_after(model: "nn.Module", layer: str, x: Any) -> list[str]:
     for name, norm in norms.items():
         norm.register_forward_pre_hook(watch(name))
     of_layer.register_forward_hook(replace)
-    few = _batch(ours, x[:2])
+    samples = _batch(ours, x[:2])
     with torch.no_grad():
         for fill[0] in (0.0, 1.0):
-            ours(few)
-    found = []
+            ours(samples)
+    reached = []
     for name, seen in inputs.items():
         if len(seen) == 2 and seen[0].dim() > 1 and seen[0].shape[1] == width:
-            at_zero, at_random = (each.movedim(1, 0) for each in seen)
+            at_zero, at_random = (values.movedim(1, 0) for values in seen)
             same = torch.equal(at_zero[1:], at_random[1:]) and not torch.equal(at_zero[0], at_random[0])
-            found += [name] if same and not at_zero[0].any() else []
-    return found
+            reached += [name] if same and not at_zero[0].any() else []
+    return reached
 
 
 def _batch(model: "nn.Module", x: Any) -> "Tensor":
     import torch
 
-    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return (x if isinstance(x, torch.Tensor) else torch.tensor(np.asarray(x))).to(device)
 
 
 def channel_list(order: PruningOrder | Sequence[int] | np.ndarray) -> list[int]:
-    """The channels of an order, first to be pruned first."""
-    return [int(each) for each in (order.order if isinstance(order, PruningOrder) else order)]
+    """The channels of an order; the one to be pruned first comes first."""
+    return [int(channel) for channel in (order.order if isinstance(order, PruningOrder) else order)]
 
 
 def check_channels(name: str, channels: Sequence[int], width: int) -> None:
-    """Raises InputError where one of the channels does not exist."""
-    if outside := [each for each in channels if not 0 <= each < width]:
+    """Raises InputError if a channel does not exist or comes twice."""
+    if outside := [channel for channel in channels if not 0 <= channel < width]:
         raise InputError(f"{name} has the channels 0 to {width - 1}, found {outside[0]}")
     if len(set(channels)) < len(channels):
         raise InputError(f"{name}: expected every channel once in the order of pruning, some come twice")
