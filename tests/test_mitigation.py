@@ -265,7 +265,7 @@ def test_the_norm_is_found_by_what_it_sees_not_by_its_place(x):
         (lambda m, x: without_extreme_weights(m, 0.0), "delta must be a positive number"),
         (lambda m, x: without_extreme_weights(m, 3.0, ["7"]), "found '7'"),
         (lambda m, x: prune(begin(m, nothing), [1, 1], len, x), "some come twice"),
-        (lambda m, x: prune(begin(m, nothing), [1], lambda m: 1.0, x, budget=float("nan")), "budget is a share"),
+        (lambda m, x: prune(begin(m, nothing), [1], lambda m: 1.0, x, budget=float("nan")), "budget must be a share"),
         (lambda m, x: fine_tune(begin(m, nothing), lambda m: None), "found NoneType"),
         (lambda m, x: fine_tune(begin(m, nothing), lambda m: m, rounds=0), "at least one"),
         (lambda m, x: without_channels(parametrized(), [0], x), "remove its parametrization"),

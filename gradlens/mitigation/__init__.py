@@ -1,7 +1,7 @@
-"""After training: channels pruned as clients rank or vote, extreme weights set to 0, fine-tuning.
+"""After training: channels pruned by the clients' ranks or votes, extreme weights set to 0, fine-tuning.
 
-The steps of Wu et al. 2020, arXiv:2011.01767. A step takes a `Mitigation`, what the steps before it came to, and gives
-the next one, so that they chain in any order and number:
+These are the steps of Wu et al. 2020, arXiv:2011.01767. A step takes a `Mitigation` and returns the next one, so that
+steps chain in any order and number::
 
     start = begin(model, measure)
     pruned = prune(start, aggregate_ranks(ranks), accuracy, x)
@@ -9,9 +9,9 @@ the next one, so that they chain in any order and number:
     done.model, done.table
 
 What the server makes of the clients' ranks or votes (`aggregate_ranks`, `aggregate_votes`) is plain arithmetic on what
-they sent; how they get there (`channel_activations`, `ranks_of`, `votes_of`) and how some may lie (`lied`) is apart.
-The paper's layers, deltas and budgets are not published where they could be read; those here are our own, and settings.
-A channel is an output channel of a convolution or a unit of a dense layer. Models are torch modules.
+they sent; how they obtain them (`channel_activations`, `ranks_of`, `votes_of`) and how some may lie (`lied`) is apart.
+The paper's layers, deltas and budgets are not published where they could be read; ours are settings. A channel is an
+output channel of a convolution or a unit of a dense layer. Models are torch modules.
 """
 
 from gradlens.mitigation.channels import channel_activations, pruned_layer, without_channels, without_extreme_weights
