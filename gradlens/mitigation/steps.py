@@ -245,7 +245,7 @@ def fine_tune(before: Mitigation, train: Train, rounds: int = 1) -> Mitigation:
     -----
     Weights that an adjustment set to 0 may move again.
 
-    **Fails when** malicious clients take part: they train the backdoor in again.
+    **Fails when** malicious clients take part in these rounds: nothing here keeps their updates out.
 
     Examples
     --------
