@@ -402,7 +402,10 @@ def test_below_full_no_answer_is_held_once_the_next_one_comes(level):
         nonlocal most
         for number in range(30):
             state = local(number)
-            state["fc1.weight"] = state["fc1.weight"].view(Big)
+            owner = Big(BIG["fc1.weight"].shape, np.float32)
+            owner[...] = state["fc1.weight"]
+            state["fc1.weight"] = owner
+            del owner
             alive.append(weakref.ref(state["fc1.weight"]))
             yield f"client-{number:02d}", state
             del state
