@@ -365,10 +365,10 @@ class Round:
         if len(rows) <= 2 * trimmed:
             return out.reshape(shape)
         held = self.nbytes <= SORTED_BYTES
-        if len(rows) > kernels.NETWORK and held and np.array_equal(clients, self.comparable):
+        if len(rows) > kernels.NETWORK_ROWS and held and np.array_equal(clients, self.comparable):
             ranks = self.ordered[layer].T
-            return kernels.middle_mean_of_sorted(lambda start, stop: ranks[start:stop], trimmed, out).reshape(shape)
-        return kernels.middle_mean(self.source.columns(layer), rows, trimmed, out).reshape(shape)
+            return kernels.trimmed_mean_of_sorted(lambda start, stop: ranks[start:stop], trimmed, out).reshape(shape)
+        return kernels.trimmed_mean(self.source.columns(layer), rows, trimmed, out).reshape(shape)
 
     def weighted_mean(
         self, layer: str, clients: np.ndarray, weights: np.ndarray, total: float | None = None

@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from gradlens.log.kernels import PAD
+from gradlens.log.kernels import ROW_PADDING
 
 STAGE = 1 << 14  # numbers that are worked on at a time, and that the first step leaves: 64 KB
 SIGNS = 1 << 16  # places in the table of signs at which a block's signs begin
@@ -91,7 +91,7 @@ def moments_of(numbers: np.ndarray, base: np.ndarray | None = None) -> np.ndarra
 
 def _scratch(step: int) -> np.ndarray:
     """A block's zeroth, first and second powers, float32 [3, number]; apart, for at powers of two they share lines."""
-    scratch = np.empty((3, step + PAD), np.float32)[:, :step]
+    scratch = np.empty((3, step + ROW_PADDING), np.float32)[:, :step]
     scratch[0] = 1
     return scratch
 
