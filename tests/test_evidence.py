@@ -33,7 +33,7 @@ BIG = {  # two layers that are sketched at 512 numbers
 @pytest.fixture
 def by_rows(monkeypatch):
     """A final weight of 24 numbers is too large to be recorded whole."""
-    monkeypatch.setattr(levels, "WHOLE", 20)
+    monkeypatch.setattr(levels, "WHOLE_SIZE", 20)
     levels._reduction.cache_clear()
     yield Evidence("sketch", width=4, seed=1)
     levels._reduction.cache_clear()
@@ -42,7 +42,7 @@ def by_rows(monkeypatch):
 @pytest.fixture
 def as_one(by_rows, monkeypatch):
     """It has too many rows, too."""
-    monkeypatch.setattr(levels, "ROWS", 3)
+    monkeypatch.setattr(levels, "MOST_SKETCHED_ROWS", 3)
     return by_rows
 
 
