@@ -314,7 +314,7 @@ def test_sums_that_were_interrupted_are_formed_anew(model, monkeypatch):
     rounds = [random_round(i) for i in range(4)]
     log, calls = UpdateLog(model, rounds), []
     _ = log[:3].accumulated
-    honest = accumulated.clipped
+    honest = accumulated.Residuals.clipped
 
     def failing(*args):
         calls.append(args)
@@ -323,7 +323,7 @@ def test_sums_that_were_interrupted_are_formed_anew(model, monkeypatch):
         return honest(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(accumulated, "clipped", failing)
+        patched.setattr(accumulated.Residuals, "clipped", failing)
         with pytest.raises(Interrupted):
             _ = log.accumulated
     for name, array in UpdateLog(model, rounds).accumulated.sums.items():
