@@ -1,4 +1,4 @@
-"""The ways to say no: `InputError` for a caller's mistake, `CannotSay` for a question without an answer."""
+"""Errors and warnings: `InputError` for a caller's mistake, `CannotSay` for a question without an answer."""
 
 
 class InputError(ValueError):
@@ -19,3 +19,15 @@ class UnreadableError(InputError):
 
 class EverybodyRefused(RuntimeWarning):
     """Nothing that any client sent in a round could be recorded, so the global model learns nothing."""
+
+
+class Stopped(BaseException):
+    """A signal that ends a command, with its number; no KeyboardInterrupt, which typer keeps for itself.
+
+    Attributes
+    ----------
+    left : str
+        What remains of the work, in words.
+    """
+
+    left = "what was finished is kept, and the same command goes on from there"

@@ -33,7 +33,7 @@ BIG = {  # two layers that are sketched at 512 numbers
 @pytest.fixture
 def by_rows(monkeypatch):
     """A final weight of 24 numbers is too large to be recorded whole."""
-    monkeypatch.setattr(levels, "WHOLE", 20)
+    monkeypatch.setattr(levels, "WHOLE_SIZE", 20)
     levels._reduction.cache_clear()
     yield Evidence("sketch", width=4, seed=1)
     levels._reduction.cache_clear()
@@ -42,7 +42,7 @@ def by_rows(monkeypatch):
 @pytest.fixture
 def as_one(by_rows, monkeypatch):
     """It has too many rows, too."""
-    monkeypatch.setattr(levels, "ROWS", 3)
+    monkeypatch.setattr(levels, "MOST_SKETCHED_ROWS", 3)
     return by_rows
 
 
@@ -402,7 +402,10 @@ def test_below_full_no_answer_is_held_once_the_next_one_comes(level):
         nonlocal most
         for number in range(30):
             state = local(number)
-            state["fc1.weight"] = state["fc1.weight"].view(Big)
+            owner = Big(BIG["fc1.weight"].shape, np.float32)
+            owner[...] = state["fc1.weight"]
+            state["fc1.weight"] = owner
+            del owner
             alive.append(weakref.ref(state["fc1.weight"]))
             yield f"client-{number:02d}", state
             del state

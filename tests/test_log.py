@@ -282,6 +282,10 @@ def test_a_non_finite_update_adds_nothing(model):
     np.testing.assert_array_equal(total.sums["fc2.weight"][0], log[:1].accumulated.sums["fc2.weight"][0])
 
 
+def test_nothing_has_accumulated_before_the_first_round(log):
+    assert log[:0].accumulated.sums["fc2.weight"].shape == (0, 12)
+
+
 def test_what_was_handed_out_does_not_change(log):
     before = log[:2].accumulated.sums["fc2.weight"]
     copy = before.copy()
@@ -338,7 +342,7 @@ def test_a_log_touches_one_round_at_a_time(model):
     for prefix in log.prefixes():
         assert len(prefix[-1].clients) == 4
     assert made == list(range(1_000))
-    assert len(log._memory.recent) == memory.RECENT
+    assert len(log._memory.recent) == memory.RECENT_ROUNDS
 
 
 def test_who_is_comparable_stays_so_in_a_part(model):

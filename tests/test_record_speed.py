@@ -35,7 +35,7 @@ def test_the_middle_of_any_number_of_rows(count, rng):
     matrix = rng.integers(-5, 5, (count, 300)).astype(np.float32)  # with many equal numbers
     kept, rows = matrix.copy(), rng.permutation(count)
     for trimmed in range((count + 1) // 2):
-        found = kernels.middle_mean(lambda start, stop: matrix[:, start:stop], rows, trimmed, np.empty(300))
+        found = kernels.trimmed_mean(lambda start, stop: matrix[:, start:stop], rows, trimmed, np.empty(300))
         middle = np.sort(kept, axis=0)[trimmed : count - trimmed]
         np.testing.assert_allclose(found, middle.astype(float).mean(axis=0), rtol=1e-12, atol=1e-12)
     np.testing.assert_array_equal(matrix, kept)
@@ -98,7 +98,7 @@ def test_only_the_newest_round_of_a_log_holds_its_order(model):
 # --- inner products
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, kernels.TILE, kernels.TILE + 1, 70, kernels.TILED + 1])
+@pytest.mark.parametrize("count", [1, 2, 7, kernels.TILE_ROWS, kernels.TILE_ROWS + 1, 70, kernels.MOST_TILED_ROWS + 1])
 def test_inner_products_are_their_definition(count, rng):
     matrix = rng.normal(size=(count, kernels.BLOCK + 5)).astype(np.float32)
     exact = matrix.astype(np.float64)
@@ -216,7 +216,7 @@ def threads() -> set[int]:
 @pytest.mark.parametrize("limit", [10, 100])
 @pytest.mark.parametrize("rank", [1, 3, 60])
 def test_the_two_leading_eigenvectors_are_found_either_way(limit, rank, rng, monkeypatch):
-    monkeypatch.setattr(kernels, "LANCZOS", limit)
+    monkeypatch.setattr(kernels, "DENSE_EIGEN_ROWS", limit)
     rows = rng.normal(size=(60, rank)) * np.arange(1, rank + 1)
     values, vectors = kernels.two_leading(rows @ rows.T)
     every, all_vectors = np.linalg.eigh(rows @ rows.T)
@@ -314,7 +314,7 @@ def test_sums_that_were_interrupted_are_formed_anew(model, monkeypatch):
     rounds = [random_round(i) for i in range(4)]
     log, calls = UpdateLog(model, rounds), []
     _ = log[:3].accumulated
-    honest = accumulated.clipped
+    honest = accumulated.Residuals.clipped
 
     def failing(*args):
         calls.append(args)
@@ -323,7 +323,7 @@ def test_sums_that_were_interrupted_are_formed_anew(model, monkeypatch):
         return honest(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(accumulated, "clipped", failing)
+        patched.setattr(accumulated.Residuals, "clipped", failing)
         with pytest.raises(Interrupted):
             _ = log.accumulated
     for name, array in UpdateLog(model, rounds).accumulated.sums.items():

@@ -104,7 +104,7 @@ REFUSED = {
     "complex": (changed(fc2_bias=np.zeros(3, complex)), "must hold numbers, found ndarray of type complex128"),
     "huge integers": (changed(fc2_bias=[10**5000, 0, 0]), "layer 'fc2.bias' must hold numbers"),
     "grumpy": (changed(fc2_bias=Grumpy()), "layer 'fc2.bias' is no array: MemoryError"),
-    "counter": (changed(norm_count=np.array(2.5)), "layer 'norm.count' must hold int64, found numbers that are none"),
+    "counter": (changed(norm_count=np.array(2.5)), "layer 'norm.count' must hold int64, found other numbers"),
     "names": ({**local(3), 4: np.zeros(3)}, "names of layers must be text, found 4"),
 }
 

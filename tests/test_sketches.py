@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradlens.log.sketches import SIGNS, STAGE, CountSketch, moments_of
+from gradlens.log.sketches import BLOCK_SIZE, SIGN_OFFSETS, CountSketch, moments_of
 
 SMALL = {"name": "fc1.weight", "size": 1_000, "width": 64}
 
@@ -25,9 +25,9 @@ def test_every_number_comes_to_one_place_with_one_sign_and_places_are_shared_eve
 
 
 def test_a_sketch_of_several_blocks_is_that_of_its_numbers():
-    size = 2 * STAGE + 77
+    size = 2 * BLOCK_SIZE + 77
     sketch = CountSketch.of(1, "fc1.weight", size, 512)
-    chosen = np.r_[0:40, STAGE - 20 : STAGE + 20, size - 40 : size]
+    chosen = np.r_[0:40, BLOCK_SIZE - 20 : BLOCK_SIZE + 20, size - 40 : size]
     rng, numbers = np.random.default_rng(0), np.zeros(size, np.float32)
     numbers[chosen] = rng.normal(size=len(chosen))
     whole = np.zeros(512)
@@ -49,8 +49,8 @@ def test_a_sketch_is_linear(seed, a, b):
 
 def test_the_difference_is_sketched_in_one_pass_and_equal_numbers_have_equal_bits():
     rng = np.random.default_rng(0)
-    models, base = rng.normal(size=(2, STAGE + 5)).astype(np.float32)
-    sketch = CountSketch.of(5, "a", STAGE + 5, 128)
+    models, base = rng.normal(size=(2, BLOCK_SIZE + 5)).astype(np.float32)
+    sketch = CountSketch.of(5, "a", BLOCK_SIZE + 5, 128)
     found, moments = sketch.sketch_and_moments(models, base)
     np.testing.assert_array_equal(found, sketch.sketch(models - base))
     np.testing.assert_array_equal(moments, sketch.sketch_and_moments(models - base, None)[1])
@@ -79,8 +79,8 @@ def pairs(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         return x, x
     if kind == "constant":
         return np.ones(rows * columns), np.full(rows * columns, -2.0)
-    stride = {"stride of the width": 64, "stride of a row": 512, "stride of a block": STAGE}[kind]
-    x, y = np.zeros((2, 40 * STAGE if stride == STAGE else rows * columns))
+    stride = {"stride of the width": 64, "stride of a row": 512, "stride of a block": BLOCK_SIZE}[kind]
+    x, y = np.zeros((2, 40 * BLOCK_SIZE if stride == BLOCK_SIZE else rows * columns))
     x[5::stride], y[5::stride] = rng.normal(size=(2, len(x[5::stride]))) + 1
     return x, y
 
@@ -132,14 +132,14 @@ def test_moments_are_those_of_the_numbers_in_float64(size, exponent, seed):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_number_that_is_not_finite_shows_in_the_moments(value):
-    numbers = np.ones(3 * STAGE, np.float32)
-    numbers[2 * STAGE] = value
+    numbers = np.ones(3 * BLOCK_SIZE, np.float32)
+    numbers[2 * BLOCK_SIZE] = value
     assert not np.isfinite(moments_of(numbers)[1])
-    numbers[2 * STAGE] = 3e38
+    numbers[2 * BLOCK_SIZE] = 3e38
     np.testing.assert_allclose(moments_of(numbers)[1], float(np.float32(3e38)) ** 2)
 
 
 def test_the_table_of_signs_is_as_often_plus_as_minus():
-    table = CountSketch.of(0, "a", 10 * STAGE, 512).table
-    assert len(table) == SIGNS + STAGE
+    table = CountSketch.of(0, "a", 10 * BLOCK_SIZE, 512).table
+    assert len(table) == SIGN_OFFSETS + BLOCK_SIZE
     assert abs(table.sum()) < 6 * np.sqrt(len(table))

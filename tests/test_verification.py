@@ -14,7 +14,7 @@ import pytest
 from conftest import STATE, random_round
 from gradlens import Recorder
 from gradlens.detectors import DETECTORS
-from gradlens.errors import EverybodyRefused, EvidenceLost, InputError
+from gradlens.errors import EverybodyRefused, EvidenceLost, InputError, Stopped
 from gradlens.log import Evidence, LogWriter, verify
 from gradlens.log.manifest import read_manifest, regular_file
 from gradlens.log.verification import Verification
@@ -230,22 +230,63 @@ def test_a_round_in_which_everybody_is_refused_warns_with_the_commonest_reason(t
 
 
 class Stopping:
-    """What a client could send in a process of its own making."""
+    """What a client could send in a process of its own making: whatever is asked of it raises."""
 
     def __init__(self, error: type[BaseException]):
         self.error = error
 
-    def __array__(self, *_, **__):
+    def raises(self, *_, **__):
         raise self.error
+
+    __array__ = __str__ = __repr__ = __int__ = raises
+
+
+class StoppingTable(dict):
+    """A table of layers that cannot be walked through."""
+
+    def keys(self):
+        raise SystemExit
+
+    __iter__ = keys
+
+
+class StoppingName(str):
+    """A name whose methods raise."""
+
+    __slots__ = ()
 
     def __str__(self):
-        raise self.error
+        return self
+
+    def isprintable(self):
+        raise SystemExit
 
 
+@pytest.mark.parametrize("evidence", ["full", "sketch"])
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-def test_an_object_that_ends_the_program_is_refused(error):
-    recorder = Recorder()
-    odd = {**sent(), "mallory": {name: Stopping(error) for name in PLAIN}, Stopping(error): sent(1)["c0"]}
-    decision = recorder.log_round(PLAIN, odd)
-    assert sorted(decision.kept) == ["c0", "c1", "c2", "c3"]
-    assert len(recorder.log[-1].refused) == 2
+def test_an_object_that_ends_the_program_is_refused(error, evidence):
+    recorder = Recorder(evidence=evidence)
+    odd = {
+        **sent(),
+        "array": {name: Stopping(error) for name in PLAIN},
+        "table": StoppingTable(PLAIN),
+        "layer": {**PLAIN, Stopping(error): np.zeros(3)},
+        "claim": sent(1)["c0"],
+        Stopping(error): sent(1)["c0"],
+        StoppingName("name"): sent(1)["c0"],
+    }
+    decision = recorder.log_round(PLAIN, odd, {**dict.fromkeys(odd, 5), "claim": Stopping(error)})
+    assert sorted(decision.kept) == ["c0", "c1", "c2", "c3", "name"]
+    assert set(recorder.log[-1].refused) == {"array", "table", "layer", "claim", "a Stopping without a name"}
+
+
+def test_a_signal_that_ends_a_command_is_no_clients_fault():
+    with pytest.raises(Stopped):
+        Recorder().log_round(PLAIN, {**sent(), "late": {name: Stopping(Stopped) for name in PLAIN}})
+
+
+@pytest.mark.parametrize("evidence", ["full", "sketch"])
+def test_answers_that_are_unfit_for_the_same_reason_are_refused_for_it(evidence):
+    recorder = Recorder(evidence=evidence)
+    recorder.log_round(PLAIN, [*sent().items(), ("odd", None), ("odd", None)])
+    assert recorder.log[-1].refused == {"odd": "sent nothing"}

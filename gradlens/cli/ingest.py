@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradlens.cli.interruption import Stopped
 from gradlens.cli.options import AsJson
 from gradlens.cli.output import say, say_json
-from gradlens.errors import InputError
+from gradlens.errors import InputError, Stopped
 
 if TYPE_CHECKING:
     from gradlens.ingestion import Ingested

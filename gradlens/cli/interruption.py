@@ -5,14 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-
-class Stopped(BaseException):
-    """A signal that ends the command, with its number; no KeyboardInterrupt, which typer keeps for itself.
-
-    left: what remains of the work, in words.
-    """
-
-    left = "what was finished is kept, and the same command goes on from there"
+from gradlens.errors import Stopped
 
 
 @contextmanager

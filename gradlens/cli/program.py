@@ -11,14 +11,14 @@ from gradlens.cli.detect import detect
 from gradlens.cli.ingest import ingest
 from gradlens.cli.inspect import inspect
 from gradlens.cli.installation import EXTRA_OF, doctor, list_names
-from gradlens.cli.interruption import Stopped, stoppable
+from gradlens.cli.interruption import stoppable
 from gradlens.cli.localize import localize
 from gradlens.cli.output import safe, say
 from gradlens.cli.replay import replay
 from gradlens.cli.report import report
 from gradlens.cli.simulate import demo, simulate
 from gradlens.cli.verify import verify
-from gradlens.errors import InputError
+from gradlens.errors import InputError, Stopped
 
 UsageFault: type[Exception] = typer.BadParameter.__mro__[2]  # the parent of everything wrong on a command line
 

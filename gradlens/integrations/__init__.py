@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gradlens.aggregators.rules import capped
-from gradlens.log.intake import Unfit, printable, shown
+from gradlens.log.intake import Unfit, printable, refusing
 from gradlens.server import Recorder
 
 __all__ = ["Answer", "Clients", "Kept", "kept", "numbers", "read_safely"]
@@ -113,11 +113,10 @@ class Clients:
 def read_safely(read: Callable[[], State]) -> State | Unfit:
     """What a client sent, or why it cannot be read: whatever its bytes make the reader do."""
     try:
-        return read()
+        with refusing("what was sent cannot be read"):
+            return read()
     except Unfit as reason:
         return reason
-    except Exception as error:
-        return Unfit(f"what was sent cannot be read: {shown(error)}")
 
 
 def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:

@@ -1,38 +1,46 @@
-"""What arrives from elsewhere: arrays of any library, a model's state, what the clients of a round sent.
+"""What arrives from elsewhere: arrays of any library, a global model, and what the clients of a round sent.
 
-What a client sent never raises: it becomes a row of the round, or a reason why it cannot.
+This is the one place where a client's answer is checked, for a live server, for ingestion and for the integrations.
+Nothing that a client sent raises an error: it becomes a row of the round, or a reason why it cannot.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from gradlens.errors import InputError
+from gradlens.errors import InputError, Stopped
 from gradlens.log.levels import Reduction
 from gradlens.log.model import Layer, ModelSpec
 from gradlens.log.round import Round
-from gradlens.log.sources import LazyLayers
 
-BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
-LONGEST = 200  # characters of a client's name
-SHOWN = 80  # characters of what was found, in a reason
+BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")  # last part of a layer's name
+LONGEST_NAME = 200  # characters of a client's name
+LONGEST_QUOTE = 80  # characters of a value that a reason quotes
 
 State = Mapping[str, Any]  # layer -> array of any library
 Sent = Mapping[Any, State] | Iterable[tuple[Any, State]]
 
 
 class Unfit(Exception):  # noqa: N818 - an answer, not a fault
-    """Why what a client sent cannot be recorded; stands for what it sent where it cannot even be read."""
+    """Why what a client sent cannot be recorded; also stands in for an answer that could not even be read."""
 
 
 @dataclass(frozen=True, eq=False)
 class Received:
-    """A round made of what the clients sent; clients: their names in the order of arrival, refused ones included.
+    """A round made of what the clients sent.
 
-    notes: client -> which number types were converted.
+    Attributes
+    ----------
+    round_ : Round
+        The recorded clients, and those that were refused, with the reasons.
+    clients : tuple of str
+        All names in the order of arrival, refused clients included.
+    notes : Mapping
+        Client -> which types of numbers were converted; clients without a conversion are left out.
     """
 
     round_: Round
@@ -40,30 +48,55 @@ class Received:
     notes: Mapping[str, str]
 
 
-@dataclass(frozen=True, eq=False)
-class _Answer:
-    """What one client sent, as arrays, and the types of the numbers that it sent."""
+@contextmanager
+def refusing(fault: str) -> Iterator[None]:
+    """Turns whatever a client's own code raises into `Unfit`, SystemExit and KeyboardInterrupt included.
 
-    arrays: Mapping[str, np.ndarray]
-    types: Mapping[str, str] = field(default_factory=dict)
+    Only the signals that end a command of gradlens pass through. A Ctrl-C at a server of another kind cannot be told
+    from a client's own KeyboardInterrupt, and refuses the client whose answer was being read.
 
-
-@dataclass(frozen=True, eq=False)
-class _Reduced:
-    """What is kept of an answer below the level "full": what is recorded of it, its moments, and `_note`."""
-
-    arrays: dict[str, np.ndarray]
-    moments: dict[str, np.ndarray]
-    note: str
+    Parameters
+    ----------
+    fault : str
+        What could not be done; the error is appended after a colon.
+    """
+    try:
+        yield
+    except (Unfit, Stopped):
+        raise
+    except BaseException as error:
+        raise Unfit(f"{fault}: {shown(error)}") from error
 
 
 def as_array(value: Any) -> tuple[np.ndarray, str]:
-    """An array of any library as one of numpy, and the type that its numbers had.
+    """Converts an array of any library to numpy.
 
-    Torch tensors are asked for theirs without importing torch; bfloat16 and smaller floats become float32.
-    Raises Unfit for what holds no numbers.
+    Torch tensors are converted without importing torch; bfloat16 and smaller floats become float32.
+
+    Parameters
+    ----------
+    value : Any
+        A numpy array, a torch tensor, or what `numpy.asarray` takes.
+
+    Returns
+    -------
+    array : numpy.ndarray
+        Of floats, integers or booleans.
+    kind : str
+        The type that the numbers had, such as "bfloat16".
+
+    Raises
+    ------
+    Unfit
+        Where the value is no array, or holds something other than numbers.
+
+    Examples
+    --------
+    >>> array, kind = as_array([[1.0, 2.0]])
+    >>> array.shape, kind
+    ((1, 2), 'float64')
     """
-    try:
+    with refusing("is no array"):
         if hasattr(value, "detach"):
             value = value.detach().cpu()
             kind = str(value.dtype).removeprefix("torch.")
@@ -73,15 +106,13 @@ def as_array(value: Any) -> tuple[np.ndarray, str]:
             kind = array.dtype.name
             if array.dtype.kind == "V" and kind.startswith(("bfloat", "float")):  # types that ml_dtypes adds
                 array = array.astype(np.float32)
-    except BaseException as error:  # whatever an object does when it is asked for its numbers, SystemExit too
-        raise Unfit(f"is no array: {shown(error)}") from error
     if array.dtype.kind not in "fiub":
         raise Unfit(f"must hold numbers, found {type(value).__name__} of type {array.dtype}")
     return array, kind
 
 
 def found_buffers(state: State) -> list[str]:
-    """The layers that are buffers by their type or name: integers, and what batch normalisation keeps."""
+    """The layers that are buffers by their type or name: integers, and the statistics of batch normalization."""
     by_name = [name for name in state if name.rsplit(".", 1)[-1] in BUFFER_NAMES]
     return [name for name in state if name in by_name or as_array(state[name])[0].dtype.kind in "iub"]
 
@@ -89,31 +120,55 @@ def found_buffers(state: State) -> list[str]:
 def spec_of(
     state: State, buffers: Collection[str] = (), *, final_weight: str | None = None, final_bias: str | None = None
 ) -> ModelSpec:
-    """The specification of a model's state of any library; buffers: besides those that `found_buffers` finds.
+    """The specification of a global model whose arrays may be of any library.
 
-    Raises InputError where the state holds what is no array, or has no such buffer.
+    Parameters
+    ----------
+    state : Mapping
+        Layer -> array.
+    buffers : collection of str
+        Layers that are never scored, besides those that `found_buffers` finds.
+    final_weight, final_bias : str, optional
+        The final layer; found by `ModelSpec.of` where it is not given.
+
+    Raises
+    ------
+    InputError
+        Where the state is no table of arrays, or has no such buffer.
     """
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise InputError(f"a global model is a table layer -> array, found {type(state).__name__}")
     if unknown := [name for name in buffers if name not in state]:
         raise InputError(f"buffers: the model has no layer {unknown[0]!r}, only {list(state)}")
-    arrays = {name: _recorded_type(_servers(name, value)) for name, value in state.items()}
-    found = {*buffers, *found_buffers(state)}
-    return ModelSpec.of(arrays, buffers=found, final_weight=final_weight, final_bias=final_bias)
+    arrays = {name: _recorded_type(_array_of_server(name, value)) for name, value in state.items()}
+    every_buffer = {*buffers, *found_buffers(state)}
+    return ModelSpec.of(arrays, buffers=every_buffer, final_weight=final_weight, final_bias=final_bias)
 
 
 def state_of(state: State, model: ModelSpec) -> dict[str, np.ndarray]:
-    """A global model as it is recorded, copied; raises InputError where its layers are not those of `model`."""
+    """A copy of a global model in the types in which it is recorded.
+
+    Parameters
+    ----------
+    state : Mapping
+        Layer -> array of any library.
+    model : ModelSpec
+        The layers that it must have.
+
+    Raises
+    ------
+    InputError
+        Where its layers or their shapes are not those of the model.
+    """
     if not isinstance(state, Mapping):
         raise InputError(f"a global model is a table layer -> array, found {type(state).__name__}")
     if differing := [name for name in [*model, *state] if name not in state or name not in set(model)]:
         whose = "recorded" if differing[0] not in state else "given"
         raise InputError(f"the global model changed its layers: {differing[0]!r:.80} is in the {whose} model alone")
-    arrays = {layer.name: _servers(layer.name, state[layer.name]) for layer in model.layers}
+    arrays = {layer.name: _array_of_server(layer.name, state[layer.name]) for layer in model.layers}
     for layer in model.layers:
-        if arrays[layer.name].shape != layer.shape:
-            found = arrays[layer.name].shape
-            raise InputError(f"layer {layer.name!r} of the global model must have shape {layer.shape}, found {found}")
+        if (shape := arrays[layer.name].shape) != layer.shape:
+            raise InputError(f"layer {layer.name!r} of the global model must have shape {layer.shape}, found {shape}")
     with np.errstate(all="ignore"):
         return {layer.name: np.array(arrays[layer.name], layer.dtype) for layer in model.layers}
 
@@ -128,100 +183,246 @@ def received(
     as_models: bool,
     reduction: Reduction | None = None,
 ) -> Received:
-    """The round made of what clients sent: client -> (layer -> array), or pairs of them; never raises because of one.
+    """The round made of what the clients sent; no client can make it raise an error.
 
-    as_models: local models were sent, of which the global model is taken away; else updates. num_examples: client ->
-    count, None: 1 for everybody. Answers that differ under one name are all refused, since none can be told from the
-    others; equal ones count once. Names that cannot be printed are escaped, and refused. reduction: what is recorded
-    of the model, None: everything; below that nothing else is held of an answer once the next one is asked for.
+    Parameters
+    ----------
+    index : int
+        Number of the round.
+    model : ModelSpec
+        The layers that clients send.
+    global_model : Mapping
+        Layer -> array, the model that the clients started from.
+    sent : Mapping or iterable of pairs
+        Client -> (layer -> array of any library). Clients are known by `str(client)`.
+    num_examples : Mapping, optional
+        Client -> the number of examples that it claims; by default 1 for everybody.
+    as_models : bool
+        Whether clients sent local models, from which the global model is subtracted, rather than updates.
+    reduction : Reduction, optional
+        What is recorded of each update; by default everything. Below that, each answer is reduced as it arrives and
+        then let go of, so that an iterable of many answers takes the memory of one.
+
+    Returns
+    -------
+    Received
+
+    Notes
+    -----
+    Refused with a reason are: a name that cannot be printed (it is recorded escaped) or is too long; an answer that
+    cannot be read, or whose layers are not those of the model; a claim that is no count; and different answers under
+    one name, since it cannot be told which is genuine. Identical ones count once. Numbers that are not finite are
+    recorded: they are evidence.
     """
     reduction = None if reduction is None or reduction.is_full else reduction
-    answers: dict[str, list[tuple[Any, Any]]] = {}
+    checks = _Checks(model, global_model, as_models, reduction)
+    answers: dict[str, list[_Answer | Unfit]] = {}
+    claims: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for client, state in sent.items() if isinstance(sent, Mapping) else sent:
-        text = _text(client)
-        name = printable(text)
-        if name != text:
-            refused[name] = f"the client's name is longer than {LONGEST} characters or cannot be printed"
-        count = 1 if num_examples is None else num_examples.get(client, num_examples.get(text))
-        kept = state if reduction is None else _kept(state, reduction, global_model, as_models=as_models)
+        name, fault = _name_of(client)
+        if fault:
+            refused[name] = fault
+        claims.setdefault(name, 1 if num_examples is None else _claim_of(client, name, num_examples))
+        answers.setdefault(name, []).append(checks.answer(state))
         del state  # the next answer may need its memory
-        answers.setdefault(name, []).append((kept, count))
-    updates, counts, notes = {}, {}, {}
-    for name, given in answers.items():
+    accepted, counts = {}, {}
+    for name in answers:
         try:
-            answer = _one_of([state for state, _ in given])
-            counts[name] = _count(given[0][1])
+            accepted[name], counts[name] = _agreed(answers[name]), _count(claims[name])
         except Unfit as reason:
             refused.setdefault(name, str(reason))
-            continue
-        if name in refused:
-            continue
-        if isinstance(answer, _Reduced):
-            updates[name], note = answer, answer.note
-        else:
-            updates[name], note = _updates(answer, global_model, as_models=as_models), _note(answer, model)
-        if note:
-            notes[name] = note
-    if reduction is None:
-        unfit = {name: refusal(model, layers) for name, layers in updates.items()}
-        updates = {name: layers for name, layers in updates.items() if not unfit[name]}
-        refused |= {name: reason for name, reason in unfit.items() if reason}
-        names, examples = np.array(list(updates), np.str_), np.array([counts[name] for name in updates], np.int64)
-        round_ = Round(index, names, examples, _stacked(model, updates), global_model, {}, model.buffers)
-    else:
-        rows = [(each.arrays, each.moments) for each in updates.values()]
-        round_ = reduction.round(index, list(updates), [counts[name] for name in updates], rows, global_model, {})
-    refused = {name: refused[name] for name in answers if name in refused}
-    notes = {name: note for name, note in notes.items() if name not in refused}
-    return Received(replace(round_, refused=refused), tuple(answers), notes)
-
-
-def refusal(model: ModelSpec, layers: Mapping[str, Any]) -> str:
-    """Why an update cannot be a row of a round, '' if it can."""
-    if reason := names_refusal(model, layers):
-        return reason
-    return next(filter(None, (layer_refusal(layer, layers[layer.name]) for layer in model.layers)), "")
-
-
-def _stacked(model: ModelSpec, updates: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Layer -> the updates of all clients, [client, *shape]."""
-    stacked = {}
-    for layer in model.layers:
-        rows = np.zeros((len(updates), *layer.shape), layer.dtype)
-        for position, layers in enumerate(updates.values()):
-            with np.errstate(all="ignore"):  # beyond float32 is infinite, and recorded as such
-                rows[position] = np.asarray(layers[layer.name])
-        stacked[layer.name] = rows
-    return stacked
-
-
-def _text(client: Any) -> str:
-    """The name of a client as text, whatever its own code does when it is asked for it."""
-    try:
-        return str(client)
-    except BaseException as error:  # SystemExit too
-        return f"a {type(client).__name__} whose name raises\n{type(error).__name__}"
+    accepted = {name: answer for name, answer in accepted.items() if name not in refused}
+    notes = {name: answer.note for name, answer in accepted.items() if answer.note}
+    round_ = checks.round(index, accepted, [counts[name] for name in accepted])
+    in_order = {name: refused[name] for name in answers if name in refused}
+    return Received(replace(round_, refused=in_order), tuple(answers), notes)
 
 
 def printable(name: str) -> str:
-    """A name that can be printed and recorded: what cannot is escaped, what is too long is cut."""
+    """A name that can be printed and recorded: escaped where it cannot be printed, and cut where it is too long."""
     if not name.isprintable():
         name = name.encode("unicode_escape").decode("ascii")
-    if len(name) > LONGEST:
-        name = f"{name[: LONGEST // 2]}...{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME // 2]}...{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return name
 
 
 def shown(value: Any) -> str:
-    """What was found, in a few characters."""
+    """A value in a few characters, to quote it in a reason."""
     try:
-        return f"{value!r:.{SHOWN}}"
-    except Exception:  # an integer of 5,000 digits, an object that raises when it is printed
+        return f"{value!r:.{LONGEST_QUOTE}}"
+    except Stopped:
+        raise
+    except BaseException:  # an integer of 5,000 digits, an object that raises when it is printed
         return f"a value of type {type(value).__name__}"
 
 
-def _servers(name: str, value: Any) -> np.ndarray:
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """What one client sent, or what is recorded of it: arrays, their moments, and which types were converted."""
+
+    arrays: dict[str, np.ndarray]
+    moments: dict[str, np.ndarray] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Checks:
+    """What the answers of one round are checked against, and what is recorded of them (`received`)."""
+
+    model: ModelSpec
+    global_model: Mapping[str, np.ndarray]
+    as_models: bool
+    reduction: Reduction | None
+
+    def answer(self, state: Any) -> _Answer | Unfit:
+        """What is kept of an answer, or why it cannot be recorded."""
+        try:
+            arrays, kinds = _arrays(state)
+            if fault := self._fault(arrays):
+                raise Unfit(fault)
+        except Unfit as reason:
+            return Unfit(str(reason))  # without its traceback, which holds what was sent
+        note = _conversions(kinds, self.model)
+        if self.reduction is None:
+            return _Answer(arrays, note=note)
+        return _Answer(*self.reduction.update(arrays, self.global_model if self.as_models else None), note)
+
+    def update(self, arrays: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
+        """The update of one layer, formed when it is needed: a second copy of what was sent is not held."""
+        if not self.as_models:
+            return arrays[layer]
+        with np.errstate(all="ignore"):
+            return np.subtract(arrays[layer], self.global_model[layer])
+
+    def round(self, index: int, accepted: Mapping[str, _Answer], counts: list[int]) -> Round:
+        """The round of the clients that were accepted."""
+        if self.reduction is not None:
+            rows = [(answer.arrays, answer.moments) for answer in accepted.values()]
+            return self.reduction.round(index, list(accepted), counts, rows, self.global_model, {})
+        updates = {}
+        for layer in self.model.layers:
+            updates[layer.name] = np.zeros((len(accepted), *layer.shape), layer.dtype)
+            for row, answer in enumerate(accepted.values()):
+                with np.errstate(all="ignore"):  # beyond float32 is infinite, and recorded as such
+                    updates[layer.name][row] = self.update(answer.arrays, layer.name)
+        names, examples = np.array(list(accepted), np.str_), np.array(counts, np.int64)
+        return Round(index, names, examples, updates, self.global_model, {}, self.model.buffers)
+
+    def _fault(self, arrays: Mapping[str, np.ndarray]) -> str:
+        """Why these arrays cannot be a row of the round, "" if they can."""
+        if not arrays:
+            return "sent nothing"
+        if missing := [name for name in self.model if name not in arrays]:
+            return f"layer {missing[0]!r} is missing"
+        if unknown := [name for name in arrays if name not in set(self.model)]:
+            return f"layer {unknown[0]!r:.80} is not in the model"
+        return next(filter(None, (self._layer_fault(layer, arrays) for layer in self.model.layers)), "")
+
+    def _layer_fault(self, layer: Layer, arrays: Mapping[str, np.ndarray]) -> str:
+        if (shape := arrays[layer.name].shape) != layer.shape:
+            return f"layer {layer.name!r} must have shape {layer.shape}, found {shape}"
+        if layer.dtype.startswith(("int", "uint")):
+            update = self.update(arrays, layer.name)
+            with np.errstate(all="ignore"):
+                if not np.array_equal(update.astype(layer.dtype), update):
+                    return f"layer {layer.name!r} must hold {layer.dtype}, found other numbers"
+        return ""
+
+
+def _name_of(client: Any) -> tuple[str, str]:
+    """The name under which a client is recorded, and why it is refused for it, "" if it is not."""
+    try:
+        with refusing("the client's name cannot be read"):
+            text = str.__str__(str(client))  # no subclass, whose methods are the client's own code
+    except Unfit as reason:
+        return f"a {type(client).__name__} without a name", str(reason)
+    name = printable(text)
+    if name != text:
+        return name, f"the client's name is longer than {LONGEST_NAME} characters or cannot be printed"
+    return name, ""
+
+
+def _claim_of(client: Any, name: str, num_examples: Mapping[Any, Any]) -> Any:
+    """The number of examples that a client claims, known by its name or by what the server knows it by."""
+    try:
+        with refusing("num_examples cannot be read"):
+            return num_examples.get(client, num_examples.get(name))
+    except Unfit as reason:
+        return Unfit(str(reason))
+
+
+def _count(claim: Any) -> int:
+    """A claimed number of examples; raises Unfit where it is no count."""
+    if isinstance(claim, Unfit):
+        raise claim
+    try:
+        with refusing("no number"):
+            count = int(claim)
+        if 0 <= count < 2**63:
+            return count
+    except Unfit:
+        pass
+    raise Unfit(f"num_examples must be a count, found {shown(claim)}")
+
+
+def _arrays(state: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Layer -> what a client sent as an array, and layer -> the type of its numbers; raises Unfit."""
+    with refusing("what was sent cannot be read"):
+        if isinstance(state, Unfit):
+            raise state
+        if state is None:
+            raise Unfit("sent nothing")
+        if not isinstance(state, Mapping):
+            raise Unfit(f"must send layers, found {type(state).__name__}")
+        layers = list(dict(state).items())
+    arrays, kinds = {}, {}
+    for key, value in layers:
+        if not issubclass(type(key), str):
+            raise Unfit(f"names of layers must be text, found {shown(key)}")
+        name = str.__str__(key)
+        try:
+            arrays[name], kinds[name] = as_array(value)
+        except Unfit as reason:
+            raise Unfit(f"layer {shown(name)} {reason}") from reason
+    return arrays, kinds
+
+
+def _agreed(answers: list[_Answer | Unfit]) -> _Answer:
+    """What a client sent, once or several times the same; raises Unfit."""
+    fingerprints = [""] if len(answers) == 1 else [_fingerprint(answer) for answer in answers]
+    if len(set(fingerprints)) > 1:
+        several = "; ".join(fingerprints[:3]) + ("; ..." if len(fingerprints) > 3 else "")
+        raise Unfit(f"{len(answers)} different answers came under this name, and any may be forged: {several}")
+    if isinstance(answers[0], Unfit):
+        raise answers[0]
+    return answers[0]
+
+
+def _fingerprint(answer: _Answer | Unfit) -> str:
+    """What tells one answer from another, in a reason: digest and norm of what is kept of it, or why it is unfit."""
+    if isinstance(answer, Unfit):
+        return str(answer)
+    digest, square = hashlib.sha256(), sum(float(powers[1]) for powers in answer.moments.values())
+    arrays = [*answer.arrays.items(), *answer.moments.items()]
+    for name, array in sorted(arrays, key=lambda item: (item[0], item[1].shape)):
+        digest.update(f"{name!r}{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+        if name not in answer.moments:
+            with np.errstate(all="ignore"):
+                square += float(np.square(array, dtype=np.float64).sum())
+    return f"sha256 {digest.hexdigest()[:16]}, norm {np.sqrt(square):.6g}"
+
+
+def _conversions(kinds: Mapping[str, str], model: ModelSpec) -> str:
+    """Which types of numbers were converted, "" if none; the integer types of buffers are all alike."""
+    floats = [layer for layer in model.layers if layer.dtype.startswith("float")]
+    pairs = {(kinds[layer.name], layer.dtype) for layer in floats if kinds[layer.name] != layer.dtype}
+    return ", ".join(f"sent {kind}, recorded as {dtype}" for kind, dtype in sorted(pairs))
+
+
+def _array_of_server(name: str, value: Any) -> np.ndarray:
     try:
         return as_array(value)[0]
     except Unfit as reason:
@@ -229,147 +430,7 @@ def _servers(name: str, value: Any) -> np.ndarray:
 
 
 def _recorded_type(array: np.ndarray) -> np.ndarray:
-    """Integers as int64, for differences of smaller ones would wrap around; floats as float32, or float64 kept."""
+    """Integers as int64, since differences of smaller ones would wrap around; floats as float32, float64 kept."""
     if array.dtype.kind in "iub":
         return array.astype(np.int64)
     return array if array.dtype == np.float64 else array.astype(np.float32)
-
-
-def _one_of(states: list[Any]) -> _Answer | _Reduced:
-    """What a client sent, once or several times the same; raises Unfit."""
-    if len(states) == 1:
-        return _read(states[0])
-    answers, evidence = [], []
-    for state in states:
-        try:
-            answers.append(_read(state))
-            evidence.append(_fingerprint(answers[-1]))
-        except Unfit as reason:
-            evidence.append(str(reason))
-    if len(answers) == len(states) and len(set(evidence)) == 1:
-        return answers[0]
-    several = "; ".join(evidence[:3]) + ("; ..." if len(evidence) > 3 else "")
-    raise Unfit(f"{len(states)} different answers came under this name, and none can be told from another: {several}")
-
-
-def _kept(state: Any, reduction: Reduction, base: Mapping[str, np.ndarray], *, as_models: bool) -> _Reduced | Unfit:
-    """What is recorded of what a client sent, or why it cannot be."""
-    try:
-        answer = _answer(state)
-    except Unfit as reason:
-        return Unfit(str(reason))  # without its traceback, which holds what was sent
-    model, moved = reduction.sent, _updates(answer, base, as_models=as_models)
-
-    def judged(layer: Layer) -> np.ndarray:  # whole numbers must be some as updates; of the others no copy is made
-        return moved[layer.name] if layer.dtype.startswith(("int", "uint")) else answer.arrays[layer.name]
-
-    reasons = [names_refusal(model, answer.arrays)]
-    if not reasons[0]:
-        reasons += [layer_refusal(layer, judged(layer)) for layer in model.layers]
-    if any(reasons):
-        return Unfit(next(filter(None, reasons)))
-    recorded, moments = reduction.update(answer.arrays, base if as_models else None)
-    return _Reduced(recorded, moments, _note(answer, model))
-
-
-def _read(state: Any) -> _Answer | _Reduced:
-    """What was kept of what a client sent, or that as arrays; raises Unfit."""
-    return state if isinstance(state, _Reduced) else _answer(state)
-
-
-def _answer(state: Any) -> _Answer:
-    """What a client sent as arrays; raises Unfit."""
-    if isinstance(state, Unfit):
-        raise state
-    if state is None:
-        raise Unfit("sent nothing")
-    if not isinstance(state, Mapping):
-        raise Unfit(f"must send layers, found {type(state).__name__}")
-    arrays, types = {}, {}
-    try:
-        layers = dict(state)
-    except Exception as error:  # a mapping that reads what cannot be read
-        raise Unfit(f"what was sent cannot be read: {shown(error)}") from error
-    for name, value in layers.items():
-        if not isinstance(name, str):
-            raise Unfit(f"names of layers must be text, found {shown(name)}")
-        try:
-            arrays[name], types[name] = as_array(value)
-        except Unfit as reason:
-            raise Unfit(f"layer {shown(name)} {reason}") from reason
-    return _Answer(arrays, types)
-
-
-def _updates(answer: _Answer, base: Mapping[str, np.ndarray], *, as_models: bool) -> Mapping[str, np.ndarray]:
-    """Layer -> update, made when it is asked for: a second copy of everything that was sent is not held."""
-
-    def update(name: str) -> np.ndarray:
-        array = answer.arrays[name]
-        if not as_models or name not in base or base[name].shape != array.shape:
-            return array  # what does not fit is refused as it is
-        with np.errstate(all="ignore"):
-            return np.subtract(array, base[name])
-
-    return LazyLayers(tuple(answer.arrays), update, keep=False)
-
-
-def _note(answer: _Answer, model: ModelSpec) -> str:
-    """Which types of numbers were converted, '' if none; integer types of buffers are all alike."""
-    floats = [layer for layer in model.layers if layer.dtype.startswith("float")]
-    odd = {
-        (answer.types[each.name], each.dtype)
-        for each in floats
-        if answer.types.get(each.name, each.dtype) != each.dtype
-    }
-    return ", ".join(f"sent {found}, recorded as {dtype}" for found, dtype in sorted(odd))
-
-
-def _count(claim: Any) -> int:
-    """The number of examples that a client claims; raises Unfit for what is no count."""
-    try:
-        count = int(claim)
-    except Exception as error:  # whatever an object does when it is asked for a number
-        raise Unfit(f"num_examples must be a count, found {shown(claim)}") from error
-    if not 0 <= count < 2**63:
-        raise Unfit(f"num_examples must be a count, found {shown(claim)}")
-    return count
-
-
-def _fingerprint(answer: _Answer | _Reduced) -> str:
-    """What tells one answer from another in a reason; of a reduced one what is recorded of it."""
-    moments = answer.moments if isinstance(answer, _Reduced) else {}
-    digest, square = hashlib.sha256(), sum(float(powers[1]) for powers in moments.values())
-    for name, array in sorted([*answer.arrays.items(), *moments.items()], key=lambda item: (item[0], item[1].shape)):
-        digest.update(f"{name!r}{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-        if name not in moments:
-            with np.errstate(all="ignore"):
-                square += float(np.square(array, dtype=np.float64).sum())
-    return f"sha256 {digest.hexdigest()[:16]}, norm {np.sqrt(square):.6g}"
-
-
-def names_refusal(model: ModelSpec, sent: Collection[str]) -> str:
-    """Why layers of these names are not those of the model, '' if they are."""
-    if not sent:
-        return "sent nothing"
-    if missing := [name for name in model if name not in sent]:
-        return f"layer {missing[0]!r} is missing"
-    if unknown := [name for name in sent if name not in set(model)]:
-        return f"layer {unknown[0]!r:.80} is not in the model"
-    return ""
-
-
-def layer_refusal(layer: Layer, sent: Any) -> str:
-    """Why what was sent cannot be this layer, '' if it can."""
-    try:
-        array = np.asarray(sent)
-    except BaseException as error:  # whatever an object does when it is asked for its numbers, SystemExit too
-        return f"layer {layer.name!r} is no array: {error!r:.80}"
-    if array.dtype.kind not in "fiub":
-        return f"layer {layer.name!r} must hold numbers, found dtype {array.dtype}"
-    if array.shape != layer.shape:
-        return f"layer {layer.name!r} must have shape {layer.shape}, found {array.shape}"
-    with np.errstate(all="ignore"):
-        if layer.dtype.startswith(("int", "uint")) and not np.array_equal(array.astype(layer.dtype), array):
-            return f"layer {layer.name!r} must hold {layer.dtype}, found numbers that are none"
-    return ""

@@ -1,7 +1,7 @@
-"""What takes time in a record: single passes over the numbers of a layer, in blocks that stay near the processor.
+"""Numerical kernels: single passes over the numbers of a layer, in blocks that fit the processor's cache.
 
-None of them changes a bit with the order of the clients or from run to run: rows are added up in the order that the
-caller gives, and the matrix products run in one thread, since several add up in another order each time.
+All results are reproducible to the last bit. Rows are summed in the order that the caller gives, and matrix products
+run in one thread, because several threads sum in a different order each time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,19 +12,19 @@ from itertools import pairwise
 
 import numpy as np
 
-BLOCK = 1 << 14  # numbers of a layer that are worked on at a time
-PAD = 24  # numbers between the rows of a scratch matrix: at powers of two they share the lines of a cache
-TILE = 20  # clients whose products, in slices of 2,048 numbers, BLAS forms fastest
-TILED = 64  # clients up to which products are formed in such tiles
-ALONE = 9_000  # numbers of a matrix below which no BLAS starts threads for a product with a vector
-LANCZOS = 1_000  # rows of a symmetric matrix above which only its leading eigenvectors are sought
-NETWORK = 32  # clients up to which whole rows are compared; above, each column is sorted for itself
+BLOCK = 1 << 14  # columns (numbers of a layer) processed at a time
+ROW_PADDING = 24  # unused numbers after each row of a scratch matrix: strides of a power of two share cache lines
+TILE_ROWS, TILE_COLUMNS = 20, 2_048  # size of the matrix products that BLAS computes fastest
+MOST_TILED_ROWS = 64  # rows up to which a Gram matrix is computed in such tiles
+SINGLE_THREAD_SIZE = 9_000  # numbers of a matrix below which BLAS starts no threads for a product with a vector
+DENSE_EIGEN_ROWS = 1_000  # rows up to which eigenvectors come from the dense solver, above it from Lanczos' iteration
+NETWORK_ROWS = 32  # rows up to which a trimmed mean uses a sorting network, above it each column is sorted
 
 Columns = Callable[[int, int], np.ndarray]  # (start, stop) -> those columns of a matrix, [row, number]
 
 
 def squares(columns: Columns, count: int, size: int) -> np.ndarray:
-    """The sum of squares of each row, float64 [row]; rests on that row alone, to the last bit."""
+    """The sum of squares of each row, float64 [row]; independent of all other rows to the last bit."""
     total = np.zeros(count)
     with np.errstate(all="ignore"), one_blas_thread(count * size):
         for _, numbers in _float64(columns, range(count), size, count):
@@ -33,29 +33,44 @@ def squares(columns: Columns, count: int, size: int) -> np.ndarray:
 
 
 def gram(columns: Columns, order: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inner products of all pairs of rows, float64 [row, row], formed with the rows in this order; and `squares`.
+    """The Gram matrix of all rows and their sums of squares.
 
-    The squares are those of `squares` to the last bit, the diagonal of the products is not.
+    Parameters
+    ----------
+    columns : callable
+        (start, stop) -> those columns, [row, number].
+    order : numpy.ndarray
+        int [row], the order in which the rows enter the matrix products.
+    size : int
+        Number of columns.
+
+    Returns
+    -------
+    gram : numpy.ndarray
+        float64 [row, row], in the order of `columns`.
+    squares : numpy.ndarray
+        float64 [row], equal to those of `squares` to the last bit, unlike the diagonal of `gram`.
     """
     count = len(order)
-    parts = -(-count // TILE) if count <= TILED else 1
+    tiled = count <= MOST_TILED_ROWS
+    parts = -(-count // TILE_ROWS) if tiled else 1
     edges = [count * part // parts for part in range(parts + 1)] if count else [0]
     tiles = list(pairwise(edges))
-    step, zeros = (2_048, 1) if count <= TILED else (BLOCK, 0)
-    total, own = np.zeros((count, count)), np.zeros(count)
+    step, zeros = (TILE_COLUMNS, 1) if tiled else (BLOCK, 0)
+    total, squared = np.zeros((count, count)), np.zeros(count)
     with np.errstate(all="ignore"), one_blas_thread(count * size):
         for _, block in _float64(columns, order, size, count, zeros):
-            own += _row_squares(block[:count])
+            squared += _row_squares(block[:count])
             for start in range(0, block.shape[1], step):
                 numbers = block[:, start : start + step]
                 for place, (top, bottom) in enumerate(tiles):
                     for left, right in tiles[place:]:
-                        # One row more than needed: numpy takes the product of a matrix with itself to BLAS's symmetric
-                        # routine, which for few rows takes twice as long as the general one.
+                        # One row of zeros more than needed: for the product of a matrix with its own transpose numpy
+                        # calls BLAS's symmetric routine, which takes twice as long as the general one for few rows.
                         product = numbers[top:bottom] @ numbers[left : right + zeros].T
                         total[top:bottom, left:right] += product[:, : right - left]
     upper, place = np.triu(total), np.argsort(order)
-    return (upper + np.triu(upper, 1).T)[np.ix_(place, place)], own[place]
+    return (upper + np.triu(upper, 1).T)[np.ix_(place, place)], squared[place]
 
 
 def _row_squares(numbers: np.ndarray) -> np.ndarray:
@@ -65,10 +80,20 @@ def _row_squares(numbers: np.ndarray) -> np.ndarray:
 def weighted_mean(
     columns: Columns, rows: np.ndarray, weights: np.ndarray, out: np.ndarray, total: float | None = None
 ) -> np.ndarray:
-    """The mean of these rows by their weights, summed in float64 in this order; in `out` [number], which it gives back.
+    """The weighted mean of some rows, summed in float64.
 
-    Integers are rounded; what is beyond the type of `out` is infinite there. total: what the sum is divided by, None:
-    the sum of the weights.
+    Parameters
+    ----------
+    columns : callable
+        (start, stop) -> those columns, [row, number].
+    rows : numpy.ndarray
+        int [chosen], the rows in the order in which they are summed.
+    weights : numpy.ndarray
+        float64 [chosen].
+    out : numpy.ndarray
+        [number], filled and returned. Integers are rounded; values beyond the range of its type become infinite.
+    total : float, optional
+        What the weighted sum is divided by; by default the sum of the weights.
     """
     size, total = len(out), weights.sum() if total is None else total
     with np.errstate(all="ignore"), one_blas_thread(len(rows) * size):
@@ -81,9 +106,9 @@ def weighted_mean(
 def _float64(
     columns: Columns, rows: Sequence[int] | np.ndarray, size: int, count: int, zeros: int = 0
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """These rows block after block, float64 [count + zeros, number], the next in the place of the last."""
-    width = min(size, width_for(count))
-    scratch = np.empty((count + zeros, width + PAD))
+    """Some rows block by block: where a block starts and float64 [count + zeros, number], overwritten by the next."""
+    width = min(size, columns_per_block(count))
+    scratch = np.empty((count + zeros, width + ROW_PADDING))
     scratch[count:] = 0
     for start in range(0, size, max(1, width)):
         block = columns(start, min(start + width, size))
@@ -93,34 +118,43 @@ def _float64(
 
 
 def two_leading(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The two largest eigenvalues of a symmetric matrix, ascending, and their vectors, [2] and [row, 2].
+    """The two largest eigenvalues of a symmetric matrix in ascending order, [2], and their eigenvectors, [row, 2].
 
-    Of more than 1,000 rows by Lanczos' iteration from a fixed start, which takes a fraction of the time.
+    Above 1,000 rows they come from Lanczos' iteration with a fixed start, in a fraction of the time.
     """
     from scipy.linalg import eigh
 
     count = len(matrix)
-    if count > LANCZOS:
+    if count > DENSE_EIGEN_ROWS:
         from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
-        with suppress(ArpackNoConvergence):  # eigenvalues that all but coincide
+        with suppress(ArpackNoConvergence):  # where eigenvalues nearly coincide
             values, vectors = eigsh(matrix, k=2, v0=np.random.default_rng(0).standard_normal(count))
             order = np.argsort(values)
             return values[order], vectors[:, order]
     return eigh(matrix, subset_by_index=[count - 2, count - 1])
 
 
-def middle_mean(columns: Columns, rows: np.ndarray, trimmed: int, out: np.ndarray) -> np.ndarray:
-    """The mean of each column's values without its `trimmed` smallest and largest, in `out` [number].
+def trimmed_mean(columns: Columns, rows: np.ndarray, trimmed: int, out: np.ndarray) -> np.ndarray:
+    """The mean of each column without its `trimmed` smallest and largest values, summed in float64.
 
-    Of finite rows, taken in this order; summed in float64.
+    Parameters
+    ----------
+    columns : callable
+        (start, stop) -> those columns, [row, number].
+    rows : numpy.ndarray
+        int [chosen], rows that are finite, in the order in which they are compared.
+    trimmed : int
+        How many values are left out at each end.
+    out : numpy.ndarray
+        [number], filled and returned.
     """
-    if len(rows) > NETWORK:
-        return middle_mean_of_sorted(lambda start, stop: sorted_columns(columns, rows, start, stop), trimmed, out)
+    if len(rows) > NETWORK_ROWS:
+        return trimmed_mean_of_sorted(lambda start, stop: sorted_columns(columns, rows, start, stop), trimmed, out)
     size = len(out)
     plan, kept = _network(len(rows), trimmed)
     width = min(size, BLOCK)
-    scratch, numbers = np.empty((len(rows) + 1, width), np.float32), np.empty((len(kept), width + PAD))
+    scratch, numbers = np.empty((len(rows) + 1, width), np.float32), np.empty((len(kept), width + ROW_PADDING))
     ones = np.ones(len(kept))
     with one_blas_thread(len(rows) * size):
         for start in range(0, size, width):
@@ -146,10 +180,10 @@ def middle_mean(columns: Columns, rows: np.ndarray, trimmed: int, out: np.ndarra
     return out
 
 
-def middle_mean_of_sorted(columns: Columns, trimmed: int, out: np.ndarray) -> np.ndarray:
-    """`middle_mean` of what is sorted already: (start, stop) -> [number, rank]."""
+def trimmed_mean_of_sorted(columns: Columns, trimmed: int, out: np.ndarray) -> np.ndarray:
+    """As `trimmed_mean`, for columns that are sorted already: (start, stop) -> [number, rank]."""
     size, width = len(out), BLOCK // 4
-    with one_blas_thread():  # whose rows are as long as there are clients
+    with one_blas_thread():
         for start in range(0, size, width):
             ranks = columns(start, min(start + width, size))
             middle = ranks[:, trimmed : ranks.shape[1] - trimmed].astype(np.float64)
@@ -158,34 +192,51 @@ def middle_mean_of_sorted(columns: Columns, trimmed: int, out: np.ndarray) -> np
 
 
 def sorted_columns(columns: Columns, rows: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """The values of these finite rows in ascending order, float32 [number, rank]; of long layers, in two threads."""
-    found, width = np.empty((stop - start, len(rows)), np.float32), BLOCK // 4
+    """The values of some finite rows in ascending order, float32 [number, rank]; two threads sort long layers."""
+    ordered, width = np.empty((stop - start, len(rows)), np.float32), BLOCK // 4
     half = (start + stop) // 2
 
     def sort(first: int, last: int) -> None:
-        scratch = np.empty((len(rows), min(last - first, width) + PAD), np.float32)
+        scratch = np.empty((len(rows), min(last - first, width) + ROW_PADDING), np.float32)
         for at in range(first, last, width):
             end = min(at + width, last)
-            block, part = scratch[:, : end - at], found[at - start : end - start]
+            block, part = scratch[:, : end - at], ordered[at - start : end - start]
             block[...] = columns(at, end)[rows]
             part[...] = block.T
-            part.sort(axis=1)  # a column's numbers lie side by side: several times faster than down the rows
+            part.sort(axis=1)  # on contiguous numbers, several times faster than along columns
 
     if half - start < 2 * width:
         sort(start, stop)
     else:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(sort, (start, half), (half, stop)))
-    return found
+    return ordered
 
 
 @cache
 def _network(count: int, trimmed: int) -> tuple[list[tuple[int, int, bool, bool]], list[int]]:
-    """Comparisons that bring the middle of this many wires to some of them, and to which.
+    """A sorting network [1]_ that selects the values left after trimming, without sorting them.
 
-    A comparison: the lesser goes to the first wire, the greater to the second; whether each is wanted later. Those that
-    would only order the middle, or only what is trimmed, are left out.
-    Source: Batcher 1968, "Sorting networks and their applications", odd-even merge of two sequences of any lengths.
+    Comparisons that would only order the values that are kept, or only those that are trimmed, are left out.
+
+    Parameters
+    ----------
+    count : int
+        Number of wires (values to compare).
+    trimmed : int
+        How many values are left out at each end.
+
+    Returns
+    -------
+    plan : list of tuples
+        (low wire, high wire, whether the lesser value is needed later, whether the greater one is): after a comparison
+        the low wire holds the lesser value and the high wire the greater one.
+    kept : list of int
+        The wires that hold the kept values at the end.
+
+    References
+    ----------
+    .. [1] Batcher 1968, "Sorting networks and their applications"; odd-even merge of two sequences of any lengths.
     """
     pairs: list[tuple[int, int]] = []
 
@@ -217,19 +268,23 @@ def _network(count: int, trimmed: int) -> tuple[list[tuple[int, int, bool, bool]
     return plan[::-1], sorted(kept)
 
 
-def width_for(count: int) -> int:
-    """How many columns of so many rows are worked on at a time: about 8 MB of float64 at most."""
+def columns_per_block(count: int) -> int:
+    """How many columns of `count` rows are processed at a time: about 8 MB of float64 at most."""
     return max(512, min(BLOCK, (1 << 20) // max(1, count) // 512 * 512))
 
 
 @contextmanager
 def one_blas_thread(numbers: int = BLOCK) -> Iterator[None]:
-    """Matrix products run in one thread inside.
+    """Runs the matrix products inside in one thread, so that they sum in a fixed order.
 
-    Their order of adding up is then fixed; and on few, shared cores several threads take longer than one.
-    numbers: how many are worked on; few are left to one thread anyhow, and to say so takes longer.
+    On few or shared cores one thread is also faster than several.
+
+    Parameters
+    ----------
+    numbers : int
+        Size of the matrices; BLAS uses one thread for small ones anyway, and then the setting is not touched.
     """
-    if numbers < ALONE:
+    if numbers < SINGLE_THREAD_SIZE:
         yield
         return
     before = [count() for count, _ in _blas()]
@@ -244,8 +299,8 @@ def one_blas_thread(numbers: int = BLOCK) -> Iterator[None]:
 
 @cache
 def _blas() -> list[tuple[Callable[[], int], Callable[[int], None]]]:
-    """How to ask for and to set the threads of each library of matrix products that is loaded."""
+    """How to get and to set the number of threads of each BLAS library that is loaded."""
     from threadpoolctl import ThreadpoolController
 
-    found = ThreadpoolController().select(user_api="blas").lib_controllers
-    return [(library.get_num_threads, library.set_num_threads) for library in found]
+    libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+    return [(library.get_num_threads, library.set_num_threads) for library in libraries]

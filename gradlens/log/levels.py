@@ -17,30 +17,55 @@ from gradlens.log.sketches import POWERS, CountSketch, moments_of
 from gradlens.log.sources import LazyLayers
 
 LEVELS = ("full", "layers", "sketch")
-WIDTH = 512  # numbers that a sketch keeps of a larger layer
-WHOLE = 10_000  # numbers up to which the final weight is recorded whole
-ROWS = 100  # of a final weight that are sketched each by itself: of more, their sketches would fill the memory
-SEED_BITS = 128
+SKETCH_WIDTH = 512  # numbers of the sketch of a layer
+WHOLE_SIZE = 10_000  # numbers up to which the final weight is recorded in full
+MOST_SKETCHED_ROWS = 100  # rows up to which a final weight is sketched row by row: more sketches would fill the memory
+SEED_BITS = 128  # of a seed that is drawn
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What of every update is recorded.
+    """The evidence level: how much of every update is recorded.
 
-    level: "full", everything. "layers": the named layers whole, and the buffers. "sketch": the final layer, the buffers
-    and every layer of at most `width` numbers whole, of all others a count sketch of `width` numbers each; a final
-    weight of more than 10,000 numbers is sketched row by row, unless it has more than 100 rows. Of each layer that is
-    not recorded whole the sums of its numbers, squares, cubes and fourth powers are (`Round.moments`).
-    layers: names, of level "layers". width: 512 keeps an inner product to 1 / sqrt(512) = 4.4 % of the two norms.
-    seed: of the random signs, drawn anew by the system unless given. It is a secret of the server, who finds it in
-    run.json: whoever knows the signs can send an update that its sketch does not show, so run.json goes to nobody who
-    may yet take part.
-    Raises: InputError for another level, layers where there are none to name, a width or a seed that is no count.
+    Parameters
+    ----------
+    level : {"full", "layers", "sketch"}, default "full"
+        "full" records everything. "layers" records the named layers and the buffers. "sketch" records the final layer,
+        the buffers and every layer of at most `width` numbers in full, and a count sketch of every other layer; a final
+        weight of more than 10,000 numbers is sketched row by row, or as a whole where it has more than 100 rows.
+    layers : tuple of str
+        The layers to record, for the level "layers" only.
+    width : int, default 512
+        Numbers of a sketch. With 512 the error of an inner product is about 1 / sqrt(512) = 4.4 % of the product of the
+        two norms.
+    seed : int, optional
+        Of the random signs, for the level "sketch"; by default drawn by the operating system.
+
+    Raises
+    ------
+    InputError
+        For an unknown level, layers that are missing or do not belong to the level, or a width or seed that is no whole
+        number.
+
+    Notes
+    -----
+    For each layer that is not recorded in full, the sums of its numbers, their squares, cubes and fourth powers are
+    (`Round.moments`).
+
+    The seed is a secret of the server. Whoever knows the signs can send an update that its sketch does not show, so
+    nobody who may still take part may see `run.json`, which holds the seed.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> log = Evidence("sketch", width=16, seed=1).of_log(example_log())
+    >>> log[-1].updates["fc1.weight"].shape, log[-1].updates["fc2.weight"].shape
+    ((10, 16), (10, 4, 8))
     """
 
     level: Literal["full", "layers", "sketch"] = "full"
     layers: tuple[str, ...] = ()
-    width: int = WIDTH
+    width: int = SKETCH_WIDTH
     seed: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -57,25 +82,25 @@ class Evidence:
             raise InputError("evidence: seed is a whole number of at least 0")
 
     @classmethod
-    def of(cls, asked: "Evidence | str") -> "Evidence":
-        """The evidence that was asked for by itself or by the name of its level."""
-        return asked if isinstance(asked, Evidence) else cls(asked)  # type: ignore[arg-type]
+    def of(cls, level: "Evidence | str") -> "Evidence":
+        """The evidence level given by itself, or by its name with default settings."""
+        return level if isinstance(level, Evidence) else cls(level)  # type: ignore[arg-type]
 
     @property
     def settings(self) -> str:
-        """In words, without the seed."""
+        """The level and its settings in words, without the seed."""
         if self.level == "layers":
             return f"layers {', '.join(self.layers)}"
         return f"sketch of {self.width} numbers a layer" if self.level == "sketch" else "full"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as `run.json` holds them; the seed as text, since many readers of JSON round large numbers."""
+        """Plain values, as in `run.json`; the seed is text because many readers of JSON round large numbers."""
         seed = None if self.seed is None else f"{self.seed:x}"
         return {"level": self.level, "layers": list(self.layers), "width": self.width, "seed": seed}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any] | None) -> Self:
-        """The inverse of `to_json`, None: full; raises InputError where the values are not of that form."""
+        """The inverse of `to_json`, "full" for None; raises InputError where the values are not of that form."""
         if values is None:
             return cls()
         try:
@@ -87,11 +112,11 @@ class Evidence:
             raise InputError(f"the evidence level in run.json is not readable: {error!r}") from error
 
     def on(self, model: ModelSpec) -> "Reduction":
-        """What is recorded of this model; raises InputError where it has no such layer."""
+        """What this level records of a model; raises InputError where the model lacks a named layer."""
         return _reduction(self, model)
 
     def of_log(self, log: UpdateLog) -> UpdateLog:
-        """A log of whole updates as it would have been recorded at this level; its rounds are made when asked for."""
+        """A fully recorded log as this level would have recorded it; its rounds are reduced when they are read."""
         reduction = self.on(log.model)
         rounds = [partial(_reduced_round, reduction, log, position) for position in range(len(log))]
         return log if reduction.is_full else UpdateLog.lazy(reduction.model, rounds)
@@ -99,9 +124,16 @@ class Evidence:
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """What an evidence level records of one model; sent: the model's layers as clients send them.
+    """What an evidence level records of one model.
 
-    model: the layers that are recorded, a sketch as a layer of its own shape.
+    Attributes
+    ----------
+    evidence : Evidence
+        The level.
+    sent : ModelSpec
+        The layers as clients send them.
+    model : ModelSpec
+        The layers that are recorded; a sketch is a layer with its own shape.
     """
 
     evidence: Evidence
@@ -110,7 +142,7 @@ class Reduction:
 
     @classmethod
     def of(cls, evidence: Evidence, model: ModelSpec) -> Self:
-        """The reduction of a model; raises InputError where it has not the layers that are named."""
+        """What a level records of a model; raises InputError where the model lacks a named layer."""
         if evidence.level == "layers":
             recorded = model.only({*evidence.layers, *model.buffers, *_known(model, evidence.layers)})
         elif evidence.level == "sketch":
@@ -121,12 +153,12 @@ class Reduction:
 
     @cached_property
     def is_full(self) -> bool:
-        """Whether everything is recorded; of a small model it is at every level but "layers"."""
+        """Whether everything is recorded, as "sketch" does for a small model."""
         return self.model == self.sent
 
     @cached_property
     def summed(self) -> tuple[str, ...]:
-        """Names of the layers of which moments are recorded: those that are sketched, or not recorded."""
+        """Names of the layers whose moments are recorded: those that are sketched, and those left out."""
         names = (name for name in self.sent.parameters if name not in set(self.model) or self._is_sketched(name))
         return tuple(names)
 
@@ -135,21 +167,21 @@ class Reduction:
 
     @cached_property
     def _sketches(self) -> dict[str, list[CountSketch]]:
-        """Layer -> its sketch, or those of its rows."""
-        found, seed = {}, self.evidence.seed or 0
+        """Layer -> its sketch, or the sketches of its rows."""
+        sketches, seed = {}, self.evidence.seed or 0
         for name in self.summed:
             if name not in set(self.model):
                 continue
             shape, size = self.model[name].shape, self.sent[name].size
             if len(shape) == 1:
-                found[name] = [CountSketch.of(seed, name, size, shape[0])]
+                sketches[name] = [CountSketch.of(seed, name, size, shape[0])]
             else:
                 rows, width = shape
-                found[name] = [CountSketch.of(seed, f"{name}[{row}]", size // rows, width) for row in range(rows)]
-        return found
+                sketches[name] = [CountSketch.of(seed, f"{name}[{row}]", size // rows, width) for row in range(rows)]
+        return sketches
 
     def state(self, state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """A global model as the rounds hold it, layer -> array; sketched when a layer is asked for."""
+        """A global model as the rounds hold it, layer -> array; a layer is sketched when it is read."""
         if self.is_full:
             return state
 
@@ -164,9 +196,21 @@ class Reduction:
     def update(
         self, arrays: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray] | None
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """What is recorded of arrays - base (None: of the arrays): layer -> array; layer -> moments, float64 [4].
+        """Reduces what one client sent, in one pass over its numbers.
 
-        One pass over what was sent, a block at a time.
+        Parameters
+        ----------
+        arrays : Mapping
+            Layer -> array, an update or a local model.
+        base : Mapping or None
+            Layer -> array, the global model to subtract from a local model; None for an update.
+
+        Returns
+        -------
+        recorded : dict
+            Layer -> array or sketch.
+        moments : dict
+            Layer -> float64 [4].
         """
         recorded, moments = {}, {}
         with kernels.one_blas_thread(), np.errstate(all="ignore"):
@@ -205,7 +249,23 @@ class Reduction:
         state: Mapping[str, np.ndarray],
         refused: Mapping[str, str],
     ) -> Round:
-        """The round of what `update` gave for each client; state: the whole global model. Empties what it is given."""
+        """The round made of what `update` returned for each client.
+
+        Parameters
+        ----------
+        index : int
+            Number of the round.
+        clients : sequence of str
+            Names.
+        num_examples : sequence of int
+            What each client claims.
+        reduced : list of pairs
+            What `update` returned for each client; emptied, to save memory.
+        state : Mapping
+            Layer -> array, the full global model.
+        refused : Mapping
+            Client -> reason.
+        """
         updates = {
             layer.name: _stacked([arrays.pop(layer.name) for arrays, _ in reduced], layer.shape, layer.dtype)
             for layer in self.model.layers
@@ -218,14 +278,14 @@ class Reduction:
         return Round(index, names, counts, updates, self.state(state), dict(refused), buffers, moments)
 
     def of_round(self, round_: Round) -> Round:
-        """A round of whole updates as it is recorded; raises InputError where it is reduced already, in another way."""
+        """A round as it is recorded; raises InputError where it was already reduced at another level."""
         if self.is_full:
             return round_
         if set(round_.moments) == set(self.summed):
             return round_
         if round_.moments:
             raise InputError(
-                f"round {round_.index} was recorded at another level; {self.evidence.settings} needs it whole"
+                f"round {round_.index} was recorded at another level; {self.evidence.settings} needs it in full"
             )
         layers = {name: round_.updates[name] for name in self.sent}
         reduced = [self.update({name: rows[i] for name, rows in layers.items()}, None) for i in range(len(round_))]
@@ -243,7 +303,7 @@ def _reduced_round(reduction: Reduction, log: UpdateLog, position: int) -> Round
 
 
 def _known(model: ModelSpec, layers: Sequence[str]) -> Sequence[str]:
-    """The names, if they are parameters of the model."""
+    """The names; raises InputError where one is no parameter layer of the model."""
     if unknown := [name for name in layers if name not in model.parameters]:
         raise InputError(
             f"evidence: the model has no parameter layer {unknown[0]!r:.80}, only {list(model.parameters)}"
@@ -252,14 +312,14 @@ def _known(model: ModelSpec, layers: Sequence[str]) -> Sequence[str]:
 
 
 def _sketched(evidence: Evidence, model: ModelSpec, layer: Layer) -> Layer:
-    """The layer as it is recorded at level "sketch"."""
+    """The layer as the level "sketch" records it."""
     if layer.kind == "buffer" or layer.size <= evidence.width or layer.name == model.final_bias:
         return layer
     shape: tuple[int, ...] = (evidence.width,)
     if layer.name == model.final_weight:
         row = layer.size // layer.shape[0]
-        by_rows = layer.shape[0] <= ROWS
-        if layer.size <= WHOLE or (by_rows and row <= evidence.width):
+        by_rows = layer.shape[0] <= MOST_SKETCHED_ROWS
+        if layer.size <= WHOLE_SIZE or (by_rows and row <= evidence.width):
             return layer
         shape = (layer.shape[0], evidence.width) if by_rows else shape
     return replace(layer, shape=shape, sketch_of=layer.shape)

@@ -1,4 +1,4 @@
-"""What a model is made of: `Layer`, `ModelSpec`."""
+"""The layers of a model: `Layer` and `ModelSpec`."""
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,9 +15,30 @@ DTYPES = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8")
 
 @dataclass(frozen=True)
 class Layer:
-    """One named tensor of the model; a buffer (batch-norm statistics, counters) is recorded and never scored.
+    """One named tensor of a model.
 
-    shape: of what is recorded; sketch_of: the shape that was sent, where only a sketch of it was recorded.
+    Parameters
+    ----------
+    name : str
+        Its name.
+    shape : tuple of int
+        The shape that is recorded.
+    dtype : str, default "float32"
+        The type that is recorded; always "float32" for parameters.
+    kind : {"parameter", "buffer"}, default "parameter"
+        A buffer (batch-normalization statistics, counters) is recorded and aggregated but never scored.
+    sketch_of : tuple of int, optional
+        The shape that was sent, where only a sketch is recorded.
+
+    Raises
+    ------
+    InputError
+        For an unknown kind or type, or an empty dimension.
+
+    Examples
+    --------
+    >>> Layer("fc1.weight", (8, 16)).size
+    128
     """
 
     name: str
@@ -54,7 +75,28 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Names, shapes and kinds of a model's layers, in the model's order, and which of them are the final ones."""
+    """The layers of a model in its order, and which of them are the final ones.
+
+    Parameters
+    ----------
+    layers : tuple of Layer
+        At least one of them a parameter.
+    final_weight : str, optional
+        Name of the final layer's weight.
+    final_bias : str, optional
+        Name of the final layer's bias.
+
+    Raises
+    ------
+    InputError
+        On a repeated name, a model without parameters, or a final layer that is not among them.
+
+    Examples
+    --------
+    >>> model = ModelSpec.of({"fc.weight": np.zeros((3, 2)), "fc.bias": np.zeros(3)})
+    >>> model.final_bias, model.num_parameters
+    ('fc.bias', 9)
+    """
 
     layers: tuple[Layer, ...]
     final_weight: str | None = None
@@ -79,10 +121,18 @@ class ModelSpec:
         final_weight: str | None = None,
         final_bias: str | None = None,
     ) -> Self:
-        """The specification of a model's state; finds the final layer by itself unless it is named.
+        """The specification of a model, from its arrays.
 
-        The final weight is the last parameter of two or more dimensions, the final bias the parameter
-        right after it with one number per row of that weight; a model without one has `final_bias` None.
+        Parameters
+        ----------
+        state : Mapping
+            Layer -> array.
+        buffers : collection of str
+            The layers that are never scored.
+        final_weight : str, optional
+            By default the last parameter of two or more dimensions.
+        final_bias : str, optional
+            By default the parameter right after the final weight, where it has one number for each row of that weight.
         """
         arrays = {name: np.asarray(array) for name, array in state.items()}
         layers = tuple(
@@ -121,18 +171,18 @@ class ModelSpec:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers are trained."""
+        """Number of recorded parameters, buffers not included."""
         return sum(self[name].size for name in self.parameters)
 
     def only(self, names: Collection[str]) -> Self:
-        """The specification of these layers alone; raises InputError where there is no such layer."""
+        """The specification of these layers alone; raises InputError where the model lacks one."""
         if unknown := [name for name in names if name not in self._by_name]:
             raise InputError(f"the model has no layer {unknown[0]!r}, only {list(self)}")
         final = (name if name in names else None for name in (self.final_weight, self.final_bias))
         return type(self)(tuple(layer for layer in self.layers if layer.name in names), *final)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as `run.json` holds them; of the layers as they were sent."""
+        """Plain values, as in `run.json`; the layers are described as they were sent."""
         layers = [
             {"name": each.name, "shape": list(each.sent_shape), "dtype": each.dtype, "kind": each.kind}
             for each in self.layers
@@ -162,5 +212,5 @@ def _bias_of(weight: str, parameters: Sequence[Layer]) -> str | None:
 
 
 def first_duplicate(names: Sequence[str]) -> str:
-    """The first name that stands there a second time."""
+    """The first name that occurs a second time."""
     return next(name for i, name in enumerate(names) if name in names[:i])

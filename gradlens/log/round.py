@@ -24,14 +24,14 @@ from gradlens.log.sources import (
     shares_of,
 )
 
-OUTLIER_RATIO = 1_000.0  # a client this many times as long as the cohort's median update is no reference for anybody
+OUTLIER_RATIO = 1_000.0  # norm, as a multiple of the cohort's median norm, above which a client is not comparable
 PAIRWISE = 5_000  # clients up to which inner products of all pairs are formed
-SORTED_BYTES = 256_000_000  # of a round's numbers that are kept in ascending order; above it each use sorts anew
+SORTED_BYTES = 256_000_000  # of updates up to which a round's sorted values are kept; above it each use sorts again
 
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """What the server saw in one round: each participant's update = its local model - the global model.
+    """What the server saw in one round: the update of each participant, its local model minus the global model.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class Round:
     num_examples : numpy.ndarray
         int64 [client], what each client claims to have trained on.
     updates : Mapping
-        Layer -> [client, *shape], float32 for parameters.
+        Layer -> [client, *shape], float32 for parameters; or a `Source`.
     global_model : Mapping
         Layer -> [*shape], before the round.
     refused : Mapping
@@ -56,12 +56,12 @@ class Round:
     Raises
     ------
     InputError
-        On unequal lengths, a repeated client, or layers or shapes that differ from the model's.
+        On unequal lengths, a repeated client, or layers or shapes that differ from the global model's.
 
     Notes
     -----
-    Sketches keep inner products. A method with the keyword `sketch` answers from a sketch where it is True, and raises
-    `CannotSay` where it is False (the default) and the layer's own numbers were not recorded.
+    A sketch keeps inner products, but not a layer's own numbers. `flat`, `columns` and `blocks` raise `CannotSay` for a
+    layer that was recorded as a sketch, unless the caller says with `sketch=True` that a sketch will do.
 
     Examples
     --------
@@ -99,65 +99,74 @@ class Round:
         for name, moments in self.moments.items():
             if np.shape(moments) != (len(clients), 4):
                 raise InputError(f"{where}: moments of {name!r} must be [client, 4], found {np.shape(moments)}")
-        if not hasattr(self.updates, "columns"):  # a source was checked where it comes from
-            object.__setattr__(self, "updates", ArraySource.of(self._checked(self.updates)))
+        if not isinstance(self.updates, Source):  # a source is checked where it comes from
+            arrays = {name: self._read_only(name, array) for name, array in self.updates.items()}
+            object.__setattr__(self, "updates", ArraySource.of(arrays))
 
-    def _checked(self, updates: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The updates as arrays of the right shapes that nobody writes into."""
-        checked = {}
-        for name, sent in updates.items():
-            expected = (len(self.clients), *np.shape(self.global_model[name]))
-            if np.shape(sent) != expected:
-                raise InputError(
-                    f"round {self.index}: updates of {name!r} must have shape {expected}, found {np.shape(sent)}"
-                )
-            with np.errstate(all="ignore"):  # beyond float32 is infinite, and recorded as such
-                array = np.asarray(sent, None if name in self.buffers else np.float32)[...]
-            array.flags.writeable = False
-            checked[name] = array
-        return checked
+    def _read_only(self, layer: str, updates: np.ndarray) -> np.ndarray:
+        """The updates of a layer in their type, which cannot be written into; raises InputError on a wrong shape."""
+        expected, shape = (len(self.clients), *np.shape(self.global_model[layer])), np.shape(updates)
+        if shape != expected:
+            raise InputError(f"round {self.index}: updates of {layer!r} must have shape {expected}, found {shape}")
+        with np.errstate(all="ignore"):  # beyond float32 is infinite, and recorded as such
+            array = np.asarray(updates, None if layer in self.buffers else np.float32)[...]
+        array.flags.writeable = False
+        return array
 
     def __len__(self) -> int:
         return len(self.clients)
 
     @property
     def is_whole(self) -> bool:
-        """Whether all that was sent is recorded with its own numbers: nothing is sketched, or left out."""
+        """Whether everything that was sent is recorded in full: no layer is sketched or left out."""
         return not self.moments
 
     def require_whole(self) -> None:
-        """Raises InputError unless the round is whole: what is to be aggregated."""
+        """Raises InputError unless the round was recorded in full, as aggregation requires."""
         if not self.is_whole:
             raise InputError(
-                f"round {self.index} was recorded without all of its numbers: nothing can be aggregated from it; "
-                "aggregate where the updates are, a filter's `decision` says whose"
+                f"round {self.index} was not recorded in full: nothing can be aggregated from it; "
+                "aggregate where the updates are, of the clients that a filter's `decision` keeps"
             )
 
     @property
     def source(self) -> Source:
-        """The updates, with what can be computed of them without forming arrays."""
+        """The updates, together with what can be computed from them without forming arrays."""
         return cast(Source, self.updates)
 
     def flat(self, layer: str, *, sketch: bool = False) -> np.ndarray:
-        """The updates of one layer as a matrix [client, number]."""
+        """The updates of one layer as a matrix, float32 [client, number].
+
+        Parameters
+        ----------
+        layer : str
+            Its name.
+        sketch : bool, default False
+            Whether a sketch will do: for what is linear in the updates or rests on inner products.
+
+        Raises
+        ------
+        CannotSay
+            Where the layer was recorded as a sketch and `sketch` is False.
+        """
         self._check_recorded(layer, sketch)
         return as_matrix(self.updates[layer])
 
     def columns(self, layer: str, *, sketch: bool = False) -> Columns:
-        """The function (start, stop) -> these numbers of the layer, [client, number], without copying the layer."""
+        """As `flat`, in parts: a function (start, stop) -> those numbers of the layer, [client, number], not copied."""
         self._check_recorded(layer, sketch)
         return self.source.columns(layer)
 
     def blocks(self, layer: str, size: int = BLOCK, *, sketch: bool = False) -> Iterator[np.ndarray]:
-        """The updates of one layer in slices [client, at most `size` numbers], without copying the layer."""
+        """As `flat`, in slices [client, at most `size` numbers] that are not copied."""
         columns, numbers = self.columns(layer, sketch=sketch), self._size(layer)
         return (columns(start, min(start + size, numbers)) for start in range(0, numbers, size))
 
     def _check_recorded(self, layer: str, sketch: bool) -> None:
         if layer in self.moments and not sketch:
             raise CannotSay(
-                f"layer {layer!r} was recorded as a sketch of {self._size(layer)} numbers; what needs its own numbers"
-                " cannot be asked of it"
+                f"layer {layer!r} was recorded as a sketch of {self._size(layer)} numbers; its own numbers, which are"
+                " needed here, were not"
             )
 
     @cached_property
@@ -174,7 +183,7 @@ class Round:
         return math.prod(np.shape(self.global_model[layer]))
 
     def take(self, selection: np.ndarray) -> "Round":
-        """The round of some clients, judged as they were among all; nothing is computed again.
+        """The round of some clients, which are as finite and comparable as they were among all of them.
 
         Parameters
         ----------
@@ -193,7 +202,7 @@ class Round:
         )
 
     def only(self, layers: Collection[str]) -> "Round":
-        """The round of these layers alone, in its own order; nothing is computed or read of the others."""
+        """The round of some layers alone, in the round's order; the others are neither read nor computed."""
         updates = self.source.only(layers)
         state = {name: self.global_model[name] for name in updates}
         buffers = tuple(name for name in self.buffers if name in state)
@@ -201,10 +210,7 @@ class Round:
         return replace(self, updates=updates, global_model=state, buffers=buffers, moments=moments)
 
     def combined(self, matrix: np.ndarray | sparse.csr_array, clients: np.ndarray | None = None) -> "Round":
-        """The round whose clients are linear combinations of these; numbers are formed in blocks, when needed.
-
-        Inner products and weighted means follow from those of this round. Buffers and claims of examples are mixed by
-        the row's shares (its absolute values over their sum), so that a client that is only scaled keeps its own.
+        """The round whose clients are linear combinations of this round's clients.
 
         Parameters
         ----------
@@ -216,8 +222,14 @@ class Round:
         Raises
         ------
         InputError
-            On a row without any client, on one that uses a client that is not finite, where there are not as many
-            names as rows, and where the round was not recorded in full.
+            On a row without any client, a row with a client that is not finite, fewer or more names than rows, and a
+            round that was not recorded in full.
+
+        Notes
+        -----
+        Combined updates are formed block by block, when they are needed; inner products and weighted means follow from
+        those of this round. Buffers and claimed numbers of examples are mixed by the shares of a row (its absolute
+        values over their sum), so that a client that is only scaled keeps its own.
         """
         self.require_whole()
         matrix = sparse.csr_array(matrix, dtype=np.float64, copy=True)
@@ -237,7 +249,7 @@ class Round:
 
     @property
     def _products(self) -> Products:
-        """What a selection or a combination of these clients need not compute again."""
+        """What a selection or a combination of this round's clients does not compute again."""
         return Products(self.gram if len(self) <= PAIRWISE else None, self.gram_norms)
 
     @cached_property
@@ -247,11 +259,17 @@ class Round:
 
     @cached_property
     def gram(self) -> Mapping[str, np.ndarray]:
-        """Layer -> float64 [client, client]: inner products of the updates, formed layer by layer when asked.
+        """Layer -> float64 [client, client], the inner products of all pairs of updates, formed when they are needed.
 
-        Of a sketched layer all of them are those of the sketches, so that distances keep their digits. Nothing is
-        centred beforehand: each entry rests on its two clients alone, whatever a third one sends. Raises
-        CannotSay above 5,000 clients.
+        Raises
+        ------
+        CannotSay
+            Above 5,000 clients.
+
+        Notes
+        -----
+        Nothing is centered beforehand, so each entry depends on its two clients alone, whatever a third one sends. For
+        a sketched layer the diagonal, too, is that of the sketches; otherwise distances would lose their digits.
         """
         return LazyLayers(self.parameters, self._gram_of)
 
@@ -265,14 +283,14 @@ class Round:
 
     @cached_property
     def total_gram(self) -> np.ndarray:
-        """Float64 [client, client]: inner products of the whole updates, all parameters together."""
+        """float64 [client, client], the inner products of the updates over all parameter layers."""
         return np.sum([self.gram[name] for name in self.parameters], axis=0)
 
     @cached_property
     def squared_distances(self) -> np.ndarray:
-        """Float64 [client, client]: squared Euclidean distances of the whole updates; inf or NaN to who is not finite.
+        """float64 [client, client], squared Euclidean distances over all parameter layers.
 
-        Exactly 0 between equal updates.
+        Exactly 0 between identical updates; infinite or NaN to a client that is not finite.
         """
         squares = np.diagonal(self.total_gram)
         with np.errstate(invalid="ignore"):
@@ -280,12 +298,12 @@ class Round:
 
     @cached_property
     def gram_norms(self) -> LazyLayers:
-        """Layer -> float64 [client]: the norms that belong to `gram`, of a sketched layer those of the sketches."""
+        """Layer -> float64 [client], the norms that belong to `gram`: for a sketched layer, those of the sketches."""
         return LazyLayers(self.parameters, self.source.norms)
 
     @cached_property
     def norms(self) -> Mapping[str, np.ndarray]:
-        """Layer -> float64 [client]: L2 norm of what each client sent, sketched or not; rests on that client alone."""
+        """Layer -> float64 [client], the L2 norm of what each client sent, sketched or not."""
         if self.is_whole:
             return self.gram_norms
         return LazyLayers(
@@ -295,14 +313,14 @@ class Round:
 
     @cached_property
     def total_norms(self) -> np.ndarray:
-        """Float64 [client]: L2 norm of the whole update, of layers that were not recorded, too."""
+        """float64 [client], the L2 norm of everything each client sent, including layers that were not recorded."""
         squares = [self.norms[name] ** 2 for name in self.parameters]
         squares += [moments[:, 1] for name, moments in self.moments.items() if name not in self.updates]
         return np.sqrt(np.sum(squares, axis=0))
 
     @cached_property
     def finite(self) -> np.ndarray:
-        """Bool [client]: every number that the client sent, buffers included, is finite."""
+        """bool [client], whether every number that the client sent is finite, buffers included."""
         if self.source.judgment is not None:
             return self.source.judgment.finite
         with np.errstate(all="ignore"):
@@ -314,10 +332,10 @@ class Round:
 
     @cached_property
     def comparable(self) -> np.ndarray:
-        """Bool [client]: finite, and of a norm of at most 1,000 times the median norm of the finite clients.
+        """bool [client], whether a client is finite and at most 1,000 times as long as the finite clients' median.
 
-        Every reference (a mean, median, spread or cluster) rests on these clients alone, so one that sends
-        NaN, 1e6 or 1e30 changes nobody else's score; it scores +inf itself.
+        Every reference (a mean, median, spread or cluster) rests on these clients alone. So a client that sends NaN,
+        1e6 or 1e30 changes nobody else's score, and scores +inf itself.
         """
         judgment = self.source.judgment
         if judgment is not None and judgment.comparable is not None:
@@ -328,9 +346,9 @@ class Round:
 
     @cached_property
     def ordered(self) -> LazyLayers:
-        """Layer -> float32 [rank, number]: the comparable clients' values of each number in ascending order.
+        """Layer -> float32 [rank, number], the comparable clients' values of each number in ascending order.
 
-        As large as the updates: `forget` gives the memory back.
+        It takes as much memory as the updates; `forget` frees it.
         """
 
         def make(layer: str) -> np.ndarray:
@@ -341,18 +359,29 @@ class Round:
 
     @cached_property
     def median(self) -> LazyLayers:
-        """Layer -> float32 [*shape]: coordinate-wise median of the comparable clients' updates, 0 without any.
+        """Layer -> float32 [*shape], the coordinate-wise median of the comparable clients' updates; 0 without any.
 
-        Of a sketched layer the median of the sketches: a centre among them, not the sketch of the median.
+        For a sketched layer it is the median of the sketches: a center among them, not the sketch of the median.
         """
         return LazyLayers(self.parameters, self._trimmed_mean)
 
     def trimmed_mean(self, layer: str, trimmed: int | None = None, clients: np.ndarray | None = None) -> np.ndarray:
-        """Float32 [*shape]: mean of each number without its `trimmed` smallest and largest values, summed in float64.
+        """Coordinate-wise trimmed mean of a layer's updates, float32 [*shape], summed in float64; 0 without clients.
 
-        trimmed: None, as many as possible: the median; clients: a mask [client] of finite ones, None: the comparable
-        ones. 0 without clients. Many clients are sorted once for all who ask while that takes less than 256 MB.
-        Raises InputError where the round is not whole, as do the means by weights.
+        Parameters
+        ----------
+        layer : str
+            Its name.
+        trimmed : int, optional
+            How many of the smallest and of the largest values are left out of each number's mean; by default as many
+            as possible, which gives the median.
+        clients : numpy.ndarray, optional
+            A mask, bool [client], of finite clients; by default the comparable ones.
+
+        Raises
+        ------
+        InputError
+            Where the round was not recorded in full.
         """
         self.require_whole()
         return self._trimmed_mean(layer, trimmed, clients)
@@ -365,10 +394,10 @@ class Round:
         if len(rows) <= 2 * trimmed:
             return out.reshape(shape)
         held = self.nbytes <= SORTED_BYTES
-        if len(rows) > kernels.NETWORK and held and np.array_equal(clients, self.comparable):
+        if len(rows) > kernels.NETWORK_ROWS and held and np.array_equal(clients, self.comparable):
             ranks = self.ordered[layer].T
-            return kernels.middle_mean_of_sorted(lambda start, stop: ranks[start:stop], trimmed, out).reshape(shape)
-        return kernels.middle_mean(self.source.columns(layer), rows, trimmed, out).reshape(shape)
+            return kernels.trimmed_mean_of_sorted(lambda start, stop: ranks[start:stop], trimmed, out).reshape(shape)
+        return kernels.trimmed_mean(self.source.columns(layer), rows, trimmed, out).reshape(shape)
 
     def weighted_mean(
         self, layer: str, clients: np.ndarray, weights: np.ndarray, total: float | None = None
@@ -395,6 +424,6 @@ class Round:
         return self.source.weighted_mean(layer, clients, weights, total)
 
     def forget(self) -> None:
-        """Gives back the memory of what is as large as an update, or as all of them; it can be computed again."""
+        """Frees arrays as large as an update, or as all of them; they are computed again when they are needed."""
         self.ordered.forget()
         self.median.forget()

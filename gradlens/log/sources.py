@@ -1,13 +1,13 @@
-"""Where the numbers of a round come from: arrays in memory or on disk, some of a round's clients, or mixtures of them.
+"""Where the updates of a round come from: arrays in memory or on disk, a selection of clients, or combinations of them.
 
-A `Source` is a mapping layer -> array [client, *shape] that also gives what can be computed without forming that array:
-columns, norms, inner products, weighted means. `Round` asks one source for everything and never what kind it is.
+A `Source` is a mapping layer -> array [client, *shape] that also computes columns, norms, inner products and weighted
+means without forming that array. A `Round` rests on one source, whatever kind it is.
 """
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 from scipy import sparse
@@ -19,7 +19,7 @@ DUPLICATE_TOLERANCE = 1e-9  # share of their squares by which the inner products
 
 
 class LazyLayers(Mapping[str, np.ndarray]):
-    """A mapping layer -> array that makes each array when it is asked for, and keeps it unless told otherwise.
+    """A mapping layer -> array that makes each array when it is read.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ class LazyLayers(Mapping[str, np.ndarray]):
     make : callable
         Layer -> array.
     keep : bool
-        Whether an array is made once only.
+        Whether an array, once made, is kept.
 
     Examples
     --------
@@ -61,7 +61,7 @@ class LazyLayers(Mapping[str, np.ndarray]):
         return tuple(self._made)
 
     def forget(self) -> None:
-        """Lets go of every array; each is made again when it is asked for."""
+        """Frees every array that is kept; it is made again when it is read."""
         self._made.clear()
 
     def __iter__(self) -> Iterator[str]:
@@ -73,7 +73,7 @@ class LazyLayers(Mapping[str, np.ndarray]):
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """What a round has computed of its source: inner products and norms, layer by layer.
+    """What a round has computed from its source, for the selections and combinations of its clients.
 
     Attributes
     ----------
@@ -89,18 +89,27 @@ class Products:
 
 @dataclass(frozen=True, eq=False)
 class Judgment:
-    """Which clients are finite and comparable, as judged elsewhere; `comparable` None: the cohort judges itself."""
+    """Which clients are finite and comparable, as determined in a larger cohort.
+
+    Attributes
+    ----------
+    finite : numpy.ndarray
+        bool [client].
+    comparable : numpy.ndarray or None
+        bool [client]; None where it is still to be determined in the round itself.
+    """
 
     finite: np.ndarray
     comparable: np.ndarray | None = None
 
 
+@runtime_checkable
 class Source(Protocol):
-    """The updates of one round."""
+    """The updates of one round: layer -> array [client, *shape], and what follows from them."""
 
     @property
     def judgment(self) -> Judgment | None:
-        """What is known already of who is finite and comparable."""
+        """Which clients are finite and comparable, where that is known already."""
         ...
 
     def __getitem__(self, layer: str) -> np.ndarray: ...
@@ -112,19 +121,27 @@ class Source(Protocol):
         ...
 
     def columns(self, layer: str) -> Columns:
-        """(start, stop) -> these numbers of the layer, [client, number], without copying the layer."""
+        """A function (start, stop) -> those numbers of the layer, [client, number], not copied."""
         ...
 
     def norms(self, layer: str) -> np.ndarray:
-        """L2 norm of every client's update, float64 [client]; each rests on that client alone."""
+        """L2 norm of every client's update, float64 [client]; independent of the other clients to the last bit."""
         ...
 
     def gram(self, layer: str, order: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Inner products, float64 [client, client], formed in this order of clients; and norms found on the way."""
+        """Inner products, float64 [client, client], and the norms where they were computed along the way.
+
+        Parameters
+        ----------
+        layer : str
+            Its name.
+        order : numpy.ndarray
+            int [client], the order in which clients enter the matrix products.
+        """
         ...
 
     def weighted_mean(self, layer: str, clients: np.ndarray, weights: np.ndarray, total: float | None) -> np.ndarray:
-        """Weighted sum over these clients divided by `total` (None: the sum of the weights), [*shape]."""
+        """The weighted sum over some clients divided by `total`, or by the sum of the weights, [*shape]."""
         ...
 
     def take(self, positions: np.ndarray, computed: "Products", judgment: Judgment) -> "Source":
@@ -132,11 +149,11 @@ class Source(Protocol):
         ...
 
     def combine(self, mixing: "Mixing", computed: "Products") -> "Source":
-        """The source of linear combinations of these clients."""
+        """The source of linear combinations of the clients."""
         ...
 
     def only(self, layers: Collection[str]) -> "Source":
-        """The source of these layers alone."""
+        """The source of some layers alone."""
         ...
 
 
@@ -148,8 +165,8 @@ class ArraySource(Mapping[str, np.ndarray]):
     names : sequence of str
         The layers, in order.
     pieces : callable
-        Layer -> the arrays that make up [client, *shape] one below the other: several where a file holds several
-        batches, so that nothing is copied to read a few columns.
+        Layer -> the arrays that make up [client, *shape] when stacked: several where a file holds several batches, so
+        that nothing is copied to read a few columns.
 
     Examples
     --------
@@ -187,7 +204,7 @@ class ArraySource(Mapping[str, np.ndarray]):
         return self.pieces(layer)[0].shape[1:]
 
     def columns(self, layer: str) -> Columns:
-        """(start, stop) -> these numbers of the layer, [client, number]."""
+        """A function (start, stop) -> those numbers of the layer, [client, number]."""
         matrices = [as_matrix(piece) for piece in self.pieces(layer)]
         if len(matrices) == 1:
             return lambda start, stop: matrices[0][:, start:stop]
@@ -198,11 +215,11 @@ class ArraySource(Mapping[str, np.ndarray]):
         return _norms(self.columns(layer), *self._extent(layer))
 
     def gram(self, layer: str, order: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Inner products, float64 [client, client], equal among identical updates; and the norms."""
+        """Inner products, float64 [client, client], with identical entries for identical updates; and the norms."""
         return _gram(self.columns(layer), order, self._extent(layer)[1])
 
     def weighted_mean(self, layer: str, clients: np.ndarray, weights: np.ndarray, total: float | None) -> np.ndarray:
-        """Weighted sum over these clients divided by `total` (None: the sum of the weights), [*shape]."""
+        """The weighted sum over some clients divided by `total`, or by the sum of the weights, [*shape]."""
         shape, columns = self.shape(layer), self.columns(layer)
         out = np.zeros(math.prod(shape), columns(0, 0).dtype)
         if len(clients):
@@ -214,11 +231,11 @@ class ArraySource(Mapping[str, np.ndarray]):
         return SelectedSource(self, positions, computed, judgment)
 
     def combine(self, mixing: "Mixing", computed: Products) -> Source:
-        """The source of linear combinations of these clients."""
+        """The source of linear combinations of the clients."""
         return CombinedSource(self, mixing, computed)
 
     def only(self, layers: Collection[str]) -> Source:
-        """The source of these layers alone."""
+        """The source of some layers alone."""
         return ArraySource([name for name in self._names if name in layers], self.pieces)
 
     def _extent(self, layer: str) -> tuple[int, int]:
@@ -226,7 +243,7 @@ class ArraySource(Mapping[str, np.ndarray]):
 
 
 class SelectedSource(Mapping[str, np.ndarray]):
-    """Some of the clients of a source, judged as they were among all of them; their products are not computed again.
+    """Some of the clients of a source; their inner products and norms are not computed again.
 
     Parameters
     ----------
@@ -257,7 +274,7 @@ class SelectedSource(Mapping[str, np.ndarray]):
         return self._whole.shape(layer)
 
     def columns(self, layer: str) -> Columns:
-        """(start, stop) -> these numbers of the layer, [client, number]."""
+        """A function (start, stop) -> those numbers of the layer, [client, number]."""
         columns = self._whole.columns(layer)
         return lambda start, stop: columns(start, stop)[self._positions]
 
@@ -272,7 +289,7 @@ class SelectedSource(Mapping[str, np.ndarray]):
         return self._computed.gram[layer][np.ix_(self._positions, self._positions)], None
 
     def weighted_mean(self, layer: str, clients: np.ndarray, weights: np.ndarray, total: float | None) -> np.ndarray:
-        """Weighted sum over these clients divided by `total` (None: the sum of the weights), [*shape]."""
+        """The weighted sum over some clients divided by `total`, or by the sum of the weights, [*shape]."""
         return self._whole.weighted_mean(layer, self._positions[clients], weights, total)
 
     def take(self, positions: np.ndarray, computed: Products, judgment: Judgment) -> Source:
@@ -280,11 +297,11 @@ class SelectedSource(Mapping[str, np.ndarray]):
         return SelectedSource(self, positions, computed, judgment)
 
     def combine(self, mixing: "Mixing", computed: Products) -> Source:
-        """The source of linear combinations of these clients."""
+        """The source of linear combinations of the clients."""
         return CombinedSource(self, mixing, computed)
 
     def only(self, layers: Collection[str]) -> Source:
-        """The source of these layers alone, whose clients are judged anew."""
+        """The source of some layers alone, by which clients are found finite and comparable anew."""
         whole, positions = self._whole.only(layers), self._positions
         return ArraySource(tuple(whole), lambda name: [whole[name][positions]])
 
@@ -300,7 +317,7 @@ class Mixing:
     shares : scipy.sparse.csr_array
         float64 [new, client], for buffers; every row has sum 1.
     order : numpy.ndarray
-        Positions of the clients in the order of their names, so that sums do not depend on the order of arrival.
+        int [client], positions in the order of the clients' names, so that sums do not depend on the order of arrival.
     buffers : tuple of str
         The layers that are mixed by shares.
     """
@@ -314,29 +331,29 @@ class Mixing:
         return len(self.matrix.indptr) - 1
 
     def after(self, first: "Mixing") -> "Mixing":
-        """The mixing of what `first` has mixed, from the clients that `first` started from."""
+        """The mixing that does both: first `first`, then this one."""
         matrix = sparse.csr_array(self.matrix @ first.matrix)
         return Mixing(matrix, sparse.csr_array(self.shares @ first.shares), first.order, self.buffers)
 
     def of(self, layer: str) -> tuple[sparse.csr_array, np.ndarray]:
-        """The matrix [new, used client] for a layer, and the positions of the clients that have a part in it."""
+        """The matrix [new, used client] for a layer, and the positions of the clients that are used."""
         used = self.order[np.isin(self.order, self.shares.indices)]
         return sparse.csr_array((self.shares if layer in self.buffers else self.matrix)[:, used]), used
 
     def rows(self, positions: np.ndarray) -> "Mixing":
-        """The mixing of the new clients at these positions."""
+        """The mixing of some of the new clients."""
         return Mixing(self.matrix[positions], self.shares[positions], self.order, self.buffers)
 
 
 class CombinedSource(Mapping[str, np.ndarray]):
-    """Linear combinations of a source's clients, of which nothing is copied until their numbers are asked for.
+    """Linear combinations of a source's clients, formed only when their numbers are read.
 
     Parameters
     ----------
     base : Source
         The clients that are mixed.
     mixing : Mixing
-        How.
+        How they are mixed.
     computed : Products
         Inner products and norms of the clients that are mixed.
     """
@@ -363,7 +380,7 @@ class CombinedSource(Mapping[str, np.ndarray]):
         return self._base.shape(layer)
 
     def columns(self, layer: str) -> Columns:
-        """(start, stop) -> these numbers of the combinations, [new, number], summed in float64."""
+        """A function (start, stop) -> those numbers of the combinations, [new, number], summed in float64."""
         (mixing, used), columns = self._mixing.of(layer), self._base.columns(layer)
         dtype = columns(0, 0).dtype
 
@@ -374,7 +391,7 @@ class CombinedSource(Mapping[str, np.ndarray]):
         return numbers
 
     def norms(self, layer: str) -> np.ndarray:
-        """L2 norms of the combinations, float64 [new]; of scaled clients from their own, without inner products."""
+        """L2 norms of the combinations, float64 [new]; where clients are only scaled, from their own norms."""
         mixing, used = self._mixing.of(layer)
         if (np.diff(mixing.indptr) == 1).all():
             return np.abs(mixing.data) * self._computed.norms[layer][used[mixing.indices]]
@@ -390,24 +407,24 @@ class CombinedSource(Mapping[str, np.ndarray]):
         return ((gram + gram.T) / 2)[np.ix_(first, first)], None
 
     def weighted_mean(self, layer: str, clients: np.ndarray, weights: np.ndarray, total: float | None) -> np.ndarray:
-        """Weighted sum over these combinations, as a sum over the clients that they are made of."""
+        """The weighted sum over some combinations, as a sum over the clients that they are made of."""
         mixing, used = self._mixing.of(layer)
         per_client = sparse.csc_array(mixing[clients].T) @ weights  # added up in the order of the rows
         divisor = float(weights.sum()) if total is None else total
         return self._base.weighted_mean(layer, used if len(clients) else clients, per_client, divisor)
 
     def take(self, positions: np.ndarray, computed: Products, judgment: Judgment) -> Source:
-        """The source of the combinations at these positions, which are comparable as they were among all."""
+        """The source of the combinations at these positions."""
         part = CombinedSource(self._base, self._mixing.rows(positions), self._computed)
         part.judgment = judgment
         return part
 
     def combine(self, mixing: Mixing, computed: Products) -> Source:
-        """The source of linear combinations of these combinations."""
+        """The source of linear combinations of the combinations."""
         return CombinedSource(self._base, mixing.after(self._mixing), self._computed)
 
     def only(self, layers: Collection[str]) -> Source:
-        """The source of these layers alone."""
+        """The source of some layers alone."""
         return CombinedSource(self._base.only(layers), self._mixing, self._computed)
 
 
@@ -452,7 +469,7 @@ def _are_identical(columns: Columns, one: np.intp, other: np.intp, size: int) ->
 
 
 def _first_equal(matrix: sparse.csr_array) -> np.ndarray:
-    """For each row the first one that equals it, int [row]."""
+    """For each row the first row identical to it, int [row]."""
     seen: dict[bytes, int] = {}
     rows = (slice(*matrix.indptr[row : row + 2]) for row in range(len(matrix.indptr) - 1))
     keys = (matrix.indices[row].tobytes() + matrix.data[row].tobytes() for row in rows)

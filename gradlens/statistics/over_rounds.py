@@ -9,7 +9,7 @@ import pandas as pd
 from gradlens.errors import CannotSay
 from gradlens.geometry import cosines, mean_of_largest
 from gradlens.log import Accumulated, Round, UpdateLog
-from gradlens.log.accumulated import BUDGET, clipped, clipped_residuals, residuals_of, sketch_rows
+from gradlens.log.accumulated import BUDGET, residuals_of, sketch_rows
 from gradlens.log.round import BLOCK
 from gradlens.settings import whole_number
 from gradlens.statistics.accumulation import accumulated_grams, cohort_with_past
@@ -133,12 +133,12 @@ def consistency(log: UpdateLog) -> pd.DataFrame:
 
 def _residual_blocks(round_: Round, layer: str, size: int, *, sketched: bool) -> Iterator[tuple[int, np.ndarray]]:
     """What a round adds to `Accumulated` in a layer, block after block: (start, float32 [client, number])."""
-    residuals, _, factors = residuals_of(round_, layer)
+    residuals = residuals_of(round_, layer)
     if sketched:
-        yield 0, sketch_rows(layer, clipped(residuals, factors, 0, size))
+        yield 0, sketch_rows(layer, residuals.clipped(0, size))
         return
     for start in range(0, size, BLOCK):
-        yield start, clipped(residuals, factors, start, min(start + BLOCK, size))
+        yield start, residuals.clipped(start, min(start + BLOCK, size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +172,7 @@ class _LabelDrifts:
             before = _Drifts(np.zeros((labels, labels)), crossed, sketched)
         if not round_.comparable.any():
             return before
-        drift = clipped_residuals(round_, bias).astype(np.float64)
+        drift = residuals_of(round_, bias).clipped(0, labels).astype(np.float64)
         for name, sums in before.crossed.items():
             for start, now in _residual_blocks(round_, name, log.model[name].size, sketched=before.sketched):
                 sums[:, start : start + now.shape[1]] += drift.T @ now  # in float64: the clients' order changes nothing
