@@ -109,6 +109,16 @@ def test_simulations_do_not_reach_up_to_their_studies():
     assert [named(path) for path in below if any(n.startswith("simulations.studies") for n in imports(path))] == []
 
 
+@pytest.mark.parametrize("path", sources("simulations"), ids=str)
+def test_what_a_run_stores_becomes_a_scenario_in_one_place(path):
+    if path.name == "scenario.py":
+        return
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    made = [call for call in calls if getattr(call.func, "id", "") == "Scenario"]
+    stored = [ast.unparse(word.value) for call in made for word in call.keywords if word.arg is None]
+    assert not [text for text in stored if text.endswith("scenario")], "use stored_scenario, which imports nothing"
+
+
 def test_no_file_imports_itself_through_others():
     graph = {
         path: {file for name in imports(path) if (file := module_file(name)) is not None} - {path}

@@ -165,7 +165,7 @@ def test_what_needs_a_history_or_a_model_is_not_asked(small):
     assert not {"statistic accumulated_norms", "statistic ddif", "detector fldetector"} & set(asked)
     assert all(seconds >= 0 for seconds in small.each(asked, log).values())
     assert set(small.rules(12)) == {"krum", "multi_krum", "median", "trimmed_mean", "geometric_median"}
-    assert small.rules(12)["krum"].num_malicious == 2
+    assert repr(small.rules(12)["krum"]) == "krum(num_malicious=2)"
 
 
 def test_rules_take_turns_and_their_rows_join_the_table(bench, tmp_path, monkeypatch, capsys):

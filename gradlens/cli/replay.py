@@ -46,9 +46,9 @@ def _measure(run: "Run") -> Callable[[Any], dict[str, float]] | None:
     if not run.scenario:
         return None
     try:
-        from simulations import Scenario, measure_of
+        from simulations import measure_of, stored_scenario
 
-        return measure_of(Scenario(**run.scenario))
+        return measure_of(stored_scenario(run, trust_code=True))
     except (InputError, ModuleNotFoundError) as error:
         print(f"gradlens: accuracy and ASR are not measured: {safe(str(error))}", file=sys.stderr)
         return None

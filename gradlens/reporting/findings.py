@@ -12,17 +12,14 @@ from gradlens.plots import CLEAR, PARTLY, count, percent
 from gradlens.reporting.analysis import COSTLY, PHASES, WORKED, Analysis
 from gradlens.reporting.analysis import PARTLY as GAINED_PARTLY
 from gradlens.reporting.page import Block, finding, listed, number, rows_of
+from gradlens.reporting.shared import attacked_rounds, poisoners, shown, surely
 from gradlens.reporting.sweep_report import (
-    attacked_rounds,
     best_of,
     by_place,
     figures_of,
     filtered_pairs,
     is_costly,
     place,
-    poisoners,
-    shown,
-    surely,
     whole_layers,
 )
 

@@ -6,7 +6,7 @@ import pandas as pd
 from gradlens.plots import count
 from gradlens.reporting.page import Block, finding, listed, number, rows_of, table, text
 from gradlens.reporting.pictures import weights_picture
-from gradlens.reporting.sweep_report import poisoners
+from gradlens.reporting.shared import poisoners
 from gradlens.run import Run
 
 MOST = 8  # clients named in a sentence

@@ -24,7 +24,7 @@ from gradlens.reporting.pictures import (
     training_picture,
 )
 from gradlens.reporting.provenance import commands, runs_table, settings_table, software_table, thresholds_table
-from gradlens.reporting.sweep_report import (
+from gradlens.reporting.shared import (
     attacked_rounds,
     effects,
     flag_table,

@@ -18,7 +18,7 @@ from gradlens.reporting.pictures import (
     training_picture,
 )
 from gradlens.reporting.provenance import commands, runs_table, settings_table, software_table, thresholds_table
-from gradlens.run import Run
+from gradlens.reporting.shared import attacked_rounds, effects, flag_table, p_value, poisoners, shown, with_malicious
 
 Drawn = Block | Future  # a block, or one that is being drawn
 Draw = Callable[..., Drawn]  # takes a function of `pictures` and its arguments
@@ -85,12 +85,6 @@ def figures_of(a: Analysis, name: str, *, control: bool) -> dict[str, dict[str, 
     for row in rows_of(part):
         found.setdefault(str(row.metric), {})[str(row.detector)] = row
     return found
-
-
-def shown(row: Any, *, share: bool = False) -> str:
-    """A row of `evaluate` or `localize` as text."""
-    value = row.auc if hasattr(row, "auc") else row.value
-    return measured(value, row.low, row.high, getattr(row, "bound", ""), share=share)
 
 
 # 1 ------------------------------------------------------------------------------------------------------------
@@ -204,21 +198,6 @@ def place_row(row: Any, free: Mapping[Any, list[Any]]) -> dict[str, str]:
     }
 
 
-def effects(row: Any) -> dict[str, str]:
-    """How far the malicious clients stand out there, and how far a benign one does."""
-    return {"Effect": number(row.effect, 1), "Farthest benign": number(row.control_effect, 1)}
-
-
-def p_value(p: float) -> str:
-    """A p-value with the digits that matter."""
-    return "–" if np.isnan(p) else "< 0.001" if p < 0.001 else number(p, 3)
-
-
-def surely(p: float) -> str:
-    """A p-value in a sentence, with a warning where chance could have given the AUC."""
-    return f"p {p_value(p)}" + ("" if p < 0.05 else ", which chance could give")
-
-
 def localization_figure(a: Analysis, statistics: list[str], draw: Draw = at_once) -> Drawn:
     """The heat map of one statistic, or of those that look at a single layer, together."""
     axes = [axis for axis in a.sweep.axes if axis != "seed"]
@@ -226,7 +205,7 @@ def localization_figure(a: Analysis, statistics: list[str], draw: Draw = at_once
     name = statistics[0] if len(statistics) == 1 else "final layer"
     caption = (
         f"AUC per layer and condition by the statistic {' and '.join(statistics)}, mean over seeds, in the first three "
-        "attacked rounds and later. The colour scale is the same in every such figure."
+        "attacked rounds and later. The color scale is the same in every such figure."
     )
     columns = [*axes, "control", "phase", "layer", "unit", "auc", "p"]
     return draw(localization_picture, part[columns], name, caption)
@@ -288,27 +267,6 @@ def client_table(a: Analysis, chosen: Mapping[str, Any]) -> Block:
     )
 
 
-def poisoners(run: Run) -> dict[str, int]:
-    """client -> number of its poisoned updates, those with at least one."""
-    truth = run.truth
-    counts = truth.loc[truth["poisoned"].astype(bool), "client"].value_counts()
-    return {str(client): int(number) for client, number in counts.items()}
-
-
-def flag_table(raw: pd.DataFrame, poisoned: Mapping[str, int] | None, caption: str) -> Block:
-    """Share of a client's rounds in which each detector flags it, most flagged first; poisoned None: unknown."""
-    shares = raw.pivot_table(index="client", columns="detector", values="flag", aggfunc="mean", sort=False)
-    counts = raw.groupby("client")["round"].nunique()
-    order = shares.mean(axis=1).sort_values(ascending=False, kind="stable").index
-    rows = []
-    for client in order:
-        row = {"Client": str(client), "Rounds": str(counts[client])}
-        if poisoned is not None:
-            row["Poisoned updates"] = str(poisoned.get(str(client), 0))
-        rows.append(row | {str(name): percent(share) for name, share in shares.loc[client].items()})
-    return table(rows, caption + " Share of its rounds, by detector.", folded=len(rows) > 24)
-
-
 def alarm_table(a: Analysis) -> Block:
     """Share of updates that each detector flags in attack-free runs, held out of its threshold, per setting."""
     part = a.alarms[a.alarms["metric"].eq("fpr")]
@@ -359,11 +317,6 @@ def has_scores(a: Analysis, detector: str) -> bool:
     return bool(a.raw["detector"].eq(detector).any())
 
 
-def attacked_rounds(run: Run) -> list[int]:
-    """The rounds in which an update was poisoned, in order."""
-    return sorted(set(run.truth.loc[run.truth["poisoned"].astype(bool), "round"].tolist()))
-
-
 def scores_figure(a: Analysis, chosen: Mapping[str, Any], detector: str, draw: Draw = at_once) -> Drawn:
     """Scores of the representative run beside those of its control."""
     raw = a.raw[a.raw["detector"].eq(detector)]
@@ -371,12 +324,6 @@ def scores_figure(a: Analysis, chosen: Mapping[str, Any], detector: str, draw: D
     free = raw[raw["run"].eq(chosen["control"])].assign(malicious=False)
     rules = a.thresholds[a.thresholds["run"].eq(chosen["run"]) & a.thresholds["detector"].eq(detector)]
     return draw(scores_picture, own, free, dict(rules.iloc[0]))
-
-
-def with_malicious(raw: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """The scores of all rounds with a column malicious: this update was poisoned."""
-    joined = raw.merge(truth[["round", "client", "poisoned"]], how="left", on=["round", "client"])
-    return joined.assign(malicious=joined["poisoned"].eq(True)).drop(columns="poisoned")
 
 
 # 5 ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pandas as pd
 from gradlens.evaluation import bootstrap
 from gradlens.reporting.analysis import WORKED, attacked_runs, final
 from gradlens.run import Run, Sweep
-from simulations import ATTACKS, Scenario
+from simulations import ATTACKS, stored_scenario
 from simulations.measure import attack_goal
 from simulations.scenario import component_label
 from simulations.studies.conditions import control_asr, main_part
@@ -81,7 +81,7 @@ def attack_rows(sweep: Sweep) -> pd.DataFrame:
     rows, control_rates = [], control_asr(sweep)
     for _, part in attacked_runs(sweep)[0].groupby("condition", sort=False):
         runs = [sweep.run(str(name)) for name in part.index]
-        scenarios = [Scenario(**run.scenario) for run in runs]
+        scenarios = [stored_scenario(run) for run in runs]
         scenario = scenarios[0]
         assert "mean" in scenario.aggregator, "attacks are measured without a defense"
         assert not scenario.detector, "attacks are measured without a defense"

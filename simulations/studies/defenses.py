@@ -15,7 +15,7 @@ from gradlens.errors import InputError
 from gradlens.evaluation import bootstrap
 from gradlens.reporting.analysis import WORKED, attacked_runs, final
 from gradlens.run import Run, Sweep
-from simulations import Scenario
+from simulations import Scenario, stored_scenario
 from simulations.studies.conditions import control_asr, main_part
 from simulations.studies.results import REPORTS, markdown, run_as_command
 
@@ -67,7 +67,7 @@ def defense_rows(sweep: Sweep) -> pd.DataFrame:
     for _, part in attacked_runs(sweep)[0].groupby("condition", sort=False):
         runs = [sweep.run(str(name)) for name in part.index]
         controls = [sweep.control_of(run.name) for run in runs]
-        scenario = Scenario(**runs[0].scenario)
+        scenario = stored_scenario(runs[0])
         asr, accuracy = (np.array([final(run, name) for run in runs]) for name in ("asr", "main_accuracy"))
         dropped = np.array([dropped_shares(run) for run in runs])
         rows.append(

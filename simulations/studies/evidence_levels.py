@@ -23,7 +23,7 @@ from gradlens.log import UpdateLog
 from gradlens.plots import count
 from gradlens.reporting.page import Block, figure, finding, listed, number, render, rows_of, section, table, text, write
 from gradlens.run import Run
-from simulations import Scenario
+from simulations import stored_scenario
 from simulations.studies.conditions import CELL, PARTITION_NAMES, TASK_NAMES, cell_of
 from simulations.studies.gauntlet_figures import CUMULATIVE
 from simulations.studies.gauntlet_figures import committed as gauntlet_figures
@@ -67,7 +67,7 @@ def sampled(folder: Path, most: int) -> list[Run]:
     working = set(figures.loc[figures["works"].eq(1), CELL].itertuples(index=False, name=None))
     cells: dict[tuple[str, ...], list[tuple[int, Path]]] = {}
     for path in sorted(folder.iterdir()):
-        scenario = Scenario(**Run.open(path).scenario) if (path / "run.json").exists() else None
+        scenario = stored_scenario(Run.open(path)) if (path / "run.json").exists() else None
         if scenario is None or scenario.is_control:
             continue
         cell = tuple(cell_of(scenario)[name] for name in CELL)
@@ -90,7 +90,7 @@ def compared(run: Run) -> pd.DataFrame:
     Columns: `COLUMNS`; auc_full and auc are those of whole updates and of sketches, equal_flags the share of updates
     that get the same flag.
     """
-    scenario = Scenario(**run.scenario)
+    scenario = stored_scenario(run)
     about_run = {"run": run.name, "seed": scenario.seed} | cell_of(scenario)
     judges = detectors()
     whole = judged(run, run.log, judges)

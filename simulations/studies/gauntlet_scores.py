@@ -21,7 +21,7 @@ from gradlens.errors import CannotSay
 from gradlens.log import UpdateLog
 from gradlens.names import named
 from gradlens.run import Run
-from simulations import Scenario, load_sweep
+from simulations import Scenario, load_sweep, stored_scenario
 from simulations.scenario import SCENARIOS
 from simulations.studies.conditions import cell_of
 
@@ -200,7 +200,7 @@ def analyze(
     """
     run = Run.open(folder)
     judges = detectors(names)
-    first = clean_rounds(Scenario(**run.scenario), setting)
+    first = clean_rounds(stored_scenario(run), setting)
     rounds, clients, answers = _verdicts(run.log, judges)
     labels = [named_labels(run.log[: k + 1]) for k in range(first, min(first + NAMED_ROUNDS, len(run.log)))]
     judge = judges[PANEL]

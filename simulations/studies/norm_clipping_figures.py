@@ -17,7 +17,7 @@ from gradlens.detectors import DETECTORS, detect
 from gradlens.errors import InputError
 from gradlens.evaluation import evaluate, with_truth
 from gradlens.run import Run, Sweep
-from simulations import Scenario
+from simulations import Scenario, stored_scenario
 from simulations.attacks import Turn
 from simulations.scenario import build
 
@@ -88,8 +88,8 @@ def rows_of_sweep(sweep: Sweep, executor: Executor | None = None, *, progress: b
 
 def place_of(sweep: Sweep) -> tuple[str, str]:
     """Task and model of a sweep."""
-    scenario = sweep.runs[0].scenario
-    return scenario["task"], Scenario(**scenario).model
+    scenario = stored_scenario(sweep.runs[0])
+    return scenario.task, scenario.model
 
 
 def settings_of(scenario: Scenario) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def settings_of(scenario: Scenario) -> dict[str, Any]:
 
 def _run_figures(sweep: Sweep, run: Run) -> dict[str, Any]:
     """The row of one run, without the shares that are clipped."""
-    scenario = Scenario(**run.scenario)
+    scenario = stored_scenario(run)
     row = {"run": run.name, "seed": scenario.seed, **settings_of(scenario)}
     row["main_accuracy"] = _mean_of_last(run.metrics["main_accuracy"])
     if scenario.is_control:
@@ -144,7 +144,7 @@ def _mean_of_last(values: pd.Series) -> float:
 def clipped_shares(path: Path, start: int) -> dict[str, float]:
     """The shares of a run's poisoned and of its benign updates since a round that are longer than its bound."""
     run = Run.open(path)
-    bound = settings_of(Scenario(**run.scenario))["bound"]
+    bound = settings_of(stored_scenario(run))["bound"]
     if bound is None:
         return {"clipped": np.nan, "clipped_benign": np.nan}
     poisoned = set(run.truth.loc[run.truth["poisoned"], ["round", "client"]].itertuples(index=False, name=None))
@@ -168,7 +168,7 @@ def first_attacked_round(sweep: Sweep) -> int:
     InputError
         If nobody attacks in any round.
     """
-    scenarios = [scenario for run in sweep.runs if not (scenario := Scenario(**run.scenario)).is_control]
+    scenarios = [scenario for run in sweep.runs if not (scenario := stored_scenario(run)).is_control]
     for index in range(max(scenario.rounds for scenario in scenarios)):
         if any(build("schedule", scenario.schedule).due(Turn(index, 0, 0)) for scenario in scenarios):
             return index

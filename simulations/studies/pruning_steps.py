@@ -19,7 +19,7 @@ from gradlens import mitigation
 from gradlens.errors import InputError
 from gradlens.mitigation import Mitigation, PruningOrder
 from gradlens.run import Run
-from simulations import Scenario, malicious_clients
+from simulations import Scenario, malicious_clients, stored_scenario
 from simulations.assemble import Federation, assemble
 from simulations.randomness import Stream, address
 from simulations.studies.results import Part
@@ -57,7 +57,7 @@ def parts_of(runs: Sequence[Run]) -> list[Part]:
     InputError
         If there is no pair.
     """
-    closed = {Scenario(**run.scenario): run for run in runs if run.is_closed}
+    closed = {stored_scenario(run): run for run in runs if run.is_closed}
     pairs = [scenario for scenario in closed if not scenario.is_control and scenario.control in closed]
     if not pairs:
         raise InputError("runs: expected attacked runs and their attack-free controls, found no pair of them")
