@@ -123,13 +123,17 @@ def source_of_folder(path: Path, pattern: str | None, global_models: str | None,
 
 
 def _files(path: Path) -> tuple[list[str], list[str]]:
-    """The files of models below a folder, and those that are links to the outside."""
+    """The files of models below a folder, and those that are links to the outside; raises OSError."""
     inside, outside, root = [], [], path.resolve()
-    for folder, _, names in os.walk(path):
+
+    def stop(error: OSError) -> None:  # what is silently left out would be missing evidence
+        raise error
+
+    for folder, _, names in os.walk(path, onerror=stop):
         for name in names:
             each = Path(folder) / name
             if each.suffix in READERS:
-                lies_within = each.resolve().is_relative_to(root)
+                lies_within = Path(os.path.realpath(each)).is_relative_to(root)  # a loop of links raises nothing
                 (inside if lies_within else outside).append(str(each.relative_to(path)))
     return sorted(inside), sorted(outside)
 
