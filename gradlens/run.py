@@ -154,7 +154,7 @@ class Sweep:
     def open(cls, path: Path | str) -> "Sweep":
         """Opens the folder of a sweep; runs of which nothing is committed yet are left out."""
         folder = Path(path)
-        index = _read_index(folder / SWEEP)
+        index = read_index(folder / SWEEP)
         runs = [Run.open(folder / name) for name in index["runs"] if _has_begun(folder / name)]
         if not runs:
             raise InputError(f"{folder}: the sweep names {len(index['runs'])} runs, none of which is here")
@@ -213,7 +213,8 @@ def _has_begun(folder: Path) -> bool:
     return path.is_file() and b"\n" in path.read_bytes()
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> dict[str, Any]:
+    """The content of a `sweep.json`; raises InputError where it is not that of a sweep."""
     try:
         index = json.loads(regular_file(path, LARGEST_TEXT).read_bytes())
     except InputError:
@@ -230,6 +231,6 @@ def _read_index(path: Path) -> dict[str, Any]:
     if (found := index.get("format")) != 1:
         raise InputError(f"{path}: this version reads sweep format 1, found {found!r}; a newer gradlens wrote it?")
     for name in index["runs"]:
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", "..") or "\0" in name:
             raise InputError(f"{path}: {name!r} is no name of a run's folder")
     return index

@@ -20,6 +20,7 @@ from gradlens.log.files import replace_with, write_table
 from gradlens.log.manifest import MANIFEST, RUN, read_manifest
 from gradlens.processes import processes
 from gradlens.run import CONTROL_COLUMNS, CONTROLS, SWEEP, Run, Sweep
+from gradlens.sealing import break_seal, seal_sweep
 from simulations.attacks import build_part
 from simulations.components import Component
 from simulations.measure import attack_goal, attack_success, measuring_task
@@ -79,6 +80,7 @@ def run_sweep(
     scenarios, folder = list(dict.fromkeys(scenarios)), Path(folder).absolute()
     _check(scenarios, folder, workers)
     folder.mkdir(parents=True, exist_ok=True)
+    break_seal(folder)
     replace_with(folder / SWEEP, json.dumps(_index(scenarios, varied(scenarios) if axes is None else axes)).encode())
     pending = [scenario for scenario in scenarios if not _is_done(folder / scenario.digest)]
     with _executing(executor, min(workers, len(pending))) as pool:
@@ -87,6 +89,7 @@ def run_sweep(
         if missing := [scenario.digest for scenario in pending if not _is_done(folder / scenario.digest)]:
             raise InputError(f"{folder / missing[0]}: not there after it ran; do the workers see the same files?")
         _measure_controls(scenarios, folder, pool, progress)
+    seal_sweep(folder)
     return Sweep.open(folder)
 
 

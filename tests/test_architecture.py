@@ -25,6 +25,7 @@ ARROWS = {
     "examples": {"log"},
     "processes": GROUND,
     "run": {*GROUND, "log"},
+    "sealing": {*GROUND, "log", "run"},
     "statistics": {*GROUND, "log"},
     "scorers": {*GROUND, "log"},
     "detectors": {*GROUND, "log", "statistics", "scorers"},

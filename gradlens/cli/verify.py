@@ -8,7 +8,6 @@ import typer
 
 from gradlens.cli.options import AsJson, Folder
 from gradlens.cli.output import say, say_json
-from gradlens.errors import InputError
 
 if TYPE_CHECKING:
     from gradlens.log import Verification
@@ -18,33 +17,38 @@ HEAD = re.compile(r"[0-9a-f]{64}")
 
 def verify(
     run: Folder,
-    head: Annotated[str | None, typer.Option(help="The head that was noted when the run was recorded.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="The head that was noted when the run was recorded, or the sweep finished.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Checks every committed byte of a run (of each run of a sweep) against its chain of hashes."""
+    """Checks every committed byte of a run (of each run of a sweep, and its seal) against its chain of hashes."""
     if head is not None and not HEAD.fullmatch(head):
         raise typer.BadParameter(f"--head: expected 64 hexadecimal digits, found {head!r:.80}")
+    from gradlens.sealing import is_sweep
+
     verifications = _verified(run, head)
     if as_json:
         say_json({name: {**vars(each), "intact": each.intact} for name, each in verifications.items()})
     else:
-        say(*(line for name, each in verifications.items() for line in _verification_lines(name, each)))
+        for name, each in verifications.items():
+            whole = is_sweep(run) and name == str(run)
+            say(*(_sweep_lines(name, each, len(verifications) - 1) if whole else _verification_lines(name, each)))
     if not all(each.intact for each in verifications.values()):
         raise typer.Exit(1)
 
 
 def _verified(path: Path, head: str | None) -> "dict[str, Verification]":
-    from tqdm import tqdm
-
     from gradlens.log import verify as verify_run
-    from gradlens.run import SWEEP
+    from gradlens.sealing import is_sweep, verify_sweep
 
-    if not (path / SWEEP).is_file():
-        return {str(path): verify_run(path, head)}
-    if head is not None:
-        raise InputError("--head belongs to one run; name the folder of the run, not of its sweep")
-    folders = sorted(manifest.parent for manifest in path.glob("*/manifest.jsonl"))
-    return {str(folder): verify_run(folder) for folder in tqdm(folders, desc="verify", disable=None, leave=False)}
+    return verify_sweep(path, head, progress=True) if is_sweep(path) else {str(path): verify_run(path, head)}
+
+
+def _sweep_lines(name: str, whole: "Verification", runs: int) -> list[str]:
+    lines = [f"{name}: {'intact' if whole.intact else 'NOT INTACT'}, a sweep of {runs} runs, {whole.rounds} rounds"]
+    lines[0] += f", {'sealed' if whole.closed else 'not sealed'}, head {whole.head}"
+    return lines + [f"  {fault}" for fault in whole.faults]
 
 
 def _verification_lines(name: str, verification: "Verification") -> list[str]:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from gradlens.errors import InputError
-from gradlens.ingestion.formats import READERS, ModelFile, first_line
-from gradlens.log.files import read_batches
+from gradlens.ingestion.formats import READERS, ModelFile
+from gradlens.ingestion.rows import layer_of, names_in, read_rows
 from gradlens.log.intake import State, Unfit, as_array, shown
 
 PATTERNS = (
@@ -62,13 +61,17 @@ class Row:
 
     @property
     def size(self) -> int:
-        """Bytes that it takes beyond the table, which is in memory."""
-        return 0
+        """Bytes of its numbers; raises Unfit where it cannot be read."""
+        return sum(array.nbytes for array in self.read().values())
 
     def read(self, most: int | None = None) -> State:
-        """The model; raises Unfit where it cannot be read."""
+        """The model; raises Unfit where it cannot be read, or takes more than so many bytes, None: of any size."""
         cells = {name: column[self.number] for name, column in self.columns.items()}
-        return {name: _cell(cell, self.shapes.get(name)) for name, cell in cells.items() if cell.is_valid}
+        state = {name: layer_of(name, cell, self.shapes.get(name)) for name, cell in cells.items() if cell.is_valid}
+        size = sum(array.nbytes for array in state.values())
+        if most is not None and size > most:
+            raise Unfit(f"its row would take {size:,} bytes, a client's model takes at most {most:,} here")
+        return state
 
 
 Model = ModelFile | Row
@@ -123,13 +126,17 @@ def source_of_folder(path: Path, pattern: str | None, global_models: str | None,
 
 
 def _files(path: Path) -> tuple[list[str], list[str]]:
-    """The files of models below a folder, and those that are links to the outside."""
+    """The files of models below a folder, and those that are links to the outside; raises OSError."""
     inside, outside, root = [], [], path.resolve()
-    for folder, _, names in os.walk(path):
+
+    def stop(error: OSError) -> None:  # what is silently left out would be missing evidence
+        raise error
+
+    for folder, _, names in os.walk(path, onerror=stop):
         for name in names:
             each = Path(folder) / name
             if each.suffix in READERS:
-                lies_within = each.resolve().is_relative_to(root)
+                lies_within = Path(os.path.realpath(each)).is_relative_to(root)  # a loop of links raises nothing
                 (inside if lies_within else outside).append(str(each.relative_to(path)))
     return sorted(inside), sorted(outside)
 
@@ -152,18 +159,17 @@ def _ending(name: str) -> str:
 
 def source_of_table(path: Path, model: str | None) -> Source:
     """The rows of a table: whose model of which round."""
-    table = _arrow(path)
-    if missing := [name for name in ("round", "client") if name not in table.column_names]:
-        raise InputError(f"{path}: expected the columns round and client, and one per layer; {missing[0]!r} is missing")
-    if not pa.types.is_integer(table.schema.field("round").type) or table["round"].null_count:
-        raise InputError(f"{path}: the column round must hold whole numbers, found {table.schema.field('round').type}")
-    layers = [name for name in table.column_names if name not in ("round", "client", "num_examples")]
-    numbers, clients = table["round"].to_pylist(), table["client"].to_pylist()
     shapes: dict[str, tuple[int, ...]] = {}
-    found = Source()
+    found, first, model_bytes = Source(), None, 0
     if model is not None:
         first = _named_model(Path(model))
-        shapes = {name: as_array(value)[0].shape for name, value in _read(first).items()}
+        arrays = {name: as_array(value)[0] for name, value in _read(first).items()}
+        shapes = {name: array.shape for name, array in arrays.items()}
+        model_bytes = sum(array.nbytes for array in arrays.values())
+    table = read_rows(path, model_bytes)
+    layers = [name for name in table.column_names if name not in ("round", "client", "num_examples")]
+    numbers, clients = table["round"].to_pylist(), names_in(path, table["client"])
+    if first is not None:
         found.starts[min(numbers, default=0)] = first
     columns = {name: table[name] for name in layers}
 
@@ -177,38 +183,6 @@ def source_of_table(path: Path, model: str | None) -> Source:
         for number, client, count in counts:
             found.examples.setdefault(number, {})[client] = count
     return found
-
-
-def _arrow(path: Path) -> pa.Table:
-    """A table of foreign bytes, checked in full before a number of it is touched."""
-    if path.suffix != ".parquet":
-        return pa.Table.from_batches(read_batches(path)[0]).combine_chunks()
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path).combine_chunks()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
-    return table
-
-
-def _cell(cell: Any, shape: tuple[int, ...] | None) -> np.ndarray:
-    """The numbers of one layer in one row: of a tensor, a list, a list of lists, or a single number."""
-    if isinstance(cell, pa.ExtensionScalar):
-        if isinstance(cell.type, pa.FixedShapeTensorType):
-            array = np.asarray(cell.value.values).reshape(cell.type.shape)
-        else:
-            raise Unfit(f"holds values of type {cell.type}")
-    elif isinstance(cell, pa.ListScalar | pa.FixedSizeListScalar | pa.LargeListScalar):
-        numbers = cell.values
-        nested = pa.types.is_nested(numbers.type)
-        array = np.asarray(cell.as_py() if nested or numbers.null_count else numbers.to_numpy(zero_copy_only=False))
-    else:
-        array = np.asarray(cell.as_py())
-    if shape is not None and array.size == np.prod(shape, dtype=np.int64):
-        return array.reshape(shape)
-    return array
 
 
 def _named_model(path: Path) -> ModelFile:

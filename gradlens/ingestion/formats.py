@@ -1,6 +1,7 @@
 """Files of models that others wrote, by their endings: how much one would take is asked before it is read."""
 
 import re
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from gradlens.errors import InputError
 from gradlens.log.intake import State, Unfit, shown
+from gradlens.log.manifest import kind_of_file
 
 WRAPPED = ("state_dict", "model_state_dict")  # where a checkpoint holds more than the model
 SAFETENSORS = {
@@ -33,7 +35,7 @@ class ModelFile:
         nor torch unpacks more of a member than stands there.
         """
         try:
-            size = self.path.stat().st_size
+            size = _plain(self.path)
             if is_zipfile(self.path):
                 with ZipFile(self.path) as file:
                     return max(size, sum(member.file_size for member in file.infolist()))
@@ -48,7 +50,19 @@ class ModelFile:
         """
         if most is not None and self.size > most:
             raise Unfit(_too_large(self.path, self.size, most))
+        try:
+            _plain(self.path)
+        except OSError as error:
+            raise Unfit(_unreadable(self.path, error)) from error
         return READERS[self.path.suffix](self.path, most)
+
+
+def _plain(path: Path) -> int:
+    """Bytes of a plain file; raises OSError where it is none: a pipe would be waited for, a device has no end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"expected a plain file, found {kind_of_file(found.st_mode)}")
+    return found.st_size
 
 
 def _torch_file(path: Path, most: int | None) -> State:

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gradlens.errors import InputError
+from gradlens.ingestion.disk import disk_faults_as_input_errors
 from gradlens.ingestion.folders import TABLES, Model, Source, several, source_of_folder, source_of_table
 from gradlens.ingestion.tables import examples_in, with_csv_truth
 from gradlens.log import Evidence, LogWriter, ModelSpec, Round
@@ -74,29 +75,30 @@ def ingest(
     Raises: InputError, after which nothing of the run is left.
     """
     path, folder = Path(source), Path(out)
-    check_free(folder)
-    if path.suffix in TABLES:
-        found = source_of_table(path, global_models)
-    else:
-        found = source_of_folder(path, pattern, global_models, after=after)
-    if not found.rounds:
-        raise InputError(f"{path}: it holds no client's model")
-    if num_examples is not None:
-        if found.examples:
-            raise InputError(f"{path}: it has a column num_examples of its own, found {num_examples} besides")
-        sent = {number: [str(client) for client, _ in models] for number, models in found.rounds.items()}
-        found.examples = dict(examples_in(num_examples, sent))
-    existed = folder.exists()
-    record = partial(_written, found, folder, path, updates=updates, final_layer=final_layer, buffers=buffers)
-    level = Evidence.of(evidence)
-    try:
-        notes, faults = record(evidence=level, strict=strict, progress=progress)
-        if truth is not None:
-            with_csv_truth(folder, truth)
-    except BaseException:
-        _remove(folder, itself=not existed)
-        raise
-    return Ingested(Run.open(folder), tuple(notes), tuple(faults))
+    with disk_faults_as_input_errors(path, folder):
+        check_free(folder)
+        if path.suffix in TABLES:
+            found = source_of_table(path, global_models)
+        else:
+            found = source_of_folder(path, pattern, global_models, after=after)
+        if not found.rounds:
+            raise InputError(f"{path}: it holds no client's model")
+        if num_examples is not None:
+            if found.examples:
+                raise InputError(f"{path}: it has a column num_examples of its own, found {num_examples} besides")
+            sent = {number: [str(client) for client, _ in models] for number, models in found.rounds.items()}
+            found.examples = dict(examples_in(num_examples, sent))
+        existed = folder.exists()
+        record = partial(_written, found, folder, path, updates=updates, final_layer=final_layer, buffers=buffers)
+        level = Evidence.of(evidence)
+        try:
+            notes, faults = record(evidence=level, strict=strict, progress=progress)
+            if truth is not None:
+                with_csv_truth(folder, truth)
+        except BaseException:
+            _remove(folder, itself=not existed)
+            raise
+        return Ingested(Run.open(folder), tuple(notes), tuple(faults))
 
 
 def _written(

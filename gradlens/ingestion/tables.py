@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from gradlens.errors import InputError
+from gradlens.ingestion.disk import disk_faults_as_input_errors
 from gradlens.ingestion.formats import first_line
 from gradlens.log.intake import shown
 from gradlens.log.writer import TRUTH_COLUMNS, record_truth
@@ -21,7 +22,12 @@ def with_csv_truth(run: Path | str, csv: Path | str) -> Run:
     `poisoned` every update of theirs is. Updates of clients that are not named are benign. Rounds are those of the run.
     Raises: InputError where a client or round is not the run's, or a value is neither true nor false.
     """
-    found = Run.open(Path(run))
+    with disk_faults_as_input_errors(Path(csv), Path(run)):
+        return _with_truth(Run.open(Path(run)), csv)
+
+
+def _with_truth(found: Run, csv: Path | str) -> Run:
+    """The run with what the CSV says, see `with_csv_truth`."""
     rows = [(round_.index, str(client)) for round_ in found.log for client in (*round_.clients, *round_.refused)]
     known = pd.DataFrame(rows, columns=["round", "client"])
     table, on = _clients(csv, known, "the column client, and round, compromised, poisoned", "the run")

@@ -4,7 +4,7 @@ What they share: an `Answer` is what one client sent, `kept` says which answers 
 A client of weight 0 does not; one of another weight w goes on as the global model + w x its update.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,19 +91,39 @@ def kept(recorder: Recorder, global_model: State, answers: Sequence[Answer]) -> 
 class Clients:
     """Who is behind a node: the number that it first sent as the metric `key`, else "node-" and its id.
 
-    The number is a claim. A node that has made one cannot take another name; what two nodes claim in one round is
-    two answers of one client, of which the recorder believes neither. key: None, nobody's claim counts.
+    The number is a claim. A node that has made one cannot take another name, and a name belongs to the node that first
+    claimed it alone: who claims it later, or in the same round as another, is called "node-7 claims 3". So nobody
+    writes into another client's record or has its answer refused, and the claim is in the record. Who comes first after
+    a server was started afresh is believed. key: None, nobody's claim counts.
     """
 
     def __init__(self, key: str | None) -> None:
         self.key, self._claims = key, dict[str, str]()
+        self._owners: dict[str, str | None] = {}  # number -> the node whose name it is, None: nobody's, for good
+
+    def hear(self, answers: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """Takes in what the nodes of a round claim, before any of them is named.
+
+        Parameters
+        ----------
+        answers : iterable of (str, Mapping)
+            The id of each node, and the metrics that came with its answer.
+        """
+        first: dict[str, set[str]] = {}
+        for node, said in answers:
+            claim = said.get(self.key) if self.key else None
+            if isinstance(claim, int) and not isinstance(claim, bool):
+                first.setdefault(self._claims.setdefault(node, str(claim)), set()).add(node)
+        for claim, nodes in first.items():
+            self._owners.setdefault(claim, nodes.pop() if len(nodes) == 1 else None)
 
     def name(self, node: str, said: Mapping[str, Any]) -> str:
         """The client's name; said: the metrics that came with the answer."""
-        claim = said.get(self.key) if self.key else None
-        if isinstance(claim, int) and not isinstance(claim, bool):
-            self._claims.setdefault(node, str(claim))
-        return self._claims.get(node, f"node-{node}")
+        self.hear([(node, said)])
+        claim = self._claims.get(node)
+        if claim is None:
+            return f"node-{node}"
+        return claim if self._owners[claim] == node else f"node-{node} claims {claim}"
 
     def without_claims(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The metrics of a round without the mean of its clients' numbers."""

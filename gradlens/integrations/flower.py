@@ -7,9 +7,10 @@ Tested with flwr 1.41; for the strategies of `flwr.server` see `flower_classic`.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -52,7 +53,9 @@ class GradlensStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Records and judges the round; the inner strategy aggregates who is kept."""
-        answers = _of_one_form([self._answer(reply) for reply in replies])
+        arrived = list(replies)
+        self._clients.hear((_node(reply), _said(reply)) for reply in arrived)
+        answers = _of_one_form([self._answer(reply) for reply in arrived])
         found = [self._changed(each) for each in kept(self.recorder, _arrays(self._sent), answers)]
         failed = [answer.message for answer in answers if answer.message.has_error()]  # for the inner strategy's log
         arrays, metrics = self.inner.aggregate_train(server_round, found + failed) if found else (None, None)
@@ -75,7 +78,7 @@ class GradlensStrategy(Strategy):
         self.inner.summary()
 
     def _answer(self, reply: Message) -> Answer:
-        node = str(reply.metadata.src_node_id)
+        node, said = _node(reply), _said(reply)
         if reply.has_error():
             return Answer(reply, self._clients.name(node, {}), Unfit(f"failed: {shown(reply.error.reason)}"))
         arrays, metrics = list(reply.content.array_records.values()), list(reply.content.metric_records.values())
@@ -83,7 +86,6 @@ class GradlensStrategy(Strategy):
             state = read_safely(lambda: _arrays(arrays[0]))
         else:
             state = Unfit(f"must send one ArrayRecord and one MetricRecord, found {len(arrays)} and {len(metrics)}")
-        said = metrics[0] if metrics else {}
         return Answer(reply, self._clients.name(node, said), state, said.get(self.weighted_by_key))
 
     def _changed(self, answer: Kept) -> Message:
@@ -100,6 +102,16 @@ class GradlensStrategy(Strategy):
             content[name] = MetricRecord({**said, self.weighted_by_key: answer.num_examples})
         changed.content = content
         return changed
+
+
+def _node(reply: Message) -> str:
+    return str(reply.metadata.src_node_id)
+
+
+def _said(reply: Message) -> Mapping[str, Any]:
+    """The metrics that came with a reply."""
+    records = [] if reply.has_error() else list(reply.content.metric_records.values())
+    return records[0] if records else {}
 
 
 def _of_one_form(answers: list[Answer]) -> list[Answer]:

@@ -51,6 +51,8 @@ class ClassicStrategy(Strategy):
         self, server_round: int, results: list[tuple[ClientProxy, FitRes]], failures: list
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """Records and judges the round; the inner strategy aggregates who is kept. An exception names no client."""
+        told = [*results, *(each for each in failures if isinstance(each, tuple))]
+        self._clients.hear((client.cid, result.metrics) for client, result in told)
         failed = [self._answer(*each, failed=True) for each in failures if isinstance(each, tuple)]
         answers = [self._answer(*each) for each in results] + failed
         found = [_changed(each) for each in kept(self.recorder, self._layers(self._sent), answers)]

@@ -220,10 +220,45 @@ def test_float64_is_taken_with_a_note(tmp_path):
     np.testing.assert_allclose(found["fc2.bias"], np.mean([local(i)["fc2.bias"] for i in range(4)], axis=0), atol=1e-6)
 
 
-def test_of_two_answers_of_one_client_none_is_believed():
+def claimed(place, node=200):
+    """The reply of a node that says it is the client 3."""
+    return reply(node, content(local(place), partition_id=3))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_nodes_that_claim_one_name_both_take_part_under_their_own(first):
     recorder = Recorder()
-    claims = [reply(200, content(local(5), partition_id=3)), *benign(0, 1, 2, 3)]
-    found = aggregated(GradlensStrategy(inner(), recorder), claims)
+    strategy = GradlensStrategy(inner(), recorder)
+    replies = [claimed(5), *benign(0, 1, 2, 3)] if first else [*benign(0, 1, 2, 3), claimed(5)]
+    found = aggregated(strategy, replies)
+    assert recorder.log[0].refused == {}
+    assert set(recorder.log[0].clients) == {"0", "1", "2", "node-103 claims 3", "node-200 claims 3"}
+    expected = np.mean([local(i)["fc2.bias"] for i in (0, 1, 2, 3, 5)], axis=0)
+    np.testing.assert_allclose(found["fc2.bias"], expected, atol=1e-6)
+    aggregated(strategy, [claimed(5)])  # nobody gets the name later on, and both keep what they are called
+    assert recorder.log[1].clients.tolist() == ["node-200 claims 3"]
+
+
+@pytest.mark.parametrize("present", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_no_node_writes_into_the_record_of_another(present, first):
+    """The client 3 was there before; whether it answers in this round, and who is first, makes no difference."""
+    recorder = Recorder()
+    strategy = GradlensStrategy(inner(), recorder)
+    aggregated(strategy, benign(0, 1, 2, 3))
+    honest = benign(0, 1, 2, 3) if present else benign(0, 1, 2)
+    aggregated(strategy, [claimed(5), *honest] if first else [*honest, claimed(5)])
+    round_ = recorder.log[1]
+    assert round_.refused == {}
+    assert set(round_.clients) == {"0", "1", "2", "node-200 claims 3"} | ({"3"} if present else set())
+    for name, place in {"node-200 claims 3": 5, **({"3": 3} if present else {})}.items():
+        row = round_.clients.tolist().index(name)
+        np.testing.assert_allclose(round_.updates["fc2.bias"][row], LOG[0].updates["fc2.bias"][place], atol=1e-6)
+
+
+def test_of_two_answers_of_one_node_none_is_believed():
+    recorder = Recorder()
+    found = aggregated(GradlensStrategy(inner(), recorder), [claimed(5, node=103), *benign(0, 1, 2, 3)])
     assert "2 different answers" in recorder.log[0].refused["3"]
     assert recorder.log[0].clients.tolist() == ["0", "1", "2"]
     np.testing.assert_allclose(found["fc2.bias"], np.mean([local(i)["fc2.bias"] for i in range(3)], axis=0), atol=1e-6)

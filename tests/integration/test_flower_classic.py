@@ -103,6 +103,17 @@ def test_clients_are_called_by_their_partition_or_their_node():
     assert recorder.log[0].clients.tolist() == ["7", "node-cid-1", "node-cid-2"]
 
 
+def test_no_client_takes_the_name_of_another():
+    recorder = Recorder()
+    strategy = ClassicStrategy(inner(), recorder, NAMES)
+    aggregated(strategy, [result(0, **{"partition-id": 7}), result(1)])
+    aggregated(strategy, [result(1, **{"partition-id": 7}), result(0, **{"partition-id": 7})])
+    assert [round_.clients.tolist() for round_ in recorder.log] == [
+        ["7", "node-cid-1"],
+        ["node-cid-1 claims 7", "7"],
+    ]
+
+
 BAD = {
     "NaN": (packed({**START, "fc2.bias": np.full(4, np.nan, np.float32)}), "not finite"),
     "nothing": (ndarrays_to_parameters([]), "sent nothing"),
