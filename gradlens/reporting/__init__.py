@@ -53,7 +53,8 @@ def report(
     Raises
     ------
     InputError
-        If the source is no run or sweep, or the path cannot be written.
+        If the source is no run or sweep, a run has no round, a sweep has no closed attacked run with its control, or
+        the path cannot be written.
     """
     from gradlens.reporting import document, page  # plots take long to import, and memory that a server does without
 
