@@ -1,7 +1,7 @@
-"""Evaluation: how well scores tell poisoned updates from benign ones, with intervals over seeds.
+"""Evaluation: how well scores separate poisoned from benign updates, with intervals over seeds.
 
-A seed is one run of a setting and the only thing that is resampled: the clients of a run share its model and
-its data, so intervals over clients would be too narrow.
+A seed is one run of a setting, and only seeds are resampled: the clients of a run share its model and its data, so
+intervals over clients would be too narrow.
 """
 
 from collections import Counter
@@ -14,34 +14,50 @@ import pandas as pd
 from gradlens.errors import InputError
 
 __all__ = [
-    "auc",
-    "average_precision",
-    "bootstrap",
-    "detection_times",
-    "evaluate",
-    "per_client",
-    "roc_points",
-    "rounds_to_detection",
-    "with_truth",
-]
+    "auc", "average_precision", "bootstrap", "detection_times", "evaluate", "per_client", "roc_points",
+    "rounds_to_detection", "with_truth",
+]  # fmt: skip
 
 METRICS = ("auc", "pr_auc", "tpr_1", "tpr_5", "fpr", "abstained")
-RATES = {"1": 0.01, "5": 0.05}  # suffix of tpr_ and fpr_ -> the false-positive rate that is meant
+RATES = {"1": 0.01, "5": 0.05}  # suffix of tpr_ and fpr_ -> target false-positive rate
 RESAMPLES = 2_000
 
 
 def with_truth(scores: pd.DataFrame, truth: pd.DataFrame, *, idle: bool = False) -> pd.DataFrame:
-    """The table of `detect` with a column `malicious`: this very update was poisoned.
+    """Adds the column `malicious` to a table of scores: whether the update itself was poisoned.
 
-    truth: round, client, compromised, poisoned. Updates of compromised clients that were not poisoned in that
-    round are neither malicious nor benign and leave the table; idle: they stay, and a column `compromised` tells
-    whose they are: what a score accumulates over rounds counts in them as well (`per_client`).
-    Raises: InputError if the truth names an update twice or says nothing of a scored one.
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Table of `detect`, with columns round, client.
+    truth : pandas.DataFrame
+        Ground truth with columns round, client, compromised, poisoned.
+    idle : bool
+        Whether to keep updates of compromised clients that were not poisoned in their round, which are neither
+        malicious nor benign. A column `compromised` then marks their clients, as `per_client` needs for scores that
+        accumulate over rounds.
+
+    Returns
+    -------
+    pandas.DataFrame
+        `scores` with the new columns; without `idle`, such updates are left out.
+
+    Raises
+    ------
+    InputError
+        If the ground truth has an update twice, or lacks one that has a score.
+
+    Examples
+    --------
+    >>> scores = pd.DataFrame({"round": 0, "client": ["a", "b"], "score": [0.5, 4.0]})
+    >>> truth = scores[["round", "client"]].assign(compromised=[False, True], poisoned=[False, True])
+    >>> with_truth(scores, truth)["malicious"].tolist()
+    [False, True]
     """
     keys = ["round", "client"]
     if truth.duplicated(keys).any():
-        twice = truth.loc[truth.duplicated(keys), keys].iloc[0]
-        raise InputError(f"the truth names client {twice['client']!r} twice in round {twice['round']}")
+        repeated = truth.loc[truth.duplicated(keys), keys].iloc[0]
+        raise InputError(f"the truth names client {repeated['client']!r} twice in round {repeated['round']}")
     table = scores.merge(truth[[*keys, "compromised", "poisoned"]], on=keys, how="left", indicator=True)
     if (missing := table["_merge"] == "left_only").any():
         first = table[missing].iloc[0]
@@ -58,24 +74,51 @@ def with_truth(scores: pd.DataFrame, truth: pd.DataFrame, *, idle: bool = False)
 def per_client(
     scores: pd.DataFrame, by: Sequence[str] = (), how: str | Mapping[str, str] = "mean", flagged: str = "any"
 ) -> pd.DataFrame:
-    """One row per client of a run, for each detector, instead of one per update; `evaluate` takes either.
+    """Summarizes scores of updates as one row per client and detector; `evaluate` takes either.
 
-    scores: the table of `with_truth`, with idle=True where attackers come and go: a compromised client's idle rounds
-    then count in its score and flag; the rounds looked at are those in the table. A client is malicious if it
-    poisoned in one of them, whether or not the detector could say there; a compromised one that did not leaves the
-    table. how: the score is the mean over the client's scored rounds ("mean") or that of the last of them ("last",
-    for scores that are accumulated already), one for all or detector -> how ("mean" for those not named).
-    flagged: in "any" of its scored rounds or in at least "half" of them. A client without a scored round is
-    abstained, for the last reason given, scores 0 and is not flagged.
-    Returns: *by, seed (if there is one), client, detector, score, flag, abstained, malicious, rounds (scored).
-    Raises: InputError if a column is missing, or a setting is none of those named.
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Table of `with_truth`. With `idle=True` there, the idle rounds of a compromised client count in its score and
+        flag as well.
+    by : sequence of str
+        Further columns that tell runs apart, such as varied settings.
+    how : str or Mapping
+        "mean" averages a client's scores over its scored rounds, "last" takes the last of them (for scores that
+        accumulate already). A mapping gives one per detector, "mean" for all others.
+    flagged : str
+        A client is flagged if it was in "any" of its scored rounds, or in at least "half" of them.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns *by, seed (if given), client, detector, score, flag, abstained, malicious, rounds (number of scored
+        rounds).
+
+    Raises
+    ------
+    InputError
+        If a column is missing, a client has two scores of a detector in a round, or `how` or `flagged` is unknown.
+
+    Notes
+    -----
+    A client is malicious if any of its updates in the table was poisoned, even where the detector abstained.
+    Compromised clients without a poisoned update are left out. A client without a scored round is not flagged, has
+    score 0, and `abstained` holds the last reason.
+
+    Examples
+    --------
+    >>> scores = pd.DataFrame({"round": [0, 1], "client": "a", "detector": "layer_norms", "score": [1.0, 3.0]})
+    >>> scores = scores.assign(flag=[False, True], abstained="", malicious=True)
+    >>> per_client(scores)[["client", "score", "flag", "rounds"]].values.tolist()
+    [['a', 2.0, True, 2]]
     """
     seed = ["seed"] if "seed" in scores else []
     keys = [*by, *seed, "client", "detector"]
     _demand(scores, [*keys, "round", "score", "flag", "abstained", "malicious"])
     hows: Mapping[str, str] = {"": how} if isinstance(how, str) else how
-    if wrong := [each for each in hows.values() if each not in ("mean", "last")]:
-        raise InputError(f"how must be 'mean' or 'last', found {wrong[0]!r}")
+    if unknown := [summary for summary in hows.values() if summary not in ("mean", "last")]:
+        raise InputError(f"how must be 'mean' or 'last', found {unknown[0]!r}")
     if flagged not in ("any", "half"):
         raise InputError(f"flagged must be 'any' or 'half', found {flagged!r}")
     ids, first = _numbered(scores, keys)
@@ -85,7 +128,7 @@ def per_client(
     rounds = np.bincount(ids[answered], minlength=count)
     last = _last_rows(ids, np.where(answered, 1, 0), scores["round"].to_numpy())
     score = np.bincount(ids[answered], scores["score"].to_numpy(np.float64)[answered], count) / np.maximum(rounds, 1)
-    by_last = table["detector"].isin([name for name, each in hows.items() if each == "last"]) | (how == "last")
+    by_last = table["detector"].isin([name for name, summary in hows.items() if summary == "last"]) | (how == "last")
     score = np.where(by_last & (rounds > 0), scores["score"].to_numpy(np.float64)[last], score)
     flags = np.bincount(ids[answered], scores["flag"].to_numpy(np.float64)[answered], count)
     malicious = np.bincount(ids, scores["malicious"].to_numpy(np.float64), count) > 0
@@ -99,26 +142,57 @@ def per_client(
 
 
 def evaluate(scores: pd.DataFrame, by: Sequence[str] = (), null: pd.DataFrame | None = None) -> pd.DataFrame:
-    """AUC, TPR at 1 % and 5 % FPR, FPR and abstentions of each detector, under each combination of `by`.
+    """Computes AUC, average precision, TPR at 1 % and 5 % FPR, FPR and abstentions of each detector.
 
-    scores: detector, score, flag, abstained, malicious (see `with_truth`, `per_client`), `seed` (one run if there
-    is no such column) and the columns of `by`. Each figure is taken over all updates (or clients) of a seed, then
-    averaged over seeds. null: attack-free scores of the same kind, on which thresholds are set: those of the same
-    detector, of the same values in the columns of `by` that the null has, and of other seeds.
-    Returns: *by, detector, metric, value, low, high, seeds, bound.
-      auc: chance that a poisoned update scores higher than a benign one, a tie counting half;
-      pr_auc: average precision, sum over thresholds of precision x gain in recall; chance is the share poisoned;
-      tpr_1, tpr_5: share of poisoned updates above a threshold. Without a null: the best one that at most 1 or 5 %
-        of the seed's own benign ones pass; bound ">=" where a seed has too few of them to tell that rate from 0.
-        With a null of m scores: the (m + 1)(1 - fpr)-th smallest, rounded up, as in `calibrate`; where m is too
-        small for the rate, the null's largest and bound "<=", since the threshold asked for is no lower;
-      fpr_1, fpr_5: share of benign updates above that same threshold, with a null only;
-      fpr: share of benign updates flagged, also where nothing is poisoned;
-      abstained: share of updates without a verdict; they are outside all others.
-      Where no benign update at all is flagged (or above the threshold) a false-positive rate is the exact one-sided
-      95 % upper limit 1 - 0.05^(1/n) of n updates, bound "<="; updates of a run are not independent, clients less so.
-      low, high: 95 % percentile bootstrap over seeds, NaN for one; seeds: those that have the figure.
-    Raises: InputError if a column is missing, or the null holds a poisoned update.
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Table of `with_truth` or `per_client`: columns detector, score, flag, abstained, malicious, those of `by`, and
+        seed (without it the table is one run).
+    by : sequence of str
+        Columns whose combinations are evaluated separately, such as varied settings.
+    null : pandas.DataFrame, optional
+        Attack-free scores of the same kind, on which thresholds are set. Each seed uses those of other seeds, of the
+        same detector and with equal values in the columns of `by` that the null has. None sets thresholds on the
+        benign updates themselves.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns *by, detector, metric, value, low, high, seeds, bound. Each metric is computed over all updates (or
+        clients) of a seed, then averaged over seeds; low and high are the 95 % percentile bootstrap interval over
+        seeds, NaN for a single one; seeds is the number of seeds that have the metric.
+
+    Raises
+    ------
+    InputError
+        If a column is missing, or the null contains a malicious row.
+
+    Notes
+    -----
+    The metrics are
+
+    - auc: the probability that a poisoned update scores higher than a benign one, a tie counting half.
+    - pr_auc: average precision, the sum over thresholds of precision times gain in recall; chance level is the share
+      of poisoned updates.
+    - tpr_1, tpr_5: the share of poisoned updates above a threshold. Without a null it is the best one that at most 1 %
+      or 5 % of the seed's own benign updates exceed, with bound ">=" if a seed has too few of them to resolve that
+      rate. With a null of m scores it is the (m + 1)(1 - fpr)-th smallest, rounded up, as in `calibrate`; if m is too
+      small it is the largest, with bound "<=", since the threshold for that rate cannot be lower.
+    - fpr_1, fpr_5: the share of benign updates above the same threshold; with a null only.
+    - fpr: the share of benign updates that are flagged; also without any poisoned update.
+    - abstained: the share of updates without a verdict, which do not enter the other metrics.
+
+    If no benign update at all is flagged (or above the threshold), a false-positive rate is the exact one-sided 95 %
+    upper limit 1 - 0.05^(1/n) of n updates, with bound "<=". The limit assumes independence, which updates of one run
+    violate, those of one client most.
+
+    Examples
+    --------
+    >>> scores = pd.DataFrame({"detector": "layer_norms", "score": [0.5, 1.0, 4.0], "flag": [False, False, True]})
+    >>> table = evaluate(scores.assign(abstained="", malicious=[False, False, True]))
+    >>> table.set_index("metric").loc[["auc", "tpr_5"], "value"].tolist()
+    [1.0, 1.0]
     """
     keys = [*by, "detector"]
     _demand(scores, [*keys, "score", "flag", "abstained", "malicious"])
@@ -137,43 +211,69 @@ def evaluate(scores: pd.DataFrame, by: Sequence[str] = (), null: pd.DataFrame | 
 
 
 def detection_times(scores: pd.DataFrame, by: Sequence[str] = (), per: str = "run") -> pd.DataFrame:
-    """How many rounds after its first poisoned update each attack was first flagged, those never flagged included.
+    """Counts the rounds from each attack's first poisoned update to its first flag.
 
-    scores: the table of `with_truth`; with idle=True a flag in an attacker's idle round counts, too, once it has
-    poisoned. per: "run", where a flag on any of its attackers will do, or "client". A round without a verdict flags
-    nobody. Returns: *by, seed (if there is one), client (per client), detector, first (round of the first poisoned
-    update), rounds (from there until the first flag, 0 = at once; if there was none, the rounds looked at in vain),
-    detected (False: the time is censored, detection took at least `rounds`).
-    Raises: InputError if a column is missing, or `per` is neither.
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Table of `with_truth`. With `idle=True` there, a flag in an idle round counts as well, once the attacker has
+        sent a poisoned update. A flag in a round in which the detector abstained does not count.
+    by : sequence of str
+        Further columns that tell runs apart, such as varied settings.
+    per : str
+        "run" for one row per run, detected as soon as any of its attackers is flagged, or "client" for one row per
+        attacker.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns *by, seed (if given), client (if per client), detector, first (round of the first poisoned update),
+        rounds (until the first flag, 0 if it was flagged at once), detected. If detected is False the time is
+        censored: `rounds` counts the rounds from `first` to the last one in the table, and detection takes at least
+        that long.
+
+    Raises
+    ------
+    InputError
+        If a column is missing, or `per` is unknown.
+
+    Examples
+    --------
+    >>> scores = pd.DataFrame({"round": [0, 1, 2], "client": "a", "detector": "layer_norms"})
+    >>> scores = scores.assign(flag=[False, False, True], abstained="", malicious=True)
+    >>> detection_times(scores)[["first", "rounds", "detected"]].values.tolist()
+    [[0, 2, True]]
     """
     if per not in ("run", "client"):
         raise InputError(f"per must be 'run' or 'client', found {per!r}")
     keys = [*by, *(["seed"] if "seed" in scores else []), *(["client"] if per == "client" else []), "detector"]
     _demand(scores, [*keys, "round", "client", "flag", "abstained", "malicious"])
     malicious = scores["malicious"].to_numpy(bool)
-    theirs = malicious | scores["compromised"].to_numpy(bool) if "compromised" in scores else malicious
-    scores, malicious = scores[theirs], malicious[theirs]
+    of_attackers = malicious | scores["compromised"].to_numpy(bool) if "compromised" in scores else malicious
+    scores, malicious = scores[of_attackers], malicious[of_attackers]
     ids, example = _numbered(scores, keys)
     rounds, never = scores["round"].to_numpy(np.int64), np.iinfo(np.int64).max
-    first, found = np.full(len(example), never), np.full(len(example), never)
+    first, first_flag = np.full(len(example), never), np.full(len(example), never)
     last = np.zeros(len(example), np.int64)
     np.minimum.at(first, ids[malicious], rounds[malicious])
     np.maximum.at(last, ids, rounds)
     caught = scores["flag"].to_numpy(bool) & (scores["abstained"] == "").to_numpy() & (rounds >= first[ids])
-    np.minimum.at(found, ids[caught], rounds[caught])
+    np.minimum.at(first_flag, ids[caught], rounds[caught])
     table = scores.iloc[example][keys].reset_index(drop=True)
-    table["first"], table["detected"] = first, found < never
-    table["rounds"] = np.where(found < never, found - first, last - first + 1)
+    table["first"], table["detected"] = first, first_flag < never
+    table["rounds"] = np.where(first_flag < never, first_flag - first, last - first + 1)
     return table.loc[first < never, [*keys, "first", "rounds", "detected"]].reset_index(drop=True)
 
 
 def rounds_to_detection(scores: pd.DataFrame, by: Sequence[str] = (), per: str = "run") -> pd.DataFrame:
-    """How soon attacks are found: the summary of `detection_times` for each detector and combination of `by`.
+    """Summarizes how many attacks each detector finds, and how soon; parameters as of `detection_times`.
 
-    Returns: *by, detector, detected (share of the runs, or of the clients of a run, averaged over seeds), low, high
-    (95 % bootstrap over seeds, NaN for one), median (rounds until half of the cases were detected, 0 = at once, inf
-    where half never were: it counts the censored ones in full), cases, seeds.
-    Raises: as `detection_times`.
+    Returns
+    -------
+    pandas.DataFrame
+        Columns *by, detector, detected (share of runs or of a run's attackers, averaged over seeds), low, high (95 %
+        bootstrap interval over seeds, NaN for a single one), median (rounds until half of the cases were detected, 0
+        if at once, inf if half never were), cases, seeds.
     """
     times = detection_times(scores, by, per)
     keys, rows = [*by, "detector"], []
@@ -187,10 +287,26 @@ def rounds_to_detection(scores: pd.DataFrame, by: Sequence[str] = (), per: str =
 
 
 def roc_points(scores: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
-    """The corners of each detector's ROC curve, all seeds pooled: *by, detector, fpr, tpr, from (0, 0) to (1, 1).
+    """Returns the corners of each detector's ROC curve, with all seeds pooled.
 
-    Updates without a verdict are left out, and so is a group without both kinds of updates.
-    Raises: InputError if a column is missing.
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Table of `with_truth` or `per_client`. Updates without a verdict are left out.
+    by : sequence of str
+        Columns whose combinations get a curve of their own.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns *by, detector, fpr, tpr, each curve from (0, 0) to (1, 1). There is no curve without both malicious and
+        benign updates.
+
+    Examples
+    --------
+    >>> scores = pd.DataFrame({"detector": "layer_norms", "score": [0.5, 1.0, 4.0], "abstained": ""})
+    >>> roc_points(scores.assign(malicious=[False, False, True]))[["fpr", "tpr"]].values.tolist()
+    [[0.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
     """
     keys = [*by, "detector"]
     _demand(scores, [*keys, "score", "abstained", "malicious"])
@@ -205,7 +321,7 @@ def roc_points(scores: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of values [seed], by 2,000 resamples; NaN below two values."""
+    """Returns the 95 % percentile bootstrap interval of the mean of values [seed]; NaN for fewer than two values."""
     if len(values) < 2:
         return np.nan, np.nan
     drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
@@ -214,7 +330,7 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
 
 
 def auc(score: np.ndarray, malicious: np.ndarray) -> float:
-    """Chance that a malicious one of the scores [update] is the higher, a tie counting half; NaN without both kinds."""
+    """Returns the area under the ROC curve of scores [update], ties counting half; NaN without both kinds."""
     from scipy.stats import rankdata  # takes 0.3 s to import
 
     positives, negatives = int(malicious.sum()), int((~malicious).sum())
@@ -225,10 +341,7 @@ def auc(score: np.ndarray, malicious: np.ndarray) -> float:
 
 
 def average_precision(score: np.ndarray, malicious: np.ndarray) -> float:
-    """Area under the precision-recall curve of scores [update], by steps, no interpolation; NaN without both kinds.
-
-    Equal scores pass a threshold together, so their order changes nothing.
-    """
+    """Returns the area under the stepwise precision-recall curve of scores [update]; NaN without both kinds."""
     if not malicious.any() or malicious.all():
         return np.nan
     true, false = _passing(score, malicious)
@@ -241,7 +354,7 @@ def _demand(scores: pd.DataFrame, columns: Sequence[str]) -> None:
 
 
 def _judged(scores: pd.DataFrame) -> pd.DataFrame:
-    """Without the updates that are neither malicious nor benign: those a compromised client did not poison."""
+    """Drops updates that are neither malicious nor benign: those that a compromised client did not poison."""
     if "compromised" not in scores:
         return scores
     idle = scores["compromised"].astype(bool) & ~scores["malicious"].astype(bool)
@@ -254,29 +367,29 @@ def _groups(scores: pd.DataFrame, keys: list[str]) -> Iterator[tuple[Mapping[str
 
 
 def _numbered(scores: pd.DataFrame, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The group of each row, counted as the groups appear, and the first row of each group."""
+    """Returns the number of each row's group, in order of appearance, and the position of each group's first row."""
     ids = scores.groupby(keys, sort=False, dropna=False, observed=True).ngroup().to_numpy()
     return ids, np.unique(ids, return_index=True)[1]
 
 
 def _last_rows(ids: np.ndarray, answered: np.ndarray, rounds: np.ndarray) -> np.ndarray:
-    """The row of each group's last scored round, of its last round if none is; raises InputError on a round twice."""
+    """Returns the row of each group's last scored round, or last round if none is; InputError on a repeated round."""
     order = np.lexsort((rounds, answered, ids))
-    same = (np.diff(ids[order]) == 0) & (np.diff(rounds[order]) == 0)
-    if same.any():
+    repeated = (np.diff(ids[order]) == 0) & (np.diff(rounds[order]) == 0)
+    if repeated.any():
         raise InputError(
-            f"a client has two scores of one detector in round {rounds[order][1:][same][0]}; tables of several runs "
-            "need a column that tells them apart: seed, or one named in `by`"
+            f"a client has two scores of one detector in round {rounds[order][1:][repeated][0]}; tables of several "
+            "runs need a column that tells them apart: seed, or one named in `by`"
         )
     return order[np.append(np.diff(ids[order]) != 0, True)] if len(order) else order
 
 
-Null = tuple[np.ndarray, np.ndarray, Mapping[Any, int]]  # scores, the highest first, the seed of each, how many of each
+Null = tuple[np.ndarray, np.ndarray, Mapping[Any, int]]  # scores from the highest, their seeds, seed -> number
 Updates = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of one seed: score, flag, malicious, answered
 
 
 def _by_seed(scores: pd.DataFrame, keys: list[str]) -> Iterator[tuple[dict[str, object], list[tuple[object, Updates]]]]:
-    """Each combination of keys and the updates of its seeds."""
+    """Yields each combination of the keys with pairs (seed, updates)."""
     within = [*keys, "seed"] if "seed" in scores else keys
     ids, example = _numbered(scores, within)
     if not len(example):
@@ -293,10 +406,7 @@ def _by_seed(scores: pd.DataFrame, keys: list[str]) -> Iterator[tuple[dict[str, 
 
 
 def _figures(updates: Updates, null: Null | None, seed: object) -> dict[str, float]:
-    """The figures of one seed, NaN where it has no answer, and what their bounds rest on.
-
-    benign, flagged; with a null, for each rate, how many benign ones pass its threshold and whether it is resolved.
-    """
+    """Computes the metrics of one seed, NaN where undefined, and the counts that their bounds depend on."""
     answered = updates[3]
     score, flag, malicious = (column[answered] for column in updates[:3])
     flagged, benign = int(flag[~malicious].sum()), int((~malicious).sum())
@@ -313,10 +423,10 @@ def _figures(updates: Updates, null: Null | None, seed: object) -> dict[str, flo
             figures[f"tpr_{suffix}"] = _tpr_at(rate, score, malicious)
             continue
         threshold, resolved = _threshold(null, rate, seed)
-        above = (score > threshold) | np.isposinf(score)  # as `calibrate` flags
-        said = not np.isnan(threshold)
-        figures[f"tpr_{suffix}"] = float(above[malicious].mean()) if said and malicious.any() else np.nan
-        figures[f"fpr_{suffix}"] = float(above[~malicious].mean()) if said and benign else np.nan
+        above = (score > threshold) | np.isposinf(score)  # flagged in the same way by `calibrate`
+        known = not np.isnan(threshold)
+        figures[f"tpr_{suffix}"] = float(above[malicious].mean()) if known and malicious.any() else np.nan
+        figures[f"fpr_{suffix}"] = float(above[~malicious].mean()) if known and benign else np.nan
         figures[f"passed_{suffix}"], figures[f"resolved_{suffix}"] = int(above[~malicious].sum()), resolved
     return figures
 
@@ -325,12 +435,12 @@ def _tpr_at(fpr: float, score: np.ndarray, malicious: np.ndarray) -> float:
     benign = np.sort(score[~malicious])
     if not malicious.any() or not len(benign):
         return np.nan
-    passing = int(np.floor(fpr * len(benign)))  # so many benign updates may lie above the threshold
+    passing = int(np.floor(fpr * len(benign)))  # benign updates allowed above the threshold
     return float((score[malicious] > benign[len(benign) - 1 - passing]).mean())
 
 
 def _nulls(null: pd.DataFrame, keys: list[str]) -> Callable[[Mapping[str, object]], Null]:
-    """What gives the null of a combination of keys: that of equal values in those of the keys that the null has."""
+    """Returns a function from a combination of keys to its null, which agrees in all keys that the null has."""
     _demand(null, ["detector", "score", "abstained"])
     if "malicious" in null and (poisoned := int(null["malicious"].sum())):
         raise InputError(f"a null must be free of attacks, found {poisoned} malicious rows")
@@ -340,28 +450,25 @@ def _nulls(null: pd.DataFrame, keys: list[str]) -> Callable[[Mapping[str, object
         order = np.argsort(-score, kind="stable")
         seeds = group["seed"].to_numpy()[order] if "seed" in group else np.full(len(order), None)
         known[tuple(key.values())] = score[order], seeds, dict(Counter(seeds.tolist()))
-    nothing = np.zeros(0), np.zeros(0), {}
-    return lambda key: known.get(tuple(key[name] for name in shared), nothing)
+    empty = np.zeros(0), np.zeros(0), {}
+    return lambda key: known.get(tuple(key[name] for name in shared), empty)
 
 
 def _threshold(null: Null, rate: float, seed: object) -> tuple[float, bool]:
-    """The rank of the scores of other seeds that a share `rate` passes; their largest and False if they are too few.
-
-    NaN where there are none.
-    """
+    """Returns the threshold from null scores of other seeds and True; their largest (or NaN) and False if too few."""
     scores, seeds, counts = null
-    own = 0 if seed is None else counts.get(seed, 0)
-    others = len(scores) - own
+    same_seed = 0 if seed is None else counts.get(seed, 0)
+    others = len(scores) - same_seed
     if not others:
         return np.nan, False
-    passing = int(np.floor((others + 1) * rate + 1e-9))  # of the null and one more, those above the threshold
-    highest = slice(max(passing, 1) + own)  # among which there are enough of other seeds
-    left = scores[highest][seeds[highest] != seed] if own else scores[highest]
-    return float(left[max(passing, 1) - 1]), passing >= 1
+    passing = int(np.floor((others + 1) * rate + 1e-9))  # of the null scores and one new score, those not below
+    highest = slice(max(passing, 1) + same_seed)  # contains enough scores of other seeds
+    candidates = scores[highest][seeds[highest] != seed] if same_seed else scores[highest]
+    return float(candidates[max(passing, 1) - 1]), passing >= 1
 
 
 def _bound(metric: str, figures: pd.DataFrame, row: Mapping[str, Any]) -> dict[str, object]:
-    """What replaces a row's figures where the data only bound them."""
+    """Returns the columns to replace in a row whose metric the data only bound."""
     kind, _, suffix = metric.partition("_")
     if not row["seeds"] or kind not in ("fpr", "tpr"):
         return {}
@@ -372,8 +479,8 @@ def _bound(metric: str, figures: pd.DataFrame, row: Mapping[str, Any]) -> dict[s
     if suffix and passed in figures:
         high = row["value"] if np.isnan(row["high"]) else row["high"]
         return {} if figures[f"resolved_{suffix}"].all() else {"low": 0.0, "high": high, "bound": "<="}
-    told = figures["benign"][figures["auc"].notna()]
-    return {"bound": ">="} if kind == "tpr" and (told * RATES[suffix] < 1).any() else {}
+    num_benign = figures["benign"][figures["auc"].notna()]
+    return {"bound": ">="} if kind == "tpr" and (num_benign * RATES[suffix] < 1).any() else {}
 
 
 def _roc(score: np.ndarray, malicious: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -385,8 +492,8 @@ def _roc(score: np.ndarray, malicious: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _passing(score: np.ndarray, malicious: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many malicious and how many benign ones reach each different score, the highest first."""
+    """Counts malicious and benign updates that reach each distinct score, from the highest."""
     order = np.argsort(-score, kind="stable")
     score, malicious = score[order], malicious[order]
-    last = np.append(score[1:] != score[:-1], True)  # of equal scores all pass a threshold or none
+    last = np.append(score[1:] != score[:-1], True)  # equal scores pass a threshold together
     return np.cumsum(malicious)[last], np.cumsum(~malicious)[last]

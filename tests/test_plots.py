@@ -206,7 +206,7 @@ def test_localization_takes_the_table_of_a_single_call(ax):
 
 def test_localization_without_rows_says_so(ax):
     plot_localization(places().iloc[:0], statistic="layer_norms", ax=ax)
-    assert title(ax) == "layer_norms: nothing was localised"
+    assert title(ax) == "layer_norms: nothing was localized"
 
 
 def test_conditions_name_what_is_varied_and_drop_settings_that_tell_nothing_apart():
@@ -344,7 +344,7 @@ def test_along_refuses_what_is_no_single_line(ax):
     with pytest.raises(InputError, match="measure: expected one of auc, effect, found 'p'"):
         plot_localization_along(along(), "learning_rate", measure="p", ax=ax)
     plot_localization_along(along().iloc[:0], "learning_rate", ax=ax)
-    assert title(ax) == "Nothing was localised along learning_rate"
+    assert title(ax) == "Nothing was localized along learning_rate"
 
 
 def test_a_heat_map_ignores_the_columns_of_localize_that_are_no_setting(ax):

@@ -1,6 +1,6 @@
-"""Localisation: in which layer, unit and class poisoned updates differ from benign ones, and how surely.
+"""Localization: in which layer, unit and class poisoned updates differ from benign ones, and how certain that is.
 
-An update's feature counts by how unusual it is in its round: |robust z| among that round's comparable clients.
+Every feature of an update is measured by how unusual it is in its round: |robust z| among the comparable clients.
 """
 
 from gradlens.localization.outliers import LOCATED_BY, Unusual, unusual

@@ -1,4 +1,4 @@
-"""From how unusual updates were to the rows of a table: AUC, interval, effect and p of every feature."""
+"""Builds the localization table from scores of unusual updates: AUC, interval, effect and p of every feature."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +13,34 @@ from gradlens.localization.outliers import Unusual
 COLUMNS = ["layer", "statistic", "unit", "auc", "low", "high", "p", "seeds"]
 COLUMNS += ["effect", "control_auc", "control_effect", "labels"]
 
-
 RESAMPLES = 1_000
-STRETCHES = 20  # of consecutive rounds, which are resampled whole where there are more rounds
+STRETCHES = 20  # most blocks of consecutive rounds that a run is split into, and that are resampled as a whole
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A run to locate in: how unusual its updates were and its control's (statistic -> `Unusual`), labels, rounds.
+    """A run in which an attack is to be localized, with its ground truth and its control.
 
-    labels: (round, client) -> 1 poisoned, 0 benign, -1 neither.
+    Parameters
+    ----------
+    seen : Mapping
+        Statistic -> `Unusual`, how unusual the run's updates are.
+    labels : Mapping
+        (round, client) -> 1 poisoned, 0 benign, -1 neither.
+    rounds : collection of int
+        The rounds to compare.
+    control : Mapping, optional
+        Statistic -> `Unusual` of the attack-free control; None where there is none.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> from gradlens.localization import unusual
+    >>> log = example_log()
+    >>> labels = {(round_.index, client): int(client == "client-9") for round_ in log for client in round_.clients}
+    >>> case = Case(unusual(log), labels, rounds=[0, 1, 2, 3])
+    >>> case.during([0]).rounds
+    [0]
     """
 
     seen: Mapping[str, Unusual]
@@ -31,18 +49,34 @@ class Case:
     control: Mapping[str, Unusual] | None = None
 
     def during(self, rounds: Collection[int]) -> "Case":
-        """The same run in other rounds."""
+        """Returns the same run with other rounds to compare."""
         return replace(self, rounds=rounds)
 
     def on_control(self) -> "Case":
-        """The control in the run's stead, with the run's labels."""
+        """Returns the control in place of the run, with the run's labels; the case must have a control."""
         assert self.control is not None
         return replace(self, seen=self.control, control=None)
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What one statistic gives in one run, [feature]; permuted [permutation, layer]; resampled [resample, feature]."""
+    """The figures of one statistic in one run.
+
+    Parameters
+    ----------
+    aucs : numpy.ndarray
+        float64 [feature], the AUC of poisoned against benign updates.
+    permuted : numpy.ndarray
+        float64 [permutation, layer], the same with permuted malicious clients.
+    resampled : numpy.ndarray
+        float64 [resample, feature], the same with resampled rounds; no row for a single round.
+    effects : numpy.ndarray
+        float64 [feature], median of poisoned minus median of benign scores, in robust sigmas.
+    control_aucs : numpy.ndarray
+        float64 [feature], the AUC of the same labels on the control, NaN without one.
+    control_effects : numpy.ndarray
+        float64 [feature], the effect of the control's most extreme client, NaN without a control.
+    """
 
     aucs: np.ndarray
     permuted: np.ndarray
@@ -53,13 +87,46 @@ class Found:
 
 
 def located(cases: Sequence[Case], permutations: int, seed: int) -> pd.DataFrame:
-    """The table of `localize`; a statistic without an answer in any run has no row."""
+    """Builds the table of `localize` from runs of one setting.
+
+    Parameters
+    ----------
+    cases : sequence of Case
+        The runs, one per seed.
+    permutations : int
+        Number of permutations behind each p-value.
+    seed : int
+        Seed of permutations and resamples.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per feature, p-values corrected by Holm's method over layers and statistics. A statistic has no row if no
+        run has both poisoned and benign updates that it scored.
+
+    Raises
+    ------
+    InputError
+        If a run's labels lack one of its updates, or a control has other layers or units than its run.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> from gradlens.localization import unusual
+    >>> log = example_log()
+    >>> labels = {(round_.index, client): int(client == "client-9") for round_ in log for client in round_.clients}
+    >>> table = located([Case(unusual(log), labels, range(4))], permutations=99, seed=0)
+    >>> table.loc[table["statistic"].eq("layer_norms"), ["layer", "auc"]].values.tolist()
+    [['fc1.weight', 1.0], ['fc1.bias', 1.0], ['fc2.weight', 1.0], ['fc2.bias', 1.0]]
+    """
     rows: list[tuple[Any, ...]] = []
     for name in dict.fromkeys(name for case in cases for name in case.seen):
-        asked = [(case, [seed, i]) for i, case in enumerate(cases) if name in case.seen]
-        found = [answer for case, address in asked if (answer := _found(case, name, permutations, address)) is not None]
-        if found:
-            rows += _rows(name, asked[0][0].seen[name].features, found, [seed, len(cases)])
+        scored = [(case, [seed, i]) for i, case in enumerate(cases) if name in case.seen]
+        results = [
+            result for case, address in scored if (result := _result(case, name, permutations, address)) is not None
+        ]
+        if results:
+            rows += _rows(name, scored[0][0].seen[name].features, results, [seed, len(cases)])
     table = pd.DataFrame(rows, columns=COLUMNS[:-1]).assign(labels="truth")
     tested = (table["unit"] == "").to_numpy()
     table.loc[tested, "p"] = _holm(table.loc[tested, "p"].to_numpy(np.float64))
@@ -67,23 +134,24 @@ def located(cases: Sequence[Case], permutations: int, seed: int) -> pd.DataFrame
 
 
 def _rows(
-    name: str, features: Sequence[tuple[str, str]], found: Sequence[Found], address: list[int]
+    name: str, features: Sequence[tuple[str, str]], results: Sequence[Found], address: list[int]
 ) -> Iterator[tuple[Any, ...]]:
-    """The rows of one statistic, from what its runs gave."""
-    aucs = np.stack([each.aucs for each in found])
+    """Yields the table's rows of one statistic, combined over runs."""
+    aucs = np.stack([result.aucs for result in results])
     auc = aucs.mean(axis=0)
-    low, high = _interval(aucs, [each.resampled for each in found], address)
-    permuted = np.mean([each.permuted for each in found], axis=0)  # the layers come first
-    as_good = (permuted >= auc[: permuted.shape[1]] - 1e-12).sum(axis=0)
+    low, high = _interval(aucs, [result.resampled for result in results], address)
+    permuted = np.mean([result.permuted for result in results], axis=0)  # layers only, which come first
+    as_high = (permuted >= auc[: permuted.shape[1]] - 1e-12).sum(axis=0)
     p = np.full(len(features), np.nan)
-    p[: len(as_good)] = (1 + as_good) / (1 + len(permuted))
-    beside = [_mean(getattr(each, kind) for each in found) for kind in ("effects", "control_aucs", "control_effects")]
-    for (layer, unit), *figures in zip(features, auc, low, high, p, *beside, strict=True):
-        yield layer, name, unit, *figures[:4], len(found), *figures[4:]
+    p[: len(as_high)] = (1 + as_high) / (1 + len(permuted))
+    kinds = ("effects", "control_aucs", "control_effects")
+    means = [_mean(getattr(result, kind) for result in results) for kind in kinds]
+    for (layer, unit), *figures in zip(features, auc, low, high, p, *means, strict=True):
+        yield layer, name, unit, *figures[:4], len(results), *figures[4:]
 
 
 def _mean(values: Iterable[np.ndarray]) -> np.ndarray:
-    """The mean of arrays [feature], without those that are NaN."""
+    """Averages arrays [feature], skipping values that are not finite."""
     table = np.stack(list(values))
     known = np.isfinite(table)
     counts = known.sum(axis=0)
@@ -91,36 +159,68 @@ def _mean(values: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def attacked_rounds(truth: pd.DataFrame) -> list[int]:
-    """The rounds in which an update was poisoned, in order."""
+    """Returns the rounds in which any update was poisoned, in order.
+
+    Parameters
+    ----------
+    truth : pandas.DataFrame
+        Columns round, client, poisoned.
+
+    Returns
+    -------
+    list of int
+
+    Examples
+    --------
+    >>> attacked_rounds(pd.DataFrame({"round": [0, 1, 2], "client": "a", "poisoned": [False, True, True]}))
+    [1, 2]
+    """
     return sorted(set(truth.loc[truth["poisoned"].astype(bool), "round"].tolist()))
 
 
 def labels_of(truth: pd.DataFrame) -> dict[tuple[int, str], int]:
-    """(round, client) -> 1 poisoned, 0 benign, -1 not poisoned, but of a client that is compromised in any round."""
+    """Labels every update by the ground truth.
+
+    Parameters
+    ----------
+    truth : pandas.DataFrame
+        Columns round, client, compromised, poisoned.
+
+    Returns
+    -------
+    dict
+        (round, client) -> 1 poisoned; 0 benign; -1 not poisoned, but sent by a client compromised in any round.
+
+    Examples
+    --------
+    >>> truth = pd.DataFrame({"round": [0, 1], "client": "a", "compromised": True, "poisoned": [False, True]})
+    >>> labels_of(truth)
+    {(0, 'a'): -1, (1, 'a'): 1}
+    """
     poisoned = truth["poisoned"].to_numpy(bool)
-    suspects = truth.loc[truth["compromised"].astype(bool) | poisoned, "client"].unique()
-    label = np.where(poisoned, 1, np.where(truth["client"].isin(suspects), -1, 0))
+    attackers = truth.loc[truth["compromised"].astype(bool) | poisoned, "client"].unique()
+    label = np.where(poisoned, 1, np.where(truth["client"].isin(attackers), -1, 0))
     return dict(zip(zip(truth["round"].tolist(), truth["client"].tolist(), strict=True), label.tolist(), strict=True))
 
 
-def _found(case: Case, name: str, permutations: int, address: list[int]) -> Found | None:
-    """What one statistic gives in one run; None where these rounds have no poisoned or no benign update.
+def _result(case: Case, name: str, permutations: int, address: list[int]) -> Found | None:
+    """Evaluates one statistic in one run; None if its rounds have no poisoned or no benign update.
 
-    A client's updates keep together: the AUC follows from the sum of each client's ranks, so that all permutations
-    are one matrix product.
+    Permutations exchange whole clients: the AUC follows from each client's sum of ranks, so that all permutations are
+    one matrix product.
     """
     seen = case.seen[name]
-    chosen, malicious = _labelled(seen, case)
+    chosen, malicious = _labeled(seen, case)
     if not malicious.any() or malicious.all():
         return None
     scores = seen.scores[chosen]
-    clients, whose = np.unique(seen.clients[chosen], return_inverse=True)
-    sums, updates = _rank_sums(scores, whose, len(clients)), np.bincount(whose)
-    guilty = np.bincount(whose, malicious) > 0
-    shuffled = np.random.default_rng(address).permuted(np.tile(guilty, (permutations, 1)), axis=1)
+    clients, owner = np.unique(seen.clients[chosen], return_inverse=True)
+    sums, updates = _rank_sums(scores, owner, len(clients)), np.bincount(owner)
+    attackers = np.bincount(owner, malicious) > 0
+    shuffled = np.random.default_rng(address).permuted(np.tile(attackers, (permutations, 1)), axis=1)
     layers = sum(unit == "" for _, unit in seen.features)
     return Found(
-        _auc(guilty[None], sums, updates)[0],
+        _auc(attackers[None], sums, updates)[0],
         _auc(shuffled, sums[:, :layers], updates),
         _resampled(scores, malicious, seen.rounds[chosen], address),
         _effects(scores, malicious),
@@ -129,28 +229,28 @@ def _found(case: Case, name: str, permutations: int, address: list[int]) -> Foun
 
 
 def _of_control(case: Case, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """AUCs of the same labels on the control, and effects of the client farthest out there, [feature]; NaN without."""
-    nothing = np.full(len(case.seen[name].features), np.nan)
+    """Returns AUCs of the same labels on the control and effects of its most extreme client, [feature], or NaN."""
+    unknown = np.full(len(case.seen[name].features), np.nan)
     if case.control is None or name not in case.control:
-        return nothing, nothing
+        return unknown, unknown
     seen = case.control[name]
     if seen.features != case.seen[name].features:
         raise InputError(f"the control is of another model: {name} has other layers or units there")
-    chosen, malicious = _labelled(seen, case)
-    aucs = nothing
+    chosen, malicious = _labeled(seen, case)
+    aucs = unknown
     if malicious.any() and not malicious.all():
         ranks = _ranks(seen.scores[chosen])
         aucs = _auc(malicious[None], ranks, np.ones(len(ranks), np.int64))[0]
     within = np.isin(seen.rounds, list(case.rounds)) & np.isfinite(seen.scores).all(axis=1)
     scores, clients = seen.scores[within], seen.clients[within]
     if not len(scores):
-        return aucs, nothing
-    usual = [np.median(scores[clients == client], axis=0) for client in np.unique(clients)]
-    return aucs, np.max(usual, axis=0) - np.median(scores, axis=0)
+        return aucs, unknown
+    medians = [np.median(scores[clients == client], axis=0) for client in np.unique(clients)]
+    return aucs, np.max(medians, axis=0) - np.median(scores, axis=0)
 
 
-def _labelled(seen: Unusual, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the updates of the rounds that are poisoned or benign, and which of them are poisoned."""
+def _labeled(seen: Unusual, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Returns positions of the poisoned and benign updates of the case's rounds, and which of them are poisoned."""
     chosen = np.flatnonzero(np.isin(seen.rounds, list(case.rounds)))
     updates = zip(seen.rounds[chosen].tolist(), seen.clients[chosen].tolist(), strict=True)
     label = np.array([_label(case.labels, *update) for update in updates], dtype=np.int64)
@@ -158,7 +258,7 @@ def _labelled(seen: Unusual, case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _effects(scores: np.ndarray, malicious: np.ndarray) -> np.ndarray:
-    """Median of the poisoned minus median of the benign ones of scores [update, feature], where comparable."""
+    """Returns median poisoned minus median benign score, from scores [update, feature] of comparable updates."""
     comparable = np.isfinite(scores).all(axis=1)
     poisoned, benign = scores[comparable & malicious], scores[comparable & ~malicious]
     if not len(poisoned) or not len(benign):
@@ -167,7 +267,7 @@ def _effects(scores: np.ndarray, malicious: np.ndarray) -> np.ndarray:
 
 
 def _resampled(scores: np.ndarray, malicious: np.ndarray, rounds: np.ndarray, address: list[int]) -> np.ndarray:
-    """AUCs [resample, feature] with the rounds of scores [update, feature] drawn anew; no row for a single round."""
+    """Returns AUCs [resample, feature] of scores [update, feature] with resampled rounds; no row for a single round."""
     _, when = np.unique(rounds, return_inverse=True)
     number = int(when.max()) + 1
     count = min(number, STRETCHES)
@@ -180,14 +280,14 @@ def _resampled(scores: np.ndarray, malicious: np.ndarray, rounds: np.ndarray, ad
         times @ np.bincount(when[~malicious], minlength=count)
     )
     times, pairs = times[pairs > 0], pairs[pairs > 0]
-    both = (times[:, :, None] * times[:, None, :]).reshape(len(times), -1)
-    return both @ _wins(scores, malicious, when, count) / pairs[:, None]
+    weights = (times[:, :, None] * times[:, None, :]).reshape(len(times), -1)  # of each pair of stretches
+    return weights @ _wins(scores, malicious, when, count) / pairs[:, None]
 
 
 def _wins(scores: np.ndarray, malicious: np.ndarray, when: np.ndarray, count: int) -> np.ndarray:
-    """How often poisoned updates of one stretch score above benign ones of another, [stretch x stretch, feature].
+    """Counts pairs in which a poisoned update of one stretch outscores a benign one of another.
 
-    A tie counts half. Scores [update, feature]; when: the stretch of each update.
+    A tie counts half. From scores [update, feature] and the stretch of each update to [stretch x stretch, feature].
     """
     wins = np.zeros((count, count, scores.shape[1]))
     of_benign = np.zeros((len(scores), count))
@@ -204,7 +304,7 @@ def _wins(scores: np.ndarray, malicious: np.ndarray, when: np.ndarray, count: in
 
 
 def _interval(aucs: np.ndarray, pools: Sequence[np.ndarray], address: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval [feature] of the mean of AUCs [run, feature]: runs are drawn, and of each one of its resamples."""
+    """Returns the 95 % interval [feature] of the mean AUC over runs, resampling runs and, within each, its rounds."""
     if len(aucs) == 1 and not len(pools[0]):
         return np.full(aucs.shape[1], np.nan), np.full(aucs.shape[1], np.nan)
     pools = [pool if len(pool) else aucs[i : i + 1] for i, pool in enumerate(pools)]
@@ -218,14 +318,15 @@ def _interval(aucs: np.ndarray, pools: Sequence[np.ndarray], address: list[int])
     return low, high
 
 
-def _rank_sums(scores: np.ndarray, whose: np.ndarray, count: int) -> np.ndarray:
-    """Sums of the ranks of scores [update, feature] over the updates of each client, [client, feature]."""
+def _rank_sums(scores: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
+    """Sums the ranks of scores [update, feature] over the updates of each client, [client, feature]."""
     sums = np.zeros((count, scores.shape[1]))
-    np.add.at(sums, whose, _ranks(scores))
+    np.add.at(sums, owner, _ranks(scores))
     return sums
 
 
 def _label(labels: Mapping[tuple[int, str], int], round_: int, client: str) -> int:
+    """Looks up the label of an update; raises InputError if there is none."""
     try:
         return labels[round_, client]
     except KeyError:
@@ -235,7 +336,10 @@ def _label(labels: Mapping[tuple[int, str], int], round_: int, client: str) -> i
 
 
 def _auc(malicious: np.ndarray, sums: np.ndarray, updates: np.ndarray) -> np.ndarray:
-    """AUCs [labelling, feature] of clients called malicious, bool [labelling, client], from their rank sums."""
+    """Computes AUCs [labeling, feature] from rank sums [client, feature] and bool [labeling, client] of attackers.
+
+    updates: int [client], the number of updates of each client.
+    """
     positives = malicious @ updates
     negatives = updates.sum() - positives
     above = malicious.astype(np.float64) @ sums - (positives * (positives + 1) / 2)[:, None]
@@ -243,7 +347,7 @@ def _auc(malicious: np.ndarray, sums: np.ndarray, updates: np.ndarray) -> np.nda
 
 
 def _holm(p: np.ndarray) -> np.ndarray:
-    """Holm's step-down correction of p-values [test] (Holm 1979)."""
+    """Applies Holm's step-down correction to p-values [test] (Holm 1979)."""
     order = np.argsort(p)
     stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     corrected = np.empty_like(p)
@@ -252,7 +356,7 @@ def _holm(p: np.ndarray) -> np.ndarray:
 
 
 def _ranks(scores: np.ndarray) -> np.ndarray:
-    """Ranks of scores [update, feature] in each column, ties in the middle."""
+    """Ranks scores [update, feature] within each column, ties by their mean rank."""
     from scipy.stats import rankdata  # takes 0.3 s to import
 
     return rankdata(scores, axis=0)

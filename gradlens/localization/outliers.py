@@ -1,4 +1,4 @@
-"""How unusual every update was in its round, by each statistic: |robust z| among that round's comparable clients."""
+"""Measures how unusual every update is in its round, for each statistic: |robust z| among the comparable clients."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from gradlens.log import UpdateLog
 from gradlens.scorers import robustly_scaled
 from gradlens.statistics import STATISTICS, Statistic
 
-LOCATED_BY: Mapping[str, Statistic] = {  # those whose columns are layers or units; named, so that they stay the same
+# statistics whose columns are layers or units; listed by name, so that new statistics do not change the selection
+LOCATED_BY: Mapping[str, Statistic] = {
     name: STATISTICS[name]
     for name in (
         "final_bias",
@@ -28,10 +29,27 @@ LOCATED_BY: Mapping[str, Statistic] = {  # those whose columns are layers or uni
 
 @dataclass(frozen=True, eq=False)
 class Unusual:
-    """How unusual every update of a log was in its round, by one statistic.
+    """How unusual every update of a log is in its round, by one statistic.
 
-    rounds: int64 [update]; clients: str [update]; features: (layer, unit) [feature], unit "" being the layer as a
-    whole, its most unusual unit; scores: float64 [update, feature], |robust z|, +inf where not comparable.
+    Parameters
+    ----------
+    rounds : numpy.ndarray
+        int64 [update], the round of each update.
+    clients : numpy.ndarray
+        str [update], who sent it.
+    features : tuple of (str, str)
+        Pairs (layer, unit), one per feature. Unit "" is the layer as a whole, scored as its most unusual unit.
+    scores : numpy.ndarray
+        float64 [update, feature], |robust z| in robust sigmas, +inf for an update that is not comparable.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> seen = unusual(example_log())["layer_norms"]
+    >>> seen.features
+    (('fc1.weight', ''), ('fc1.bias', ''), ('fc2.weight', ''), ('fc2.bias', ''))
+    >>> seen.scores.shape
+    (40, 4)
     """
 
     rounds: np.ndarray
@@ -43,20 +61,43 @@ class Unusual:
 def unusual(
     log: UpdateLog, statistics: Mapping[str, Statistic] = LOCATED_BY, rounds: Collection[int] | None = None
 ) -> dict[str, Unusual]:
-    """How unusual every update of a log (of these rounds) was, statistic -> `Unusual`, those that could say."""
-    answers: dict[str, list[tuple[int, pd.DataFrame]]] = {name: [] for name in statistics}
+    """Measures how unusual every update of a log is in its round, by each statistic.
+
+    Parameters
+    ----------
+    log : UpdateLog
+        What the server saw.
+    statistics : Mapping
+        Name -> statistic whose columns are layers or units.
+    rounds : collection of int, optional
+        The rounds to measure; None takes all.
+
+    Returns
+    -------
+    dict
+        Name -> `Unusual`, without statistics that abstain in every round.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> seen = unusual(example_log(), rounds=[3])["final_bias"]
+    >>> seen.clients[seen.scores[:, 0].argmax()].item()
+    'client-9'
+    """
+    tables: dict[str, list[tuple[int, pd.DataFrame]]] = {name: [] for name in statistics}
     for prefix in log.prefixes():
         if rounds is not None and prefix.last_index not in rounds:
             continue
         for name, statistic in statistics.items():
             try:
-                answers[name].append((prefix.last_index, prefix.remembered(statistic)))
+                tables[name].append((prefix.last_index, prefix.remembered(statistic)))
             except CannotSay:
                 continue
-    return {name: _unusual(tables) for name, tables in answers.items() if tables}
+    return {name: _unusual(of_rounds) for name, of_rounds in tables.items() if of_rounds}
 
 
 def _unusual(tables: list[tuple[int, pd.DataFrame]]) -> Unusual:
+    """Scores the tables of one statistic, pairs (round, [client, column]); layers come first, then units."""
     columns = tables[0][1].columns.tolist()
     layers: dict[str, list[int]] = {}
     for position, column in enumerate(columns):
@@ -75,7 +116,7 @@ def _unusual(tables: list[tuple[int, pd.DataFrame]]) -> Unusual:
 
 
 def _layer_and_unit(column: str) -> tuple[str, str]:
-    """ "fc2.bias[3]" -> ("fc2.bias", "3"); "fc1.weight" -> ("fc1.weight", "")."""
+    """Splits the name of a column: "fc2.bias[3]" -> ("fc2.bias", "3"), "fc1.weight" -> ("fc1.weight", "")."""
     if not column.endswith("]"):
         return column, ""
     layer, _, unit = column[:-1].rpartition("[")
@@ -83,9 +124,10 @@ def _layer_and_unit(column: str) -> tuple[str, str]:
 
 
 def _sizes(rounds: Sequence[np.ndarray]) -> np.ndarray:
-    """|robust z| of each feature within its round, of tables [client, feature] -> [update, feature].
+    """Computes |robust z| of each feature within its round, from tables [client, feature] to [update, feature].
 
-    A row that is not finite is +inf throughout and no reference. Rounds of equally many clients go together.
+    A row with a value that is not finite is not comparable: it is +inf throughout and takes no part in the reference.
+    Rounds with equally many comparable clients are scaled together.
     """
     x = np.concatenate(rounds)
     finite = np.isfinite(x).all(axis=1)
@@ -94,6 +136,6 @@ def _sizes(rounds: Sequence[np.ndarray]) -> np.ndarray:
     sizes = np.full(x.shape, np.inf)
     for count in set(counts.tolist()) - {0}:
         rows = np.flatnonzero(finite & (counts[index] == count))
-        together = x[rows].reshape(-1, count, x.shape[1])
-        sizes[rows] = np.abs(robustly_scaled(together)).reshape(len(rows), -1)
+        stacked = x[rows].reshape(-1, count, x.shape[1])  # [round, client, feature]
+        sizes[rows] = np.abs(robustly_scaled(stacked)).reshape(len(rows), -1)
     return sizes

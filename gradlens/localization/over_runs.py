@@ -1,4 +1,4 @@
-"""Localisation in the runs of one setting, against the ground truth or against suspects."""
+"""Localization over the runs of one setting, by ground truth or by suspects."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -24,46 +24,79 @@ def localize(
     control: Any = None,
     suspects: Suspects | None = None,
 ) -> pd.DataFrame:
-    """How well each feature by itself tells the poisoned updates of a setting's runs from the benign ones.
+    """Measures how well each layer and unit separates poisoned from benign updates in runs of one setting.
 
-    runs: a run, runs, or pairs (log, truth), one per seed. rounds: those looked at; None: the attacked ones, in
-    which an update was poisoned. Updates of compromised clients that were not poisoned in that round are left out.
-    control: the attack-free runs (or logs) of the same settings and seeds, as many as `runs`, in their order.
-    suspects: who counts as malicious instead of the truth, which is then not asked for (runs may be plain logs):
-    clients, those of each round, or a table of verdicts (round, client, flag), in which a flag by any detector counts.
-    The table then ranks features by how well they tell these suspects from the others, whoever they are, and p means
-    that they differ there; where they were chosen by that very statistic they do by construction.
+    Parameters
+    ----------
+    runs : Run, UpdateLog, (UpdateLog, DataFrame), or a sequence of them
+        The runs, one per seed; a log without ground truth needs `suspects`.
+    statistics : Mapping
+        Name -> statistic whose columns are layers or units.
+    rounds : collection of int, optional
+        The rounds to compare; None takes the attacked ones, in which any update was poisoned.
+    permutations : int
+        Number of permutations behind each p-value.
+    seed : int
+        Seed of permutations and resamples.
+    control : Run, UpdateLog, or a sequence of them, optional
+        Attack-free runs of the same settings and seeds, one for each of `runs` and in their order.
+    suspects : collection of str, Mapping or DataFrame, optional
+        Who counts as malicious in place of the ground truth, which is then not read: clients, round -> clients, or a
+        table of verdicts with columns round, client, flag, in which a flag by any detector counts.
 
-    Returns: a row per feature.
-      layer, statistic, unit: "" = the layer as a whole, its most unusual unit.
-      auc: updates of a run pooled, then the mean over runs.
-      low, high: 95 % percentile interval of 1,000 two-stage resamples: of the runs, and of the rounds in each of them
-        (in 20 stretches of consecutive rounds where there are more). One run: of its rounds alone, which says
-        nothing of other seeds; NaN for a single round.
-      p: of the hypothesis that it makes no difference which clients are malicious, one-sided, by permuting
-        that within each run; Holm-corrected over the layers and statistics of this call; NaN for a unit, which is
-        described and not tested.
-      seeds: runs with an answer.
-      effect: how far, where the AUC says how often: the median |robust z| of poisoned updates minus that of benign
-        ones, in robust sigmas of the round's cohort, of comparable updates; the mean over runs.
-      control_auc: the AUC that the same labels have on the control's log, where nobody attacks: about a half.
-      control_effect: how far a benign client moves the same tensor by itself, as one with unusual labels does: on
-        the control, the effect of the client that is farthest out there (its median over these rounds minus that of
-        all updates). Whoever is less far out does nothing that honest clients do not do. NaN without a control.
-      labels: "truth" or "suspects".
-    Raises: InputError if the truth poisons nothing or says nothing of an update, a suspect is unknown, controls
-    are not as many as runs, or no statistic can say.
+    Returns
+    -------
+    pandas.DataFrame
+        A row per feature, with the columns described in the Notes.
+
+    Raises
+    ------
+    InputError
+        If the ground truth lacks an update or poisons none, a suspect is unknown, the number of controls differs from
+        the number of runs, a control is of another model, or every statistic abstains.
+
+    Notes
+    -----
+    Updates of compromised clients that were not poisoned in their round are left out. The columns are
+
+    - layer, statistic, unit: the feature. Unit "" is the layer as a whole, scored as its most unusual unit.
+    - auc: of poisoned against benign updates, pooled over a run's rounds, then averaged over runs.
+    - low, high: 95 % percentile interval of 1,000 two-stage resamples, of runs and of the rounds within each (in 20
+      blocks of consecutive rounds if there are more). With a single run only its rounds are resampled, which says
+      nothing about other seeds; NaN for a single round.
+    - p: one-sided p-value of the null hypothesis that it makes no difference which clients are malicious, by permuting
+      the malicious clients within each run. Holm-corrected over the layers and statistics of one call; NaN for units,
+      which are described and not tested.
+    - seeds: number of runs that have an AUC.
+    - effect: how far the distributions are apart, where the AUC says how often the order is right: median |robust z| of
+      poisoned minus that of benign comparable updates, in robust sigmas of the round, averaged over runs.
+    - control_auc: the AUC of the same labels on the control, where nobody attacks; it should be near 0.5.
+    - control_effect: the effect of the control's most extreme client, its median over the rounds minus the median of
+      all updates. An attacker with a smaller effect is no more unusual than a benign client, for example one with rare
+      labels. NaN without a control.
+    - labels: "truth" or "suspects".
+
+    With `suspects` the table ranks features by how well they separate the suspects from all other clients, whether or
+    not they are malicious. If the suspects were selected by one of these statistics, it separates them by construction
+    and its p-value says nothing.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> table = localize(example_log(), suspects=["client-9"])
+    >>> table.loc[table["statistic"].eq("layer_norms"), ["layer", "auc", "seeds", "labels"]].values.tolist()[0]
+    ['fc1.weight', 1.0, 1, 'suspects']
     """
-    several = _several(runs)
-    controls = [None] * len(several) if control is None else [_log_of(each) for each in _several(control)]
-    if len(controls) != len(several):
-        raise InputError(f"localize: expected a control for each of {len(several)} runs, found {len(controls)}")
+    runs = _several(runs)
+    controls = [None] * len(runs) if control is None else [_log_of(run) for run in _several(control)]
+    if len(controls) != len(runs):
+        raise InputError(f"localize: expected a control for each of {len(runs)} runs, found {len(controls)}")
     cases = []
-    for run, free in zip(several, controls, strict=True):
+    for run, control_log in zip(runs, controls, strict=True):
         truth = _truth_of(run) if suspects is None else _as_truth(_log_of(run), suspects)
         chosen = attacked_rounds(truth) if rounds is None else sorted(set(rounds))
-        beside = None if free is None else unusual(free, statistics, chosen)
-        cases.append(Case(unusual(_log_of(run), statistics, chosen), labels_of(truth), chosen, beside))
+        control_seen = None if control_log is None else unusual(control_log, statistics, chosen)
+        cases.append(Case(unusual(_log_of(run), statistics, chosen), labels_of(truth), chosen, control_seen))
     table = located(cases, permutations, seed).assign(labels="truth" if suspects is None else "suspects")
     if table.empty:
         raise InputError(
@@ -74,31 +107,33 @@ def localize(
 
 
 def _several(runs: Any) -> list[Any]:
-    one = hasattr(runs, "log") or isinstance(runs, UpdateLog)
-    several: Iterable[Any] = [runs] if one else runs
-    return list(several)
+    """Lists the runs; a single run or log is a list of one."""
+    single = hasattr(runs, "log") or isinstance(runs, UpdateLog)
+    return [runs] if single else list(runs)
 
 
 def _log_of(run: Any) -> UpdateLog:
+    """Returns the log of a run, of a pair (log, truth), or the log itself."""
     return run[0] if isinstance(run, tuple) else getattr(run, "log", run)
 
 
 def _truth_of(run: Any) -> pd.DataFrame:
+    """Returns the ground truth of a run or of a pair (log, truth)."""
     if isinstance(run, UpdateLog):
         raise InputError("localize: expected a run, a pair (log, truth) or suspects, found a log alone")
     return run[1] if isinstance(run, tuple) else run.truth
 
 
 def _as_truth(log: UpdateLog, suspects: Suspects) -> pd.DataFrame:
-    """The truth (round, client, compromised, poisoned) if these clients had done what they are suspected of."""
+    """Builds the table of ground truth (round, client, compromised, poisoned) in which the suspects are malicious."""
     clients = {round_.index: round_.clients.tolist() for round_ in log}
     of_round = _by_round(suspects, clients)
-    named = set().union(*of_round.values())
+    suspected = set().union(*of_round.values())
     known = {client for round_ in log for client in (*round_.clients.tolist(), *round_.refused)}
-    if unknown := sorted(named - known):
+    if unknown := sorted(suspected - known):
         raise InputError(f"suspects: the log has no client {unknown[0]!r}")
     rows = [
-        (index, client, client in named, client in of_round.get(index, ()))
+        (index, client, client in suspected, client in of_round.get(index, ()))
         for index, present in clients.items()
         for client in present
     ]
@@ -106,14 +141,15 @@ def _as_truth(log: UpdateLog, suspects: Suspects) -> pd.DataFrame:
 
 
 def _by_round(suspects: Suspects, rounds: Iterable[int]) -> dict[int, set[str]]:
+    """Returns the suspects of each round."""
     if isinstance(suspects, pd.DataFrame):
         if missing := [name for name in ("round", "client", "flag") if name not in suspects]:
             raise InputError(f"suspects: expected columns round, client and flag, found no {missing[0]!r}")
-        found: dict[int, set[str]] = {}
+        of_round: dict[int, set[str]] = {}
         flagged = suspects[suspects["flag"].astype(bool)]
         for index, client in zip(flagged["round"].tolist(), flagged["client"].astype(str).tolist(), strict=True):
-            found.setdefault(index, set()).add(client)
-        return found
+            of_round.setdefault(index, set()).add(client)
+        return of_round
     if isinstance(suspects, Mapping):
         return {int(index): set(clients) for index, clients in suspects.items()}
     clients = set(suspects)

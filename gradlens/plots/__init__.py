@@ -1,8 +1,8 @@
-"""Pictures of the tables: each function takes a tidy table or a log, draws one thing on an Axes and returns it.
+"""Plots: each function takes a tidy table or a log, draws one picture on an Axes and returns the Axes.
 
-Every title states what the picture shows, computed from what is drawn. Colours can be told apart by
-colour-blind readers, and no difference rests on colour alone: lines differ in width or dashes as well, cells
-carry numbers or signs. Names that came from clients are drawn as plain text, never as formulas.
+Every title states the finding, computed from the data that is drawn. The palette is safe for color-blind readers,
+and no difference rests on color alone: lines also differ in width or dashes, and cells carry numbers or signs. Names
+that came from clients are drawn as plain text, never as formulas.
 """
 
 from gradlens.plots.axes import CLEAR, PARTLY

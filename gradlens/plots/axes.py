@@ -1,4 +1,4 @@
-"""What the pictures share: colours and dashes that grey print keeps apart, titles, and why a picture is empty."""
+"""What the plots share: colors and dashes that stay distinct in grayscale, titles, and the empty plot."""
 
 import textwrap
 from typing import Any
@@ -18,18 +18,33 @@ BELOW: dict[str, Any] = {
 
 
 def is_control(table: pd.DataFrame) -> pd.Series:
-    """Which rows are of an attack-free control; none where the table does not tell."""
+    """Returns which rows belong to an attack-free control, bool [row]; none without a column `control`."""
     return table["control"].astype(bool) if "control" in table else pd.Series(False, table.index)
 
 
 def inside(ax: Axes) -> None:
-    """Leaves the texts of cells, which cannot reach beyond the axes, out of the layout: it takes most of the time."""
-    for each in ax.texts:
-        each.set_in_layout(False)
+    """Excludes the texts inside an Axes, such as cell numbers, from the layout, which would spend most time on them."""
+    for text in ax.texts:
+        text.set_in_layout(False)
 
 
 def titled(ax: Axes, finding: str, *, pad: float | None = None) -> Axes:
-    """The finding above the picture, broken to the width that the axes have before layout."""
+    """Writes the finding above the picture as its title, wrapped to the width that the Axes has before layout.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+        Where the picture is drawn.
+    finding : str
+        The title, drawn as plain text.
+    pad : float, optional
+        Distance of the title from the picture, in points; None leaves matplotlib's own.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        `ax` itself.
+    """
     figure = ax.get_figure(root=True)
     inches = ax.get_position().width * (figure.get_size_inches()[0] if figure else 6.4)
     text = textwrap.fill(finding, max(30, int(inches * 13)), break_long_words=False)
@@ -38,7 +53,22 @@ def titled(ax: Axes, finding: str, *, pad: float | None = None) -> Axes:
 
 
 def say_instead(ax: Axes, title: str, reason: str) -> Axes:
-    """An empty picture that says why it is empty."""
+    """Leaves the Axes empty but for a title and the reason why there is nothing to draw.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+        Where the picture would have been drawn.
+    title : str
+        Title of the picture.
+    reason : str
+        Why it is empty, cut to 120 characters.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        `ax` itself.
+    """
     ax.set_axis_off()
     ax.text(0.5, 0.5, plain(reason, 120), ha="center", va="center", transform=ax.transAxes, wrap=True, parse_math=False)
     return titled(ax, title)

@@ -1,4 +1,4 @@
-"""Pictures of a round's clients: their final-bias updates, and the labels that they hold."""
+"""Plots of clients: their final-bias updates, the weights that a filter gave them, and the labels that they hold."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +19,8 @@ from gradlens.scorers import robust_zscore
 from gradlens.statistics import final_bias
 from gradlens.words import count, percent, plain
 
-MOST_CLIENTS = 40  # rows of a heat map that can still be read in print
-MOST_LABELS, MOST_NUMBERS = 40, 20  # columns of a heat map of counts, and those up to which it has numbers
+MOST_CLIENTS = 40  # most rows of a heat map, so that it can be read in print
+MOST_LABELS, MOST_NUMBERS = 40, 20  # most columns of a heat map of counts, and most columns with a number in each cell
 
 
 def plot_final_bias(
@@ -31,11 +31,37 @@ def plot_final_bias(
     order: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Heat map client x class of the centred final-bias update of the last round, malicious clients marked on top.
+    """Draws the final-bias updates of the last round as a heat map, client x class, after subtracting the median.
 
-    log: an UpdateLog (`log[:k]` for round k's picture) or a Run; truth: columns round, client, poisoned.
-    scale: the value of full colour, in logits, to share with a picture beside it; order: clients from the top, any
-    others below; None: malicious ones first, then the most unusual.
+    Parameters
+    ----------
+    log : UpdateLog or Run
+        What the server saw; its last round is drawn, so `log[:k]` draws round k - 1 of a log that starts at round 0.
+    truth : pandas.DataFrame, optional
+        Ground truth with columns round, client, poisoned; malicious clients are marked. None marks nobody.
+    scale : float, optional
+        Value of the most saturated color, in logits, to compare several pictures. None takes the largest one drawn.
+    order : sequence of str, optional
+        Clients from the top; all others follow below. None puts malicious clients first, then the most unusual ones.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; None takes the current Axes.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        With at most 40 clients. Its title says whether the malicious clients stand out (AUC of the robust z-score), or
+        without ground truth which client deviates most. It is empty, with the reason, if the statistic abstains.
+
+    See Also
+    --------
+    gradlens.statistics.final_bias : The statistic that is drawn.
+
+    Examples
+    --------
+    >>> from matplotlib.figure import Figure
+    >>> from gradlens.examples import example_log
+    >>> plot_final_bias(example_log(), ax=Figure().subplots()).get_title(loc="left").partition(",")[0]
+    'Round 3: client-9 deviates most'
     """
     ax = plt.gca() if ax is None else ax
     log = getattr(log, "log", log)
@@ -52,14 +78,33 @@ def plot_final_bias(
     largest = float(np.nanmax(np.abs(shown.to_numpy()), initial=0.0)) or 1.0
     scale = largest if scale is None else scale
     _draw_bias(ax, shown, poisoned, scale, extend="both" if largest > scale * 1.0001 else "neither")
-    several = f" ({len(shown)} of {len(table)} shown)" if len(shown) < len(table) else ""
-    ax.set_ylabel(f"client{several}")
+    omission = f" ({len(shown)} of {len(table)} shown)" if len(shown) < len(table) else ""
+    ax.set_ylabel(f"client{omission}")
     ax.set_xlabel("class")
     return titled(ax, _bias_finding(index, table, deviation, poisoned))
 
 
 def clients_by_bias(log: UpdateLog, truth: pd.DataFrame | None = None) -> list[str]:
-    """The clients of the last round, malicious ones first, then by how unusual their final bias is; [] if unknown."""
+    """Ranks the clients of the last round by how unusual their final-bias update is.
+
+    Parameters
+    ----------
+    log : UpdateLog
+        What the server saw.
+    truth : pandas.DataFrame, optional
+        Ground truth with columns round, client, poisoned; malicious clients then come first.
+
+    Returns
+    -------
+    list of str
+        Clients by decreasing robust z-score, empty if the statistic abstains.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> clients_by_bias(example_log())[0]
+    'client-9'
+    """
     try:
         table = final_bias(log)
     except CannotSay:
@@ -69,6 +114,7 @@ def clients_by_bias(log: UpdateLog, truth: pd.DataFrame | None = None) -> list[s
 
 
 def _draw_bias(ax: Axes, shown: pd.DataFrame, poisoned: set[str], scale: float, extend: str) -> None:
+    """Draws the cells, hatches the rows that are not comparable, and marks the malicious clients."""
     values = shown.to_numpy(np.float64)
     signs = np.where(values >= scale / 2, "+", np.where(values <= -scale / 2, "\N{MINUS SIGN}", ""))
     sns.heatmap(
@@ -93,18 +139,18 @@ def _draw_bias(ax: Axes, shown: pd.DataFrame, poisoned: set[str], scale: float, 
     ax.set_yticks(np.arange(len(names)) + 0.5, names, rotation=0, fontsize="small", parse_math=False)
     for label, client in zip(ax.get_yticklabels(), shown.index, strict=True):
         label.set_fontweight("bold" if client in poisoned else "normal")
-    on_top = sum(client in poisoned for client in shown.index)
-    if 0 < on_top < len(shown) and poisoned.issuperset(shown.index[:on_top]):
-        ax.axhline(on_top, color="black", linewidth=1.2)
+    num_malicious = sum(client in poisoned for client in shown.index)
+    if 0 < num_malicious < len(shown) and poisoned.issuperset(shown.index[:num_malicious]):
+        ax.axhline(num_malicious, color="black", linewidth=1.2)
 
 
 def _bias_finding(index: int, table: pd.DataFrame, deviation: pd.Series, poisoned: set[str]) -> str:
-    """What the picture shows: whether the malicious clients deviate most, or who does."""
-    marked = deviation.index.isin(poisoned)
-    if marked.any() and not marked.all():
-        value = auc(deviation.to_numpy(), marked)
-        who = f"the {marked.sum()} malicious clients" if marked.sum() > 1 else "the malicious client"
-        verb = "" if marked.sum() > 1 else "s"
+    """Says whether the malicious clients deviate most or, without ground truth, which client does."""
+    malicious = deviation.index.isin(poisoned)
+    if malicious.any() and not malicious.all():
+        value = auc(deviation.to_numpy(), malicious)
+        who = f"the {malicious.sum()} malicious clients" if malicious.sum() > 1 else "the malicious client"
+        verb = "" if malicious.sum() > 1 else "s"
         if value >= CLEAR:
             return f"Round {index}: {who} stand{verb} out (AUC {value:.2f})"
         if value >= PARTLY:
@@ -113,40 +159,61 @@ def _bias_finding(index: int, table: pd.DataFrame, deviation: pd.Series, poisone
     if not np.isfinite(deviation).any():
         return f"Round {index}: no client is comparable"
     first = int(np.argmax(deviation.to_numpy()))
-    if beyond := int(np.isinf(deviation).sum()):
-        return f"Round {index}: {count(beyond, 'client')} sent an update beyond comparison"
+    if not_comparable := int(np.isinf(deviation).sum()):
+        return f"Round {index}: {count(not_comparable, 'client')} sent an update beyond comparison"
     column = table.columns[int(np.argmax(np.abs(table.to_numpy()[first])))]
-    where = str(column).rpartition("[")[2].rstrip("]")
+    label = str(column).rpartition("[")[2].rstrip("]")
     name = plain(table.index[first])
-    return f"Round {index}: {name} deviates most, class {plain(where)}, {deviation.iloc[first]:.1f} robust sigmas"
+    return f"Round {index}: {name} deviates most, class {plain(label)}, {deviation.iloc[first]:.1f} robust sigmas"
 
 
 def _poisoned(truth: pd.DataFrame | None, index: int) -> set[str]:
+    """Returns the clients that sent a poisoned update in one round."""
     if truth is None:
         return set()
-    now = truth[(truth["round"] == index) & truth["poisoned"].astype(bool)]
-    return set(now["client"].astype(str))
+    poisoned = truth[(truth["round"] == index) & truth["poisoned"].astype(bool)]
+    return set(poisoned["client"].astype(str))
 
 
 def plot_weights(verdicts: pd.DataFrame, truth: pd.DataFrame | None = None, *, ax: Axes | None = None) -> Axes:
-    """Heat map client x round of what each update counted where a filter ran, the darker the less.
+    """Draws the weight that a filter gave each update as a heat map, client x round, darker for smaller weights.
 
-    verdicts: columns round, client, weight (1: as it came, 0: left out), as of a Run; truth: columns round, client,
-    poisoned. Clients that always counted in full are not drawn; the one that counted least is on top.
+    Parameters
+    ----------
+    verdicts : pandas.DataFrame
+        Columns round, client, weight, as in `Run.verdicts`; weight 1 leaves an update as it came, 0 excludes it.
+    truth : pandas.DataFrame, optional
+        Ground truth with columns client, poisoned; clients that poisoned any update are marked.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; None takes the current Axes.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        With at most 40 clients, the one with the smallest mean weight on top. Clients whose weight was always 1 are
+        not drawn; a round without the client is hatched. The title counts the updates that were left out or weighed
+        less. It is empty, with the reason, if every weight is 1.
+
+    Examples
+    --------
+    >>> from matplotlib.figure import Figure
+    >>> verdicts = pd.DataFrame({"round": [0, 0, 1], "client": ["a", "b", "a"], "weight": [1.0, 0.0, 0.5]})
+    >>> plot_weights(verdicts, ax=Figure().subplots()).get_title(loc="left")
+    '1 of 3 updates left out, 1 counted less'
     """
     ax = plt.gca() if ax is None else ax
-    whole = verdicts.pivot_table(index="client", columns="round", values="weight", aggfunc="min")
-    part = whole[whole.lt(1).any(axis=1)]
-    out, less = int(whole.eq(0).sum().sum()), int((whole.gt(0) & whole.lt(1)).sum().sum())
-    finding = f"{out} of {count(int(whole.notna().sum().sum()), 'update')} left out, {less} counted less"
-    if part.empty:
+    weights = verdicts.pivot_table(index="client", columns="round", values="weight", aggfunc="min")
+    reduced = weights[weights.lt(1).any(axis=1)]
+    out, less = int(weights.eq(0).sum().sum()), int((weights.gt(0) & weights.lt(1)).sum().sum())
+    finding = f"{out} of {count(int(weights.notna().sum().sum()), 'update')} left out, {less} counted less"
+    if reduced.empty:
         return say_instead(ax, finding, "every update counted in full")
-    shown = part.loc[part.mean(axis=1).sort_values(kind="stable").index[:MOST_CLIENTS]]
+    shown = reduced.loc[reduced.mean(axis=1).sort_values(kind="stable").index[:MOST_CLIENTS]]
     values = shown.to_numpy(np.float64)
-    partly = np.char.lstrip(np.char.mod("%.1g", np.nan_to_num(values)), "0")
-    said = np.where(values == 0, "\N{MULTIPLICATION SIGN}", np.where((values > 0) & (values < 1), partly, ""))
+    fractions = np.char.lstrip(np.char.mod("%.1g", np.nan_to_num(values)), "0")
+    symbols = np.where(values == 0, "\N{MULTIPLICATION SIGN}", np.where((values > 0) & (values < 1), fractions, ""))
     sns.heatmap(
-        values, mask=np.isnan(values), annot=said, fmt="", cmap="Greys_r", vmin=-0.6, vmax=1, linewidths=0.4,
+        values, mask=np.isnan(values), annot=symbols, fmt="", cmap="Greys_r", vmin=-0.6, vmax=1, linewidths=0.4,
         linecolor="0.8", ax=ax, xticklabels=False, yticklabels=False, annot_kws={"fontsize": "x-small"}, cbar=False,
     )  # fmt: skip
     inside(ax)
@@ -158,19 +225,45 @@ def plot_weights(verdicts: pd.DataFrame, truth: pd.DataFrame | None = None, *, a
     ]
     ax.set_yticks(np.arange(len(names)) + 0.5, names, rotation=0, fontsize="small", parse_math=False)
     step = max(1, len(shown.columns) // 20)
-    ax.set_xticks(np.arange(len(shown.columns))[::step] + 0.5, [str(each) for each in shown.columns[::step]])
-    several = f" ({len(shown)} of {len(part)} shown)" if len(shown) < len(part) else ""
-    ax.set(xlabel="round", ylabel=f"client{several}")
+    ax.set_xticks(np.arange(len(shown.columns))[::step] + 0.5, [str(index) for index in shown.columns[::step]])
+    omission = f" ({len(shown)} of {len(reduced)} shown)" if len(shown) < len(reduced) else ""
+    ax.set(xlabel="round", ylabel=f"client{omission}")
     return titled(ax, finding)
 
 
 def label_counts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Heat map client x label of how many samples of each label each client holds, the darker the more.
+    """Draws how many samples of each label each client holds as a heat map, client x label.
 
-    table: columns client, label, count; pairs without a row count 0. Clients are drawn in the order of the table, at
-    most 40; of more than 40 labels the most frequent. The title says whether labels depend on the client: Cramer's V
-    of clients and labels, corrected for bias (Bergsma 2013), is near 0 where all draw from the same labels, however
-    unequal their sizes, and 1 where each label has clients of its own; below 0.1 labels are called evenly spread.
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Columns client, label, count; a pair without a row counts 0.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; None takes the current Axes.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        With at most 40 clients, in the order of the table, and the 40 most frequent labels. It is empty, with the
+        reason, if no client holds a sample.
+
+    Notes
+    -----
+    The title measures label skew by Cramer's V of clients and labels with the bias correction of [1]_. V is near 0
+    where all clients draw from the same label distribution, however unequal their sizes, and 1 where no two clients
+    share a label or every client holds a single one. Below 0.1 the title calls the labels evenly spread.
+
+    References
+    ----------
+    .. [1] Bergsma 2013, "A bias-correction for Cramer's V and Tschuprow's T", Journal of the Korean Statistical
+       Society.
+
+    Examples
+    --------
+    >>> from matplotlib.figure import Figure
+    >>> table = pd.DataFrame({"client": ["a", "b"], "label": ["cat", "dog"], "count": [50, 50]})
+    >>> label_counts(table, ax=Figure().subplots()).get_title(loc="left").partition(":")[0]
+    'Labels differ between clients (V 1.00)'
     """
     ax = plt.gca() if ax is None else ax
     if table.empty or not table["count"].sum():
@@ -187,33 +280,34 @@ def label_counts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         cbar_kws={"label": "samples", "shrink": 0.8, "ticks": MaxNLocator(6, integer=True)},
     )  # fmt: skip
     inside(ax)
-    names = [[plain(name, 12) if str(name).strip() else repr(name) for name in each] for each in shown.axes]
-    step = int(np.ceil(len(shown) / 25))  # of many clients only some are named
+    names = [[plain(name, 12) if str(name).strip() else repr(name) for name in index] for index in shown.axes]
+    step = int(np.ceil(len(shown) / 25))  # at most 25 rows are named
     ax.set_yticks(np.arange(len(shown))[::step] + 0.5, names[0][::step], rotation=0, parse_math=False)
-    turned = 90 if sum(map(len, names[1])) > 50 else 0
-    ax.set_xticks(np.arange(shown.shape[1]) + 0.5, names[1], rotation=turned, parse_math=False)
+    angle = 90 if sum(map(len, names[1])) > 50 else 0
+    ax.set_xticks(np.arange(shown.shape[1]) + 0.5, names[1], rotation=angle, parse_math=False)
     ax.tick_params(length=0, labelsize="small")
     for number, (axis, what) in enumerate(((ax.yaxis, "client"), (ax.xaxis, "label"))):
-        part = f" ({shown.shape[number]} of {counts.shape[number]} shown)"
-        axis.set_label_text(what + (part if shown.shape[number] < counts.shape[number] else ""))
+        omission = f" ({shown.shape[number]} of {counts.shape[number]} shown)"
+        axis.set_label_text(what + (omission if shown.shape[number] < counts.shape[number] else ""))
     return titled(ax, _labels_finding(counts.to_numpy(np.float64)))
 
 
 def _labels_finding(counts: np.ndarray) -> str:
-    """Whether labels depend on the client, how far a client's labels go, and how large the clients are."""
+    """Says whether labels depend on the client, the share of the commonest label, and the sizes of the clients."""
     sizes = counts.sum(axis=1)
     held = counts[sizes > 0][:, counts.sum(axis=0) > 0]
     least, most = int(sizes.min()), int(sizes.max())
-    each = f"{count(len(sizes), 'client')} of {f'{least:,} to ' if least < most else ''}{most:,} samples"
+    clients = f"{count(len(sizes), 'client')} of {f'{least:,} to ' if least < most else ''}{most:,} samples"
     if min(held.shape) < 2:
-        return f"Labels cannot be compared: {each}"
+        return f"Labels cannot be compared: {clients}"
     total, (rows, columns) = held.sum(), held.shape
     expected = np.outer(held.sum(axis=1), held.sum(axis=0)) / total
     chi_square = ((held - expected) ** 2 / expected).sum()
     excess = max(0.0, chi_square / total - (rows - 1) * (columns - 1) / (total - 1))
     freedom = min(rows - (rows - 1) ** 2 / (total - 1), columns - (columns - 1) ** 2 / (total - 1)) - 1
     association = min(1.0, np.sqrt(excess / freedom)) if freedom > 0 else 0.0
-    own = percent((held.max(axis=1) / held.sum(axis=1)).mean())
+    in_client = percent((held.max(axis=1) / held.sum(axis=1)).mean())
     verdict = "are spread evenly" if association < 0.1 else "differ between clients"
-    every = percent(held.sum(axis=0).max() / total)
-    return f"Labels {verdict} (V {association:.2f}): the commonest is {own} of a client, {every} of all; {each}"
+    overall = percent(held.sum(axis=0).max() / total)
+    shares = f"{in_client} of a client, {overall} of all"
+    return f"Labels {verdict} (V {association:.2f}): the commonest is {shares}; {clients}"

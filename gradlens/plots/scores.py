@@ -1,4 +1,4 @@
-"""Pictures of how well detectors do: scores over rounds, ROC curves, and what comes of training."""
+"""Plots of detection and training: scores over rounds, ROC curves, main accuracy and attack success rate."""
 
 from typing import Any
 
@@ -36,11 +36,33 @@ def plot_scores(
     beside: pd.DataFrame | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Score against round, a line per client; malicious clients thick with dots, the threshold dashed.
+    """Draws every client's score over rounds, malicious clients as thick lines with dots, the threshold dashed.
 
-    scores: columns round, client, score and, if known, malicious (a client counts if any of its updates does),
-    flag, abstained. beside: the table of the picture beside it, for the same limits. Infinite scores are drawn
-    as triangles at the upper edge; abstained rounds are left out.
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Scores of one detector, with columns round, client, score and, if known, malicious, flag, abstained. A client
+        with any malicious update is drawn as malicious. Rows with a reason in `abstained` are left out.
+    threshold : float, optional
+        Score above which an update is flagged. None draws no line.
+    beside : pandas.DataFrame, optional
+        Scores of a neighboring plot, to share the limits of the vertical axis.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; None takes the current Axes.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Infinite scores are triangles at the upper edge; the vertical axis is logarithmic if the largest score exceeds
+        20 times both the 90 % quantile and the threshold. The title gives AUC and flags if malicious clients are known,
+        otherwise the flags alone. It is empty, with the reason, if the detector abstained in every round.
+
+    Examples
+    --------
+    >>> from matplotlib.figure import Figure
+    >>> scores = pd.DataFrame({"round": 0, "client": ["a", "b"], "score": [0.5, 4.0], "malicious": [False, True]})
+    >>> plot_scores(scores, ax=Figure().subplots()).get_title(loc="left")
+    'Malicious clients stand out: AUC 1.00 over 1 round'
     """
     ax = plt.gca() if ax is None else ax
     if "abstained" in scores:
@@ -48,31 +70,31 @@ def plot_scores(
     if scores.empty:
         return say_instead(ax, "No scores", "the detector abstained in every round")
     known = "malicious" in scores
-    bad = scores[scores["malicious"].astype(bool)] if known else scores[scores["score"].isna()]
-    marked = set(bad["client"])
+    poisoned = scores[scores["malicious"].astype(bool)] if known else scores[scores["score"].isna()]
+    malicious = set(poisoned["client"])
     finite = scores.assign(score=scores["score"].where(np.isfinite(scores["score"])))
-    for of_marked in (False, True):  # the malicious ones last, on top
-        part = finite[finite["client"].isin(marked) == of_marked].dropna(subset=["score"])
+    for bad in (False, True):  # malicious clients last, on top
+        part = finite[finite["client"].isin(malicious) == bad].dropna(subset=["score"])
         if part.empty:
             continue
-        style: dict[str, Any] = {"linewidth": 1.7, "marker": "o", "markersize": 4} if of_marked else {"linewidth": 0.8}
+        style: dict[str, Any] = {"linewidth": 1.7, "marker": "o", "markersize": 4} if bad else {"linewidth": 0.8}
         sns.lineplot(
             part, x="round", y="score", units="client", estimator=None, ax=ax, legend=False,
-            color=MALICIOUS if of_marked else BENIGN, markeredgewidth=0, zorder=3 if of_marked else 2, **style,
+            color=MALICIOUS if bad else BENIGN, markeredgewidth=0, zorder=3 if bad else 2, **style,
         )  # fmt: skip
     _scale_scores(ax, scores, threshold, beside)
     if threshold is not None:
         ax.axhline(threshold, color=THRESHOLD, linestyle="--", linewidth=1.2, zorder=4)
-    _score_legend(ax, scores, marked, known, threshold)
+    _score_legend(ax, scores, malicious, known, threshold)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlabel("round")
     ax.set_ylabel("score (higher = more suspicious)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return titled(ax, _score_finding(scores, marked, known, threshold))
+    return titled(ax, _score_finding(scores, malicious, known, threshold))
 
 
 def _scale_scores(ax: Axes, scores: pd.DataFrame, threshold: float | None, beside: pd.DataFrame | None) -> None:
-    """Limits that keep the threshold in view, a logarithmic axis where a few scores dwarf the rest."""
+    """Sets limits that show the threshold, and a logarithmic axis where a few scores dwarf the rest."""
     values = scores["score"].to_numpy(np.float64)
     both = values if beside is None else np.append(values, beside["score"].to_numpy(np.float64))
     finite = both[np.isfinite(both)] if np.isfinite(both).any() else np.zeros(1)
@@ -89,14 +111,15 @@ def _scale_scores(ax: Axes, scores: pd.DataFrame, threshold: float | None, besid
         ax.plot(infinite["round"], np.full(len(infinite), upper), "^", color="black", ms=5, clip_on=False, zorder=5)
 
 
-def _score_legend(ax: Axes, scores: pd.DataFrame, marked: set[str], known: bool, threshold: float | None) -> None:
-    number = scores["client"].nunique()
+def _score_legend(ax: Axes, scores: pd.DataFrame, malicious: set[str], known: bool, threshold: float | None) -> None:
+    """Draws the legend below the plot, with the number of clients of each kind."""
+    num_clients = scores["client"].nunique()
     handles = []
-    if marked:
+    if malicious:
         line = {"color": MALICIOUS, "linewidth": 1.7, "marker": "o", "markersize": 4}
-        handles.append(Line2D([], [], label=f"malicious ({len(marked)})", **line))
+        handles.append(Line2D([], [], label=f"malicious ({len(malicious)})", **line))
     kind = "benign" if known else "clients"
-    handles.append(Line2D([], [], color=BENIGN, linewidth=0.8, label=f"{kind} ({number - len(marked)})"))
+    handles.append(Line2D([], [], color=BENIGN, linewidth=0.8, label=f"{kind} ({num_clients - len(malicious)})"))
     if threshold is not None:
         handles.append(Line2D([], [], color=THRESHOLD, linestyle="--", label=f"threshold {threshold:.3g}"))
     if np.isposinf(scores["score"]).any():
@@ -104,36 +127,60 @@ def _score_legend(ax: Axes, scores: pd.DataFrame, marked: set[str], known: bool,
     ax.legend(handles=handles, **BELOW, ncols=len(handles))
 
 
-def _score_finding(scores: pd.DataFrame, marked: set[str], known: bool, threshold: float | None) -> str:
-    """AUC and flags with ground truth; without any attack the false flags; without truth who is flagged most."""
-    if marked:  # the attacked rounds count, and there not what malicious clients sent without poison
-        malicious = scores["malicious"].astype(bool)
-        attacked = scores["round"].isin(scores.loc[malicious, "round"])
-        scores = scores[attacked & (malicious | ~scores["client"].isin(marked))]
+def _score_finding(scores: pd.DataFrame, malicious: set[str], known: bool, threshold: float | None) -> str:
+    """Gives AUC and flagged share with ground truth, false positives without an attack, else who is flagged most."""
+    if malicious:  # only attacked rounds, without the malicious clients' updates that were not poisoned
+        poisoned = scores["malicious"].astype(bool)
+        attacked = scores["round"].isin(scores.loc[poisoned, "round"])
+        scores = scores[attacked & (poisoned | ~scores["client"].isin(malicious))]
     rounds = scores["round"].nunique()
     flags = scores["flag"].astype(bool) if "flag" in scores else scores["score"] > (threshold or np.inf)
-    if marked:
-        malicious = scores["malicious"].astype(bool)
-        value = auc(scores["score"].to_numpy(), malicious.to_numpy())
+    if malicious:
+        poisoned = scores["malicious"].astype(bool)
+        value = auc(scores["score"].to_numpy(), poisoned.to_numpy())
         verb = "stand out" if value >= CLEAR else "stand out in part" if value >= PARTLY else "do not stand out"
-        caught = f", {percent(flags[malicious].mean())} of their updates flagged" if threshold is not None else ""
+        caught = f", {percent(flags[poisoned].mean())} of their updates flagged" if threshold is not None else ""
         return f"Malicious clients {verb}: AUC {value:.2f} over {count(rounds, 'round')}{caught}"
     if known:
         return f"No attack: {flags.sum()} of {len(flags)} updates flagged ({percent(flags.mean())})"
     if not flags.any():
         return f"No client is flagged in {count(rounds, 'round')}"
-    often = scores.loc[flags].groupby("client")["round"].agg(["nunique", "min"])
-    most = often.sort_values(["nunique", "min"], ascending=[False, True]).index[0]
-    flagged, first = often.loc[most]
-    return f"{plain(most)} is flagged most: {flagged} of {rounds} rounds, first in round {first}"
+    rounds_of = scores.loc[flags].groupby("client")["round"].agg(["nunique", "min"])
+    client = rounds_of.sort_values(["nunique", "min"], ascending=[False, True]).index[0]
+    flagged, first = rounds_of.loc[client]
+    return f"{plain(client)} is flagged most: {flagged} of {rounds} rounds, first in round {first}"
 
 
 def plot_roc(points: pd.DataFrame, *, figures: pd.DataFrame | None = None, ax: Axes | None = None) -> Axes:
-    """ROC step curves, one per detector, with the diagonal of chance; AUC with its interval in the legend.
+    """Draws the ROC curve of each detector as steps, with the AUC and its interval in the legend.
 
-    points: columns fpr, tpr and, for several curves, detector; control (bool): nobody attacked. figures: what
-    `evaluate` gives (rows of metric "auc": detector, value, low, high); without it the AUC is the area under the
-    drawn curve.
+    Parameters
+    ----------
+    points : pandas.DataFrame
+        Rows of `roc_points`: columns fpr, tpr and, for several curves, detector; `control` (bool) marks points of an
+        attack-free control.
+    figures : pandas.DataFrame, optional
+        Rows of `evaluate`, with one of metric "auc" per detector. None takes the area under each drawn curve instead,
+        without an interval.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; None takes the current Axes.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        The title names the detector with the highest AUC. It is empty, with the reason, if there are no points.
+
+    Raises
+    ------
+    InputError
+        If `figures` does not have exactly one AUC for a detector.
+
+    Examples
+    --------
+    >>> from matplotlib.figure import Figure
+    >>> points = pd.DataFrame({"fpr": [0, 0, 1], "tpr": [0, 1, 1], "detector": "layer_norms"})
+    >>> plot_roc(points, ax=Figure().subplots()).get_title(loc="left")
+    'layer_norms separates best: AUC 1.00'
     """
     ax = plt.gca() if ax is None else ax
     if points.empty:
@@ -142,12 +189,12 @@ def plot_roc(points: pd.DataFrame, *, figures: pd.DataFrame | None = None, ax: A
     lines = []
     for number, (detector, curve) in enumerate(points.groupby("detector", sort=False)):
         lines.append((*_auc_of(str(detector), curve, figures), str(detector), curve, number))
-    lines.sort(key=lambda line: (-line[0], line[3]))  # the legend's order; colours keep to the table's
+    lines.sort(key=lambda line: (-line[0], line[3]))  # order of the legend; colors follow the order of the table
     ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", zorder=1)
-    colours = sns.color_palette("colorblind")
+    colors = sns.color_palette("colorblind")
     for value, low, high, detector, curve, number in lines:
         ax.plot(
-            curve["fpr"], curve["tpr"], drawstyle="steps-post", color=colours[number % 10],
+            curve["fpr"], curve["tpr"], drawstyle="steps-post", color=colors[number % 10],
             linestyle=DASHES[number % len(DASHES)], linewidth=1.8,
             label=f"{plain(detector)}: AUC {with_interval(value, low, high)}",
         )  # fmt: skip
@@ -168,6 +215,7 @@ def plot_roc(points: pd.DataFrame, *, figures: pd.DataFrame | None = None, ax: A
 
 
 def _auc_of(detector: str, curve: pd.DataFrame, figures: pd.DataFrame | None) -> tuple[float, float, float]:
+    """Returns the AUC of a detector and its interval, NaN where it has none."""
     if figures is not None:
         row = figures[figures["metric"].eq("auc") & figures["detector"].eq(detector)]
         if len(row) != 1:
@@ -177,11 +225,28 @@ def _auc_of(detector: str, curve: pd.DataFrame, figures: pd.DataFrame | None) ->
 
 
 def plot_training(metrics: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Main accuracy and attack success rate (ASR) over rounds: mean over seeds, band = 95 % bootstrap interval.
+    """Draws main accuracy and attack success rate (ASR) over rounds: mean over seeds with its 95 % bootstrap interval.
 
-    metrics: columns round, main_accuracy, asr and, where there are several, seed, filter (its name, "" without)
-    and control (bool). Without a filter lines are solid, with one dashed; control lines are thin and grey;
-    the rate has dots.
+    Parameters
+    ----------
+    metrics : pandas.DataFrame
+        Columns round, main_accuracy, asr and, where there are several, seed, filter (its name, "" for none) and
+        control (bool). A measure without any number is left out.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; None takes the current Axes.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Filters differ in dashes; lines of the ASR have dots, and those of controls are thin and gray beside
+        attacked ones. The title gives the ASR at the end of training, the control's, and what a filter changes.
+
+    Examples
+    --------
+    >>> from matplotlib.figure import Figure
+    >>> metrics = pd.DataFrame({"round": [0, 1], "main_accuracy": [0.5, 0.9], "asr": [0.1, 0.8]})
+    >>> plot_training(metrics, ax=Figure().subplots()).get_title(loc="left")
+    'ASR 0.80, main accuracy 0.90'
     """
     ax = plt.gca() if ax is None else ax
     table = metrics.assign(
@@ -193,14 +258,14 @@ def plot_training(metrics: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     both = len(table["control"].unique()) > 1
     rounds = table["round"].nunique()
     for (control, name, measure), part in _lines_of(table):
-        label, colour, marker = MEASURES[measure]
-        beside = bool(control) and both
+        label, color, marker = MEASURES[measure]
+        thin = bool(control) and both
         sns.lineplot(
-            part, x="round", y=measure, ax=ax, color="0.5" if beside else colour, seed=0, n_boot=500,
-            linestyle=DASHES[filters.index(name) % len(DASHES)], linewidth=0.9 if beside else 1.8,
-            marker=marker, markersize=3 if beside else 5, markeredgewidth=0, markevery=max(1, rounds // 6),
-            label=label + (f", filter {plain(name)}" if name else "") + (", no attack" if beside else ""),
-            errorbar=("ci", 95) if not beside else None, err_kws={"linewidth": 0, "alpha": 0.2},
+            part, x="round", y=measure, ax=ax, color="0.5" if thin else color, seed=0, n_boot=500,
+            linestyle=DASHES[filters.index(name) % len(DASHES)], linewidth=0.9 if thin else 1.8,
+            marker=marker, markersize=3 if thin else 5, markeredgewidth=0, markevery=max(1, rounds // 6),
+            label=label + (f", filter {plain(name)}" if name else "") + (", no attack" if thin else ""),
+            errorbar=("ci", 95) if not thin else None, err_kws={"linewidth": 0, "alpha": 0.2},
         )  # fmt: skip
     seeds = table["seed"].nunique()
     ax.spines[["top", "right"]].set_visible(False)
@@ -214,7 +279,7 @@ def plot_training(metrics: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def _lines_of(table: pd.DataFrame) -> list[tuple[tuple[bool, str, str], pd.DataFrame]]:
-    """The lines to draw, the control's first so that they lie below; measures without a number are left out."""
+    """Lists the lines to draw with their rows, the control's first, so that they lie below all others."""
     groups = sorted(table.groupby(["control", "filter"]), key=lambda group: (not group[0][0], group[0][1]))
     return [
         ((bool(control), str(name), measure), part.dropna(subset=[measure]))
@@ -225,18 +290,18 @@ def _lines_of(table: pd.DataFrame) -> list[tuple[tuple[bool, str, str], pd.DataF
 
 
 def _training_finding(table: pd.DataFrame) -> str:
-    """ASR at the end against the control, and what a filter makes of it; main accuracy where nothing attacks."""
+    """Gives the ASR at the end, the control's and what a filter changes; main accuracy where there is no attack."""
     end = table[table["round"].eq(table.groupby(["control", "filter", "seed"])["round"].transform("max"))]
     means = {key: part[["main_accuracy", "asr"]].mean().tolist() for key, part in end.groupby(["control", "filter"])}
     attacked = {str(name): mean for (control, name), mean in means.items() if not control}
-    free = {str(name): mean for (control, name), mean in means.items() if control}
+    controls = {str(name): mean for (control, name), mean in means.items() if control}
     if not attacked:
-        accuracy, rate = free.get("", next(iter(free.values())))
+        accuracy, rate = controls.get("", next(iter(controls.values())))
         return f"No attack: main accuracy {accuracy:.2f}" + (f", ASR {rate:.2f}" if np.isfinite(rate) else "")
     accuracy, rate = attacked.get("", next(iter(attacked.values())))
     if np.isnan(rate):
         return f"Main accuracy {accuracy:.2f}"
-    chance = free.get("", next(iter(free.values()), (np.nan, np.nan)))[1]
+    chance = controls.get("", next(iter(controls.values()), (np.nan, np.nan)))[1]
     beside = f" (control {chance:.2f})" if np.isfinite(chance) else ""
     filtered = [mean for name, mean in attacked.items() if name]
     if "" not in attacked or not filtered:

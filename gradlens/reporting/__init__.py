@@ -1,4 +1,4 @@
-"""One self-contained HTML file on a run or a sweep: `report`."""
+"""Reports on a run or a sweep as one self-contained HTML file: `report`."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -22,14 +22,39 @@ def report(
     executor: Executor | None = None,
     progress: bool = False,
 ) -> Path:
-    """Writes what a run or a sweep shows as one self-contained HTML file: findings first, then the evidence.
+    """Writes a report on a run or a sweep as one self-contained HTML file: findings first, then the evidence.
 
-    detectors: name -> uncalibrated detector; None: one per statistic. fpr: the false-positive rate that
-    thresholds are set for. permutations: behind each p-value.
-    control, null: for a single run, its attack-free control and attack-free runs to set thresholds on; those of
-    the sweep are found if the run lies in one. executor: works over the settings of a sweep and draws;
-    None: in this process. progress: show a bar while a sweep is analysed.
-    Returns the path. Raises InputError where the source is no run or sweep, or the path cannot be written.
+    Parameters
+    ----------
+    source : Run, Sweep, pathlib.Path or str
+        The run or sweep, or its folder.
+    out_path : pathlib.Path or str
+        The file to write.
+    detectors : Mapping, optional
+        Name -> uncalibrated detector; None takes one per statistic.
+    fpr : float
+        False-positive rate for which thresholds are set.
+    control : Run, pathlib.Path or str, optional
+        For a single run, its attack-free control; None looks for it in the sweep that contains the run.
+    null : sequence of Run
+        For a single run, attack-free runs on which thresholds are set; found in the same way if empty.
+    permutations : int
+        Number of permutations behind each p-value.
+    executor : concurrent.futures.Executor, optional
+        Distributes the settings of a sweep and the drawing; None works in this process.
+    progress : bool
+        Whether to show a progress bar while a sweep is analyzed.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    InputError
+        If the source is no run or sweep, a run has no round, a sweep has no closed attacked run with its control, or
+        the path cannot be written.
     """
     from gradlens.reporting import document, page  # plots take long to import, and memory that a server does without
 

@@ -1,7 +1,7 @@
-"""What the report says of a sweep, as tables: `analyse`.
+"""Computes the tables behind the report on a sweep: `analyse`.
 
-A **cell** is an attack-free setting and the attacks that it is the control of. Thresholds are set in a cell, for
-each seed on the attack-free runs of the other seeds, so every control is held out of its own threshold.
+A **cell** is an attack-free setting together with the attacks whose control it is. Thresholds are set within a cell,
+for each seed on the attack-free runs of the other seeds, so that every control is held out of its own threshold.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,23 +22,39 @@ from gradlens.localization import PHASES, localize_sweep
 from gradlens.plots import conditions
 from gradlens.run import Run, Sweep
 
-DEFENCES = ("aggregator", "detector", "filter")  # settings of the server, not of the attack
-ATTACKS = ("attack", "num_malicious", "poison_rate", "schedule")  # and of the attack
-WORKED, PARTLY = 0.5, 0.1  # by so much the ASR must end above the control's
-MOST_ROUNDS = 1 << 40  # no run is longer
-COSTLY = 0.1  # so much main accuracy below the control's, and the attack is no backdoor that goes unnoticed
+DEFENCES = ("aggregator", "detector", "filter")  # settings of the server
+ATTACKS = ("attack", "num_malicious", "poison_rate", "schedule")  # settings of the attack
+WORKED, PARTLY = 0.5, 0.1  # least gain in ASR over the control of an attack that worked, or worked in part
+MOST_ROUNDS = 1 << 40  # more than any run has
+COSTLY = 0.1  # loss of main accuracy against the control from which an attack would be noticed
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """A sweep's tables.
+    """The tables of a sweep's report.
 
-    runs: per attacked run (index): condition, base (without the defence), filter, cell, seed, control.
-    outcomes: per condition: ASR, that of the control, their difference with its interval, main accuracy, outcome.
-    places: what `localize_sweep` gives, with `condition`. raw: what `detect` gives, with run and seed.
-    figures: `evaluate` by condition and control, over the attacked rounds (see `labelled`).
-    alarms: `evaluate` of the attack-free runs by cell. thresholds: per run and detector: threshold, null.
-    left_out: why a run of the sweep is not in the tables. fpr: the rate that the thresholds were set for.
+    Parameters
+    ----------
+    sweep : Sweep
+        The sweep.
+    runs : pandas.DataFrame
+        Indexed by attacked run: condition, base (condition without the defense), filter, cell, seed, control.
+    outcomes : pandas.DataFrame
+        A row per condition, see `attack_outcomes`.
+    places : pandas.DataFrame
+        Table of `localize_sweep` with a column `condition`.
+    raw : pandas.DataFrame
+        Table of `detect` over all runs, with columns run, seed.
+    figures : pandas.DataFrame
+        `evaluate` by condition and control, over the attacked rounds (see `labelled`).
+    alarms : pandas.DataFrame
+        `evaluate` of the attack-free runs, by cell.
+    thresholds : pandas.DataFrame
+        Columns run, detector, threshold, null.
+    left_out : list of str
+        A sentence on each run of the sweep that is not in the tables.
+    fpr : float
+        False-positive rate for which the thresholds were set.
     """
 
     sweep: Sweep
@@ -62,21 +78,43 @@ def analyse(
     executor: Executor | None = None,
     progress: bool = False,
 ) -> Analysis:
-    """All tables of a sweep's report; the executor, if any, works over the cells; progress: show a bar of them.
+    """Computes all tables of a sweep's report.
 
-    Raises InputError where the sweep has no attacked run with its control, or a run has no ground truth.
+    Parameters
+    ----------
+    sweep : Sweep
+        The sweep.
+    detectors : Mapping, optional
+        Name -> uncalibrated detector; None takes `usual()`.
+    fpr : float
+        False-positive rate for which thresholds are set.
+    permutations : int
+        Number of permutations behind each p-value.
+    executor : concurrent.futures.Executor, optional
+        Distributes the cells; None works in this process.
+    progress : bool
+        Whether to show a progress bar of the cells, on a terminal only.
+
+    Returns
+    -------
+    Analysis
+
+    Raises
+    ------
+    InputError
+        If the sweep has no closed attacked run with its control, or a run has no ground truth.
     """
     runs, left_out = attacked_runs(sweep)
     cells = [part for _, part in runs.groupby("cell", sort=False)]
     settings = (usual() if detectors is None else detectors, fpr, permutations)
     if executor is None:
-        done = (_cell(sweep, cell, *settings) for cell in cells)
+        results = (_cell(sweep, cell, *settings) for cell in cells)
     else:
         paths = repeat(sweep.path, len(cells))
-        done = executor.map(_cell_at, paths, cells, *(repeat(each) for each in settings))
-    parts = list(tqdm(done, "analyse", len(cells), unit="setting", disable=None if progress else True))
+        results = executor.map(_cell_at, paths, cells, *(repeat(setting) for setting in settings))
+    parts = list(tqdm(results, "analyse", len(cells), unit="setting", disable=None if progress else True))
     tables = {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
-    order = {name: i for i, name in enumerate(runs["condition"].unique())}  # of the sweep, not of the cells
+    order = {name: i for i, name in enumerate(runs["condition"].unique())}  # in the sweep, not by cell
     for name in ("places", "figures"):
         tables[name] = tables[name].sort_values(
             "condition", key=lambda c: c.map(order), kind="stable", ignore_index=True
@@ -85,12 +123,28 @@ def analyse(
 
 
 def usual(names: Sequence[str] = USUAL) -> dict[str, Detector]:
-    """The detectors of a report: one per statistic, all with the robust z-score."""
+    """Returns the detectors that a report uses by default, name -> uncalibrated detector."""
     return {name: DETECTORS[name]() for name in names}
 
 
 def attacked_runs(sweep: Sweep) -> tuple[pd.DataFrame, list[str]]:
-    """A row per attacked run whose control is there, and a sentence on each that is left out."""
+    """Lists the closed attacked runs that have a closed control, and why each other run is left out.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        The sweep.
+
+    Returns
+    -------
+    tuple of (pandas.DataFrame, list of str)
+        The table `Analysis.runs`, and a sentence per run that is left out.
+
+    Raises
+    ------
+    InputError
+        If there is no closed attacked run with a closed control.
+    """
     settings = {str(name): row for name, row in sweep.settings[_axes(sweep)].to_dict("index").items()}
     controls, names, left_out = sweep.index["controls"], [], []
     closed = {run.name for run in sweep.runs if run.is_closed}
@@ -107,12 +161,13 @@ def attacked_runs(sweep: Sweep) -> tuple[pd.DataFrame, list[str]]:
         left_out.append(f"{lost} of {len(sweep.index['runs'])} runs of the sweep are not there (yet)")
     if not names:
         raise InputError(f"{sweep.path}: a report on a sweep needs a closed attacked run and its control, found none")
-    own, free = ([settings[name] for name in which] for which in (names, [controls[name] for name in names]))
+    attacked = [settings[name] for name in names]
+    attack_free = [settings[controls[name]] for name in names]
     columns = {
-        "condition": conditions(own),
-        "base": conditions([_without(row, DEFENCES) for row in own]),
-        "filter": [_defence(row) for row in own],
-        "cell": conditions([_without(row, ATTACKS) for row in free]),
+        "condition": conditions(attacked),
+        "base": conditions([_without(row, DEFENCES) for row in attacked]),
+        "filter": [_defense(row) for row in attacked],
+        "cell": conditions([_without(row, ATTACKS) for row in attack_free]),
         "seed": [seed_of(sweep.run(name)) for name in names],
         "control": [controls[name] for name in names],
     }
@@ -120,20 +175,22 @@ def attacked_runs(sweep: Sweep) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _axes(sweep: Sweep) -> list[str]:
+    """Returns the varied settings except the seed."""
     return [axis for axis in sweep.axes if axis != "seed"]
 
 
 def _without(settings: Mapping[Any, Any], names: Sequence[str]) -> dict[Any, Any]:
+    """Returns the settings except those of some names."""
     return {name: value for name, value in settings.items() if name not in names}
 
 
-def _defence(settings: Mapping[Any, Any]) -> str:
-    """What the server does about attackers, "" where it does nothing."""
+def _defense(settings: Mapping[Any, Any]) -> str:
+    """Names the server's defenses, "" if it has none."""
     return ", ".join(str(settings[n]) for n in DEFENCES if str(settings.get(n, "none")) not in ("none", "mean", "drop"))
 
 
 def _named(sweep: Sweep, runs: pd.DataFrame, places: pd.DataFrame) -> list[str]:
-    """The condition of each row of `localize_sweep`, in the words of `runs`."""
+    """Returns the condition of each row of `localize_sweep`, named as in `runs`."""
 
     def keys(table: pd.DataFrame) -> list[tuple[str, ...]]:
         rows = table[_axes(sweep)].to_dict("records")
@@ -144,7 +201,21 @@ def _named(sweep: Sweep, runs: pd.DataFrame, places: pd.DataFrame) -> list[str]:
 
 
 def attack_outcomes(sweep: Sweep, runs: pd.DataFrame) -> pd.DataFrame:
-    """Per condition: did the attack work, at the end of training, against its control?"""
+    """Compares the attack success rate at the end of training with that of the control, per condition.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        The sweep.
+    runs : pandas.DataFrame
+        Table of `attacked_runs`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns condition, base, filter, asr, control_asr, difference, low, high (95 % bootstrap interval of the
+        difference over seeds), accuracy, control_accuracy, seeds, outcome; means over seeds.
+    """
     reference = sweep.controls.sort_values("round").groupby("run")["asr"].last()
     by_name = {run.name: run for run in sweep.runs}
     rows = []
@@ -167,24 +238,55 @@ def attack_outcomes(sweep: Sweep, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def attack_table(sweep: Sweep) -> pd.DataFrame:
-    """Did the attacks work? A row per condition, what worked most first.
+    """Tabulates how well each attack worked, the largest gain in attack success rate first.
 
-    Columns: condition, outcome, ASR, ASR on control, difference, main accuracy, seeds; means over seeds, after the
-    last round.
+    Parameters
+    ----------
+    sweep : Sweep
+        The sweep.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per condition with columns condition, outcome, ASR, ASR on control, difference, main accuracy, seeds;
+        means over seeds, after the last round.
+
+    Raises
+    ------
+    InputError
+        If there is no closed attacked run with a closed control.
     """
-    found = attack_outcomes(sweep, attacked_runs(sweep)[0]).sort_values("difference", ascending=False, kind="stable")
+    outcomes = attack_outcomes(sweep, attacked_runs(sweep)[0]).sort_values("difference", ascending=False, kind="stable")
     names = {"asr": "ASR", "control_asr": "ASR on control", "accuracy": "main accuracy"}
     columns = ["condition", "outcome", "asr", "control_asr", "difference", "accuracy", "seeds"]
-    return found[columns].rename(columns=names).reset_index(drop=True)
+    return outcomes[columns].rename(columns=names).reset_index(drop=True)
 
 
 def final(run: Run, metric: str) -> float:
-    """A metric after the last round, NaN where it was not measured."""
+    """Returns a metric after the last round, NaN if it was not measured."""
     return float(run.metrics[metric].iloc[-1]) if metric in run.metrics and len(run.metrics) else float("nan")
 
 
 def outcome(difference: float, low: float = float("nan")) -> str:
-    """A word for how far the ASR ends above the control's; an interval that reaches 0 is a failure."""
+    """Rates an attack by how far its success rate ends above the control's.
+
+    Parameters
+    ----------
+    difference : float
+        Attack success rate minus the control's.
+    low : float
+        Lower limit of its interval; at 0 or below the attack failed. NaN is not considered.
+
+    Returns
+    -------
+    str
+        "worked" from 0.5, "worked in part" from 0.1, "failed" below, "not measured" for NaN.
+
+    Examples
+    --------
+    >>> outcome(0.7), outcome(0.2), outcome(0.7, low=-0.1)
+    ('worked', 'worked in part', 'failed')
+    """
     if np.isnan(difference):
         return "not measured"
     if difference < PARTLY or low <= 0:
@@ -195,7 +297,24 @@ def outcome(difference: float, low: float = float("nan")) -> str:
 def thresholds_of(
     detectors: Mapping[str, Detector], controls: Sequence[Run], seed: Any, fpr: float
 ) -> dict[str, Detector]:
-    """The detectors, calibrated on the attack-free runs of other seeds; where those are too few, on each cohort."""
+    """Calibrates detectors on the attack-free runs of other seeds or, if they are too few, on each cohort.
+
+    Parameters
+    ----------
+    detectors : Mapping
+        Name -> uncalibrated detector.
+    controls : sequence of Run
+        Attack-free runs of one setting.
+    seed : Any
+        Seed whose runs are held out.
+    fpr : float
+        False-positive rate for which thresholds are set.
+
+    Returns
+    -------
+    dict
+        Name -> calibrated detector.
+    """
     null = [run for run in controls if seed_of(run) != seed]
     calibrated = {}
     for name, detector in detectors.items():
@@ -207,10 +326,22 @@ def thresholds_of(
 
 
 def labelled(sweep: Sweep, runs: pd.DataFrame, raw: pd.DataFrame) -> pd.DataFrame:
-    """The scores of some runs in their attacked rounds, and of their controls with the same clients called malicious.
+    """Labels the scores of runs and their controls in the attacked rounds, by the truth of the attacked runs.
 
-    raw: what `detect` gives, with run. Returns: the same with run (the attacked one), condition, control, seed,
-    phase, malicious.
+    Parameters
+    ----------
+    sweep : Sweep
+        The sweep.
+    runs : pandas.DataFrame
+        Rows of `attacked_runs`.
+    raw : pandas.DataFrame
+        Table of `detect` with a column `run`, for the runs and their controls.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The scores with columns run (the attacked one), condition, control (bool), seed, phase, malicious. On controls
+        the same clients are called malicious.
     """
     scores, truths = [], []
     for i, (name, row) in enumerate(zip(runs.index.astype(str), runs.to_dict("records"), strict=True)):
@@ -218,34 +349,35 @@ def labelled(sweep: Sweep, runs: pd.DataFrame, raw: pd.DataFrame) -> pd.DataFram
         attacked = sorted(truth.loc[truth["poisoned"].astype(bool), "round"].unique())
         truths.append(truth.assign(round=truth["round"] + i * MOST_ROUNDS))
         for control, source in ((False, name), (True, row["control"])):
-            own = raw[raw["run"].eq(source) & raw["round"].isin(attacked)]
-            phase = np.where(own["round"].isin(attacked[:3]), *PHASES)
-            said = {"run": name, "condition": row["condition"], "control": control, "seed": row["seed"], "phase": phase}
-            scores.append(own.assign(**said, round=own["round"] + i * MOST_ROUNDS))
-    # one join for all runs, whose rounds are moved apart for it: each join costs as much as thousands of rows
+            part = raw[raw["run"].eq(source) & raw["round"].isin(attacked)]
+            phase = np.where(part["round"].isin(attacked[:3]), *PHASES)
+            keys = {"run": name, "condition": row["condition"], "control": control, "seed": row["seed"], "phase": phase}
+            scores.append(part.assign(**keys, round=part["round"] + i * MOST_ROUNDS))
+    # rounds are shifted per run, so that a single join serves all runs: a join costs as much as thousands of rows
     table = with_truth(pd.concat(scores, ignore_index=True), pd.concat(truths, ignore_index=True))
     return table.assign(round=table["round"] % MOST_ROUNDS)
 
 
 def _cell_at(path: Path, cell: pd.DataFrame, *settings: Any) -> dict[str, pd.DataFrame]:
+    """Computes a cell in another process, which opens the sweep itself."""
     return _cell(Sweep.open(path), cell, *settings)
 
 
 def _cell(
     sweep: Sweep, cell: pd.DataFrame, detectors: Mapping[str, Detector], fpr: float, permutations: int
 ) -> dict[str, pd.DataFrame]:
-    """The tables of one cell's runs, under their names in `Analysis`."""
-    free = [sweep.run(str(name)) for name in cell["control"].unique()]
-    part = replace(sweep, runs=[*(sweep.run(str(name)) for name in cell.index), *free])
-    for run in free:
-        detect(run, detectors)  # each round is read once for all; `calibrate` finds the verdicts in the log's memory
-    by_seed = {seed: thresholds_of(detectors, free, seed, fpr) for seed in dict.fromkeys(map(seed_of, part.runs))}
+    """Computes the tables of one cell's runs, under their names in `Analysis`."""
+    controls = [sweep.run(str(name)) for name in cell["control"].unique()]
+    part = replace(sweep, runs=[*(sweep.run(str(name)) for name in cell.index), *controls])
+    for run in controls:
+        detect(run, detectors)  # reads each round once; `calibrate` then finds the verdicts in the log's cache
+    by_seed = {seed: thresholds_of(detectors, controls, seed, fpr) for seed in dict.fromkeys(map(seed_of, part.runs))}
     scores, thresholds = [], []
     for run in part.runs:
         scores.append(detect(run, by_seed[seed_of(run)]).assign(run=run.name, seed=seed_of(run)))
         for name, detector in by_seed[seed_of(run)].items():
-            said = {key: getattr(detector, key, None) for key in ("threshold", "null")}
-            thresholds.append({"run": run.name, "detector": name, **said})
+            rule = {key: getattr(detector, key, None) for key in ("threshold", "null")}
+            thresholds.append({"run": run.name, "detector": name, **rule})
     raw = pd.concat(scores, ignore_index=True)
     places = localize_sweep(part, permutations=permutations)
     places.insert(0, "condition", _named(sweep, cell, places))
@@ -260,5 +392,5 @@ def _cell(
 
 
 def seed_of(run: Run) -> Any:
-    """The seed that a run was simulated with, 0 if it was not."""
+    """Returns the seed of a run's scenario, 0 if it has none."""
     return run.scenario.get("seed", 0)

@@ -1,4 +1,4 @@
-"""A report put together: of a run, or of a sweep."""
+"""Assembles the page of a report, on a run or on a sweep."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -23,7 +23,7 @@ def of_run(
     null: Sequence[Run],
     permutations: int,
 ) -> str:
-    """The page on a single run; arguments as of `gradlens.report`."""
+    """Returns the HTML page on a single run; parameters as of `gradlens.report`."""
     detectors = usual() if detectors is None else detectors
     control = Run.open(control) if isinstance(control, Path | str) else control
     e = examine(run, detectors, fpr=fpr, control=control, null=null, permutations=permutations)
@@ -41,7 +41,7 @@ def of_sweep(
     *,
     progress: bool,
 ) -> str:
-    """The page on a sweep; arguments as of `gradlens.report`."""
+    """Returns the HTML page on a sweep; parameters as of `gradlens.report`."""
     detectors = usual() if detectors is None else detectors
     a = analyse(sweep, detectors, fpr=fpr, permutations=permutations, executor=executor, progress=progress)
     chosen = representative(a)

@@ -1,4 +1,4 @@
-"""What a sweep shows, in sentences written from its tables; what was not found is said as not found."""
+"""Writes the findings on a sweep from its tables, negative results included."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,15 +27,27 @@ MOST = 6  # points of a list
 
 
 def sweep_findings(a: Analysis, chosen: Mapping[str, Any]) -> list[Block]:
-    """All findings on a sweep, in the order of its sections."""
-    found = [worked(a), failed(a), where(a, chosen), where_in_all(a), who(a, chosen), named(a, chosen), how_sure(a)]
-    return [each for each in [*found, when(a, chosen), filters(a), left_out(a)] if each]
+    """Writes all findings on a sweep, in the order of the report's sections.
+
+    Parameters
+    ----------
+    a : Analysis
+        Tables of the sweep.
+    chosen : Mapping
+        The representative run and detector, see `representative`.
+
+    Returns
+    -------
+    list of Block
+    """
+    blocks = [worked(a), failed(a), where(a, chosen), where_in_all(a), who(a, chosen), named(a, chosen), how_sure(a)]
+    return [block for block in [*blocks, when(a, chosen), filters(a), left_out(a)] if block]
 
 
 def worked(a: Analysis) -> Block:
-    """Which attacks worked."""
+    """Says which attacks worked."""
     bare = ranked(a.outcomes[a.outcomes["filter"].eq("")])
-    good, part = ([row for row in bare if row.outcome == said] for said in ("worked", "worked in part"))
+    good, part = ([row for row in bare if row.outcome == verdict] for verdict in ("worked", "worked in part"))
     limit = f"an ASR at least {100 * WORKED:.0f} points above the attack-free control"
     sentence = f"{len(good)} of {count(len(bare), 'attacked condition')} worked ({limit}), {len(part)} more in part."
     if unknown := sum(row.outcome == "not measured" for row in bare):
@@ -47,7 +59,7 @@ def worked(a: Analysis) -> Block:
 
 
 def failed(a: Analysis) -> Block | None:
-    """Which attacks failed."""
+    """Says which attacks failed; None if none did."""
     bad = [row for row in ranked(a.outcomes) if row.outcome == "failed" and not row.filter]
     if not bad:
         return None
@@ -57,36 +69,36 @@ def failed(a: Analysis) -> Block | None:
 
 
 def ranked(outcomes: pd.DataFrame) -> list[Any]:
-    """The outcomes, the largest gain first."""
+    """Returns the rows of the outcomes, the largest gain in attack success rate first."""
     return rows_of(outcomes.sort_values("difference", ascending=False, kind="stable"))
 
 
 def outcome_line(row: Any) -> str:
-    """ "label_flip, 1 malicious, lr 0.02: failed (ASR 0.03, control 0.02; main accuracy 0.91, control 0.91)"."""
+    """Writes a line such as "label_flip, lr 0.02: failed (ASR 0.03, control 0.02; main accuracy 0.91, control 0.9)"."""
     accuracy = f"main accuracy {number(row.accuracy)}, control {number(row.control_accuracy)}"
     success = f"ASR {number(row.asr)}, control {number(row.control_asr)}"
     return f"{row.condition}: {row.outcome} ({success}; {accuracy})"
 
 
 def points(lines: Sequence[str], where_else: str) -> list[str]:
-    """The first lines, the rest counted."""
+    """Keeps the first 6 lines, and counts the rest with a note where to find them."""
     more = len(lines) - MOST
     return [*lines[:MOST], *([f"and {more} more, in {where_else}"] if more > 0 else [])]
 
 
 def where(a: Analysis, chosen: Mapping[str, Any]) -> Block | None:
-    """The layer that gives the strongest attack away, early and late, and what the control gives there."""
-    own = whole_layers(a, control=False)
-    best = {row.phase: row for row in best_of(own[own["condition"].eq(chosen["condition"])], 1)}
+    """Says which layer separates best under the chosen condition, early and late, beside the control."""
+    attacked = whole_layers(a, control=False)
+    best = {row.phase: row for row in best_of(attacked[attacked["condition"].eq(chosen["condition"])], 1)}
     if not best:
         return finding("Where", f"Not found: no statistic could say where {chosen['condition']} differs.")
     top = max(best.values(), key=lambda row: row.auc)
-    rows, free = by_place(own), by_place(whole_layers(a, control=True))
+    rows, controls = by_place(attacked), by_place(whole_layers(a, control=True))
     parts = []
     for phase in PHASES:
         spot = (top.condition, phase, top.layer, top.statistic)
         if spot in rows:
-            beside = f", control {number(free[spot][0].auc)}" if spot in free else ""
+            beside = f", control {number(controls[spot][0].auc)}" if spot in controls else ""
             parts.append(f"AUC {shown(rows[spot][0])} in the {'later rounds' if phase == 'later' else phase}{beside}")
     if top.auc < PARTLY:
         sentence = (
@@ -99,25 +111,27 @@ def where(a: Analysis, chosen: Mapping[str, Any]) -> Block | None:
 
 
 def where_in_all(a: Analysis) -> Block | None:
-    """In how many conditions some layer separates significantly, by outcome, and on the controls by chance."""
+    """Counts conditions in which any layer separates significantly, by outcome, beside the controls."""
     verdict = {row.condition: row.outcome for row in rows_of(a.outcomes) if not row.filter}
     significant = {place(row)[0] for row in rows_of(whole_layers(a, control=False)) if row.p < 0.05}
     by_chance = {place(row)[0] for row in rows_of(whole_layers(a, control=True)) if row.p < 0.05}
-    good = [name for name, said in verdict.items() if said.startswith("worked")]
-    bad = [name for name, said in verdict.items() if said == "failed"]
+    good = [name for name, result in verdict.items() if result.startswith("worked")]
+    bad = [name for name, result in verdict.items() if result == "failed"]
     if len(good) + len(bad) < 2:
         return None
-    found, idle = (sum(name in significant for name in names) for names in (good, bad))
+    separated, idle = (sum(name in significant for name in names) for names in (good, bad))
     tests = distinct_controls(a, list(verdict))
     sentence = (
-        f"Some layer separates with p < 0.05 in {found} of {count(len(good), 'condition')} whose attack worked at "
+        f"Some layer separates with p < 0.05 in {separated} of {count(len(good), 'condition')} whose attack worked at "
         f"least in part, in {idle} of {len(bad)} whose attack failed, and by chance in "
         f"{sum(not by_chance.isdisjoint(names) for names in tests)} of the {len(tests)} different controls."
     )
     best = best_of(whole_layers(a, control=False), 1)
-    often = Counter(row.layer for row in best if row.condition in good and row.p < 0.05).most_common(3)
+    most_common = Counter(row.layer for row in best if row.condition in good and row.p < 0.05).most_common(3)
     lines = (
-        [f"Best layer most often: {listed([f'{layer} ({number} times)' for layer, number in often])}"] if often else []
+        [f"Best layer most often: {listed([f'{layer} ({number} times)' for layer, number in most_common])}"]
+        if most_common
+        else []
     )
     missed = [name for name in good if name not in significant]
     lines += [f"Not found: {name} {verdict[name]}, and no layer separates" for name in missed]
@@ -125,7 +139,7 @@ def where_in_all(a: Analysis) -> Block | None:
 
 
 def distinct_controls(a: Analysis, conditions: Sequence[str]) -> list[list[str]]:
-    """Conditions grouped by what their control tests: the same attack-free runs with the same clients named."""
+    """Groups conditions whose controls are the same test: equal attack-free runs and equal malicious clients."""
     tests: dict[frozenset[Any], list[str]] = {}
     for name in conditions:
         runs = a.runs.loc[a.runs["condition"].eq(name), "control"]
@@ -135,13 +149,13 @@ def distinct_controls(a: Analysis, conditions: Sequence[str]) -> list[list[str]]
 
 
 def who(a: Analysis, chosen: Mapping[str, Any]) -> Block:
-    """The best detector under the strongest attack, and where no detector separates though an attack worked."""
-    own, free = (figures_of(a, chosen["condition"], control=control) for control in (False, True))
+    """Says which detector is best under the chosen condition, and which attacks that worked no detector separates."""
+    attacked, clean = (figures_of(a, chosen["condition"], control=control) for control in (False, True))
     name = chosen["detector"]
-    auc, caught = own["auc"][name], own["tpr_5"][name]
+    auc, caught = attacked["auc"][name], attacked["tpr_5"][name]
     sentence = (
         f"{name} tells malicious from benign updates best: AUC {shown(auc)}, with the same labels on the attack-free "
-        f"control {shown(free['auc'][name])}; it catches {shown(caught, share=True)} of the malicious updates at 5 % "
+        f"control {shown(clean['auc'][name])}; it catches {shown(caught, share=True)} of the malicious updates at 5 % "
         f"false positives ({count(auc.seeds, 'seed')})."
     )
     if not auc.value >= PARTLY:
@@ -152,35 +166,35 @@ def who(a: Analysis, chosen: Mapping[str, Any]) -> Block:
     for row in ranked(a.outcomes):
         if row.outcome.startswith("worked") and not row.filter:
             aucs = figures_of(a, row.condition, control=False)["auc"]
-            best = max(aucs.values(), key=lambda each: np.nan_to_num(each.value, nan=-1.0))
+            best = max(aucs.values(), key=lambda figure: np.nan_to_num(figure.value, nan=-1.0))
             if not best.value >= PARTLY:
                 hidden.append(f"Not found: {row.condition} {row.outcome}; best AUC {shown(best)} ({best.detector})")
     return finding("Who", sentence, points(hidden, "section 3"))
 
 
 def named(a: Analysis, chosen: Mapping[str, Any]) -> Block:
-    """The clients that the best detector flags most in the representative run."""
+    """Names the clients that the best detector flags in most rounds of the representative run."""
     raw = a.raw[a.raw["run"].eq(chosen["run"]) & a.raw["detector"].eq(chosen["detector"]) & a.raw["abstained"].eq("")]
     poisoned = poisoners(a.sweep.run(chosen["run"]))
     shares = raw.groupby("client")["flag"].agg(["sum", "size"]).sort_values("sum", ascending=False, kind="stable")
-    often = [row for row in rows_of(shares) if row.sum > row.size / 2]
+    flagged = [row for row in rows_of(shares) if row.sum > row.size / 2]
     lines = [
         f"{row.Index}: flagged in {row.sum} of {row.size} rounds, {'malicious' if row.Index in poisoned else 'benign'}"
-        for row in often
+        for row in flagged
     ]
-    missed = [client for client in poisoned if client not in {row.Index for row in often}]
+    missed = [client for client in poisoned if client not in {row.Index for row in flagged}]
     if missed:
         lines.append(f"malicious and not flagged in most rounds: {listed(missed)}")
-    right = sum(row.Index in poisoned for row in often)
+    right = sum(row.Index in poisoned for row in flagged)
     sentence = (
-        f"In run {chosen['run']} of that condition, {chosen['detector']} flags {count(len(often), 'client')} in most "
+        f"In run {chosen['run']} of that condition, {chosen['detector']} flags {count(len(flagged), 'client')} in most "
         f"rounds, {right} of them among the {len(poisoned)} malicious."
     )
     return finding("Flagged", sentence, points(lines, "section 3"))
 
 
 def how_sure(a: Analysis) -> Block:
-    """The null of the thresholds, and what they flag where nobody attacks."""
+    """Names the null of the thresholds, and the share of attack-free updates that they flag."""
     nulls = Counter(str(null) for null in a.thresholds["null"])
     rates = [row for row in rows_of(a.alarms[a.alarms["metric"].eq("fpr")]) if np.isfinite(row.value)]
     flagged = f"from {percent(min(r.value for r in rates))} to {percent(max(r.value for r in rates))}" if rates else "–"
@@ -202,12 +216,12 @@ def how_sure(a: Analysis) -> Block:
 
 
 def when(a: Analysis, chosen: Mapping[str, Any]) -> Block:
-    """Since which round, and whether the anomaly fades."""
+    """Says in which round the attack begins and is first flagged, and whether the anomaly fades."""
     run, name = a.sweep.run(chosen["run"]), chosen["detector"]
     first = attacked_rounds(run)[0]
     part = chosen["scores"][~chosen["scores"]["control"] & chosen["scores"]["detector"].eq(name)]
-    own = part[part["run"].eq(chosen["run"])]
-    caught = own[own["malicious"] & own["flag"].astype(bool)]
+    of_run = part[part["run"].eq(chosen["run"])]
+    caught = of_run[of_run["malicious"] & of_run["flag"].astype(bool)]
     sentence = f"In run {chosen['run']} the attack begins in round {first}; {name} "
     if len(caught):
         sentence += f"first flags a malicious client in round {caught['round'].min()}"
@@ -224,7 +238,7 @@ def when(a: Analysis, chosen: Mapping[str, Any]) -> Block:
 
 
 def filters(a: Analysis) -> Block:
-    """What the filter made of the attacks."""
+    """Says which attacks the filter stopped, and at what cost in main accuracy."""
     pairs = filtered_pairs(a)
     if not pairs:
         return finding("Filter", "Not tested: no condition was run both with and without a filter.")
@@ -251,7 +265,7 @@ def filters(a: Analysis) -> Block:
 
 
 def left_out(a: Analysis) -> Block | None:
-    """What of the sweep is not in the report."""
+    """Lists the runs of the sweep that are not in the report; None if all are."""
     if not a.left_out:
         return None
     return finding("Left out", "Not everything in the folder could be used.", points(a.left_out, "section 7"))

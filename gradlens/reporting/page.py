@@ -1,7 +1,7 @@
-"""The parts that a report's page is made of, and the page itself.
+"""Builds the HTML page of a report from blocks.
 
-A block is a small dictionary that the template knows: text, heading, code, table or figure. Every text in
-it may come from a client: the template escapes all of it.
+A block is a small dictionary that the template renders: text, heading, code, table or figure. Any text in it may come
+from a client, so the template escapes all of it.
 """
 
 import re
@@ -30,9 +30,9 @@ STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 10, "axes.linewidth": 0.7, "legend.fontsize": 8, "figure.facecolor": "white",
     "svg.fonttype": "path", "svg.hashsalt": "gradlens",  # the same tables give the same bytes
 }  # fmt: skip
-DRAWING = Lock()  # matplotlib is not made for threads
+DRAWING = Lock()  # matplotlib is not thread-safe
 NUMBER = re.compile(r"^[+\-\N{MINUS SIGN}≤≥]? ?\d[\d.,]*(?!\w)|^$|^–$")
-LONG = 16  # rows from which a table is folded away
+LONG = 16  # tables with more rows are folded away
 
 WORDS = [
     (
@@ -89,44 +89,109 @@ WORDS = [
 
 
 def text(sentence: str) -> Block:
-    """A paragraph."""
+    """Returns a block with one paragraph."""
     return {"kind": "text", "text": unbroken(sentence)}
 
 
 def unbroken(sentence: str) -> str:
-    """The sentence with numbers and their per cent signs, and intervals, held together."""
+    """Puts no-break spaces before percent signs and inside intervals.
+
+    Parameters
+    ----------
+    sentence : str
+        Text with ordinary spaces.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> unbroken("caught 5 %") == "caught 5\\N{NO-BREAK SPACE}%"
+    True
+    """
     joined = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", sentence)
     return re.sub(r"(?<=\d,) (?=\S+\])", "\N{NO-BREAK SPACE}", joined)
 
 
 def heading(title: str) -> Block:
-    """A heading inside a section."""
+    """Returns a block with a heading inside a section."""
     return {"kind": "heading", "text": title}
 
 
 def code(lines: Sequence[str]) -> Block:
-    """Commands, a line each."""
+    """Returns a block of commands, one per line."""
     return {"kind": "code", "text": "\n".join(lines)}
 
 
 def section(name: str, title: str, blocks: Sequence[Block | Future]) -> Section:
-    """A section of the page; `name` is its anchor; blocks may still be in the making."""
+    """Builds a section of the page.
+
+    Parameters
+    ----------
+    name : str
+        Its anchor.
+    title : str
+        Its heading.
+    blocks : sequence of Block or Future
+        Its contents; a future must give a block, see `finished`.
+
+    Returns
+    -------
+    Section
+    """
     return {"id": name, "title": title, "blocks": list(blocks)}
 
 
 def finished(sections: Sequence[Section]) -> list[Section]:
-    """The sections once all of their blocks are made."""
-    made = [[b.result() if isinstance(b, Future) else b for b in each["blocks"]] for each in sections]
-    return [each | {"blocks": blocks} for each, blocks in zip(sections, made, strict=True)]
+    """Waits for all blocks that are futures, and returns the sections with their results."""
+    contents = [
+        [block.result() if isinstance(block, Future) else block for block in part["blocks"]] for part in sections
+    ]
+    return [part | {"blocks": blocks} for part, blocks in zip(sections, contents, strict=True)]
 
 
 def finding(about: str, sentence: str, points: Sequence[str] = ()) -> Block:
-    """One finding: a word on what it is about, a sentence, and perhaps a list."""
+    """Builds one finding.
+
+    Parameters
+    ----------
+    about : str
+        Keyword, such as "Attack".
+    sentence : str
+        The finding.
+    points : sequence of str
+        Items of a list below it.
+
+    Returns
+    -------
+    Block
+    """
     return {"about": about, "text": unbroken(sentence), "points": [unbroken(point) for point in points]}
 
 
 def table(rows: Sequence[dict[str, str]], caption: str, *, folded: bool | None = None) -> Block:
-    """A table of texts, a dictionary per row; columns of numbers are set right, long tables folded away."""
+    """Builds a table; columns that hold only numbers are right-aligned.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Column -> text, one dictionary per row, all with the columns of the first.
+    caption : str
+        Shown with the table, or alone if there are no rows; its first sentence is the summary of a folded table.
+    folded : bool, optional
+        Whether the table is folded away; None folds tables of more than 16 rows.
+
+    Returns
+    -------
+    Block
+        A paragraph if there are no rows.
+
+    Examples
+    --------
+    >>> table([{"Client": "a", "Rounds": "3"}], "Clients.")["columns"]
+    [('Client', False), ('Rounds', True)]
+    """
     if not rows:
         return text(f"{caption} Nothing to show.")
     columns = [(name, all(NUMBER.match(row[name]) for row in rows)) for name in rows[0]]
@@ -142,7 +207,22 @@ def table(rows: Sequence[dict[str, str]], caption: str, *, folded: bool | None =
 
 
 def figure(draw: Callable[[Figure], None], size: tuple[float, float], caption: str) -> Block:
-    """A picture, embedded as SVG; size: width and height in inches. Its titles are what a screen reader says."""
+    """Draws a picture and embeds it as SVG.
+
+    Parameters
+    ----------
+    draw : callable
+        Draws on an empty matplotlib figure.
+    size : tuple of float
+        Width and height in inches.
+    caption : str
+        Text below the picture.
+
+    Returns
+    -------
+    Block
+        The titles of the Axes are its alternative text.
+    """
     with DRAWING, mpl.rc_context(STYLE):
         canvas = Figure(figsize=size, layout="constrained")
         draw(canvas)
@@ -154,19 +234,57 @@ def figure(draw: Callable[[Figure], None], size: tuple[float, float], caption: s
 
 
 def rows_of(frame: pd.DataFrame) -> list[Any]:
-    """The rows of a table as named tuples."""
+    """Returns the rows of a table as named tuples."""
     return list(frame.itertuples())
 
 
 def number(value: float, digits: int = 2) -> str:
-    """A number with so many digits, an en dash for none."""
+    """Formats a number with `digits` decimals; NaN is an en dash.
+
+    Parameters
+    ----------
+    value : float
+        The number.
+    digits : int
+        Number of decimals.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> number(0.956), number(float("nan"))
+    ('0.96', '–')
+    """
     if np.isnan(value):
         return "–"
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")  # + 0.0: no -0.00
 
 
 def measured(value: float, low: float, high: float, bound: str = "", *, share: bool = False) -> str:
-    """A figure with its interval and bound, "≥ 0.93 [0.90, 1.00]"; share: in per cent."""
+    """Formats a figure with its interval and bound, such as "≥ 0.93 [0.90, 1.00]".
+
+    Parameters
+    ----------
+    value : float
+        The figure; NaN is an en dash.
+    low, high : float
+        Its interval, left out if `low` is NaN or the bound is "<=".
+    bound : str
+        ">=", "<=" or "".
+    share : bool
+        Whether to show percentages.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> measured(0.93, 0.9, 1.0, ">=")
+    '≥ 0.93 [0.90, 1.00]'
+    """
     if np.isnan(value):
         return "–"
     sign = {">=": "≥ ", "<=": "≤ "}.get(bound, "")
@@ -176,7 +294,24 @@ def measured(value: float, low: float, high: float, bound: str = "", *, share: b
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
-    """Names in a sentence, the rest of a long list counted."""
+    """Joins names for a sentence, and counts those beyond the first `most`.
+
+    Parameters
+    ----------
+    names : sequence of str
+        The names.
+    most : int
+        How many are written out.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> listed(["a", "b", "c"]), listed(["a", "b", "c"], most=1)
+    ('a, b and c', 'a and 2 more')
+    """
     shown = list(names[:most])
     if len(names) > most:
         shown.append(f"{len(names) - most} more")
@@ -184,7 +319,23 @@ def listed(names: Sequence[str], most: int = 6) -> str:
 
 
 def render(title: str, lead: str, findings: Sequence[Block], sections: Sequence[Section]) -> str:
-    """The whole page as HTML; every value is escaped."""
+    """Renders the whole page as HTML, with every value escaped.
+
+    Parameters
+    ----------
+    title : str
+        Title of the page.
+    lead : str
+        Sentence below the title.
+    findings : sequence of Block
+        Blocks of `finding`.
+    sections : sequence of Section
+        Sections whose blocks are finished.
+
+    Returns
+    -------
+    str
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -197,7 +348,25 @@ def render(title: str, lead: str, findings: Sequence[Block], sections: Sequence[
 
 
 def write(page: str, out_path: Path | str) -> Path:
-    """Writes the page whole or not at all; raises InputError where the path cannot be a file."""
+    """Writes the page to a file, completely or not at all.
+
+    Parameters
+    ----------
+    page : str
+        The HTML.
+    out_path : pathlib.Path or str
+        The file; missing folders are created.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    InputError
+        If the path is a folder or cannot be written.
+    """
     path = Path(out_path)
     if path.is_dir():
         raise InputError(f"{path}: expected the file to write the report to, found a folder")

@@ -1,6 +1,6 @@
-"""The figures of a report: what was attacked on the left, its attack-free control on the right, on equal axes.
+"""Figures of a report: the attacked run on the left and its attack-free control on the right, on equal axes.
 
-Where there is no control the caption says so: nobody can tell from such a figure what is usual.
+Without a control the caption says that the figure cannot show what is usual.
 """
 
 from collections.abc import Mapping
@@ -30,24 +30,54 @@ from gradlens.run import Run
 from gradlens.statistics import final_bias
 
 WIDTH = 10.5  # inches of a pair of panels
-BROAD = 18  # columns of a heat map that still leave its numbers legible
+BROAD = 18  # most columns of a heat map with legible numbers
 ALONE = "No attack-free control stands beside it: what is usual here is not known."
 NAMES = ("Attacked", "Attack-free control")
 
 
 def roc_picture(scores: pd.DataFrame, figures: pd.DataFrame, caption: str) -> Block:
-    """ROC curves of one setting; scores and figures (of `evaluate`) hold attacked and control rows."""
+    """Draws the ROC curves of one setting.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Table of `with_truth` with a column `control` (bool), attacked and control rows.
+    figures : pandas.DataFrame
+        Table of `evaluate` with a column `control`, for the AUCs.
+    caption : str
+        Text below the picture.
+
+    Returns
+    -------
+    Block
+    """
 
     def draw(canvas: Figure) -> None:
         for ax, control in _panels(canvas, bool(scores["control"].any())):
-            own, aucs = scores["control"].eq(control), figures[figures["control"].eq(control)]
-            call(plot_roc(roc_points(scores[own]).assign(control=control), figures=aucs, ax=ax), NAMES[control])
+            rows, aucs = scores["control"].eq(control), figures[figures["control"].eq(control)]
+            call(plot_roc(roc_points(scores[rows]).assign(control=control), figures=aucs, ax=ax), NAMES[control])
 
     return _pair(draw, 5.9, caption, bool(scores["control"].any()))
 
 
 def scores_picture(own: pd.DataFrame, free: pd.DataFrame | None, rule: Mapping[str, Any], alone: str = ALONE) -> Block:
-    """Scores over rounds by one detector; rule: its detector, threshold (None: each cohort's own) and null."""
+    """Draws the scores of one detector over rounds.
+
+    Parameters
+    ----------
+    own : pandas.DataFrame
+        Scores of the run, as for `plot_scores`.
+    free : pandas.DataFrame or None
+        Scores of its control.
+    rule : Mapping
+        Keys detector, threshold (missing if each cohort sets its own) and null.
+    alone : str
+        Sentence that the caption gets without a control.
+
+    Returns
+    -------
+    Block
+    """
     threshold = None if pd.isna(rule["threshold"]) else float(rule["threshold"])
 
     def draw(canvas: Figure) -> None:
@@ -62,7 +92,25 @@ def scores_picture(own: pd.DataFrame, free: pd.DataFrame | None, rule: Mapping[s
 
 
 def bias_picture(run: Run, control: Run | None, index: int, truth: pd.DataFrame | None, alone: str = ALONE) -> Block:
-    """Final bias per client and class in one round, beside the control's on the same scale."""
+    """Draws the final-bias updates of one round, client x class, beside the control's on the same scale.
+
+    Parameters
+    ----------
+    run : Run
+        The reported run.
+    control : Run or None
+        Its attack-free control.
+    index : int
+        The round.
+    truth : pandas.DataFrame or None
+        Ground truth of the run, which puts malicious clients on top.
+    alone : str
+        Sentence that the caption gets without a control.
+
+    Returns
+    -------
+    Block
+    """
     logs = [source.log[: index + 1] for source in (run, control) if source is not None]
     scale = max(_bias_scale(log) for log in logs) or None
 
@@ -83,7 +131,21 @@ def bias_picture(run: Run, control: Run | None, index: int, truth: pd.DataFrame 
 
 
 def training_picture(metrics: pd.DataFrame, caption: str, alone: str = ALONE) -> Block:
-    """Main accuracy and ASR over rounds; metrics hold attacked and control rows, or of one kind only."""
+    """Draws main accuracy and attack success rate over rounds.
+
+    Parameters
+    ----------
+    metrics : pandas.DataFrame
+        As for `plot_training`, with a column `control` (bool); rows may be of one kind only.
+    caption : str
+        Text below the picture.
+    alone : str
+        Sentence that the caption gets if rows are of one kind only.
+
+    Returns
+    -------
+    Block
+    """
     kinds = sorted(metrics["control"].unique().tolist())
 
     def draw(canvas: Figure) -> None:
@@ -97,9 +159,22 @@ def training_picture(metrics: pd.DataFrame, caption: str, alone: str = ALONE) ->
 
 
 def localization_picture(places: pd.DataFrame, name: str, caption: str) -> Block:
-    """The heat map of one statistic, its control's columns in the same picture; broad ones stacked by phase.
+    """Draws the localization heat map of one statistic, with the control's columns in the same picture.
 
-    Of a deep model it shows the layers that separate best, in the model's order, and says of how many.
+    Parameters
+    ----------
+    places : pandas.DataFrame
+        Rows of `localize_sweep` for that statistic.
+    name : str
+        The statistic.
+    caption : str
+        Text below the picture.
+
+    Returns
+    -------
+    Block
+        Phases are stacked if the picture gets too broad. Of a deep model only the layers that separate best are drawn,
+        in the order of the model, and the caption says so.
     """
     varied = [c for c in places.columns if c not in ("control", "phase", "layer", "statistic", "unit", "auc", "p")]
     layers = places["layer"].nunique()
@@ -123,7 +198,7 @@ def localization_picture(places: pd.DataFrame, name: str, caption: str) -> Block
 
 
 def _best_layers(places: pd.DataFrame, most: int) -> pd.DataFrame:
-    """The rows of the layers whose AUC among attacked rows is farthest from chance, at most so many layers."""
+    """Returns the rows of at most `most` layers, those with the attacked AUC farthest from 0.5."""
     attacked = places[~places["control"].astype(bool)]
     strength = attacked["auc"].sub(0.5).abs().groupby(attacked["layer"], sort=False).max()
     best = strength.nlargest(most).index if len(strength) > most else strength.index
@@ -131,7 +206,23 @@ def _best_layers(places: pd.DataFrame, most: int) -> pd.DataFrame:
 
 
 def weights_picture(own: pd.DataFrame, free: pd.DataFrame | None, truth: pd.DataFrame | None, alone: str) -> Block:
-    """What each update counted where a filter ran, of a run and of its control: tables of `Run.verdicts`."""
+    """Draws the weights that a live filter gave the updates, client x round.
+
+    Parameters
+    ----------
+    own : pandas.DataFrame
+        `Run.verdicts` of the run.
+    free : pandas.DataFrame or None
+        `Run.verdicts` of its control.
+    truth : pandas.DataFrame or None
+        Ground truth of the run, which marks malicious clients.
+    alone : str
+        Sentence that the caption gets without a control.
+
+    Returns
+    -------
+    Block
+    """
     tables = [own] if free is None else [own, free]
     clients = max(table.loc[table["weight"].lt(1), "client"].nunique() for table in tables)
 
@@ -148,7 +239,7 @@ def weights_picture(own: pd.DataFrame, free: pd.DataFrame | None, truth: pd.Data
 
 
 def call(ax: Axes, name: str) -> None:
-    """Puts what a panel is above what it shows."""
+    """Writes the name of a panel above its title."""
     title = ax.get_title(loc="left")
     ax.set_title(f"{name}\n{title}", loc="left", fontsize="medium", fontweight="bold", parse_math=False)
 
@@ -163,7 +254,7 @@ def _pair(draw: Any, height: float, caption: str, pair: bool, alone: str = ALONE
 
 
 def _bias_scale(log: UpdateLog) -> float:
-    """The largest centred bias update of the last round, in logits; 0 where the statistic has no answer."""
+    """Returns the largest |bias update minus median| of the last round, in logits; 0 if the statistic abstains."""
     try:
         return float(np.nanmax(np.abs(final_bias(log).to_numpy()), initial=0.0))
     except CannotSay:

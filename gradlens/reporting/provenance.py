@@ -1,4 +1,4 @@
-"""Where a report's numbers come from: runs, digests, settings, software, thresholds, commands."""
+"""Provenance of a report: its runs and their manifest heads, settings, software, thresholds and commands."""
 
 import json
 import shlex
@@ -16,7 +16,20 @@ SOFTWARE = ("gradlens-forensics", "numpy", "pandas", "scipy", "scikit-learn", "m
 
 
 def commands(path: Path, runs: Sequence[Run]) -> Block:
-    """The commands that check the evidence and write the report again."""
+    """Lists the commands that verify the evidence and reproduce the report.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        Folder of the reported run or sweep.
+    runs : sequence of Run
+        The reported runs; the command to verify names the first.
+
+    Returns
+    -------
+    Block
+        A block of code.
+    """
     first = runs[0]
     quoted = shlex.quote(str(path))
     return code(
@@ -32,18 +45,40 @@ def commands(path: Path, runs: Sequence[Run]) -> Block:
 
 
 def common_settings(runs: Sequence[Run]) -> list[str]:
-    """The settings that say most about an experiment, where all runs share them."""
+    """Names task, model, number of clients and rounds, as far as all runs share them.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        The reported runs.
+
+    Returns
+    -------
+    list of str
+        Phrases such as "10 clients"; a setting that varies or is unset is left out.
+    """
     words = {"task": "task {}", "model": "model {}", "num_clients": "{} clients", "rounds": "{} rounds"}
-    found = []
+    phrases = []
     for name, phrase in words.items():
         values = {plain_value(run.scenario.get(name)) for run in runs}
         if len(values) == 1 and values != {"none"}:
-            found.append(phrase.format(*values))
-    return found
+            phrases.append(phrase.format(*values))
+    return phrases
 
 
 def settings_table(runs: Sequence[Run]) -> Block:
-    """The settings that all runs share, and the values of those that differ."""
+    """Tabulates the scenario settings of the runs, with all values of those that vary.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        The reported runs; those without a scenario are skipped.
+
+    Returns
+    -------
+    Block
+        A table, folded away if it has more than 30 rows.
+    """
     scenarios = [run.scenario for run in runs if run.scenario]
     names = list(dict.fromkeys(name for scenario in scenarios for name in scenario))
     rows = []
@@ -54,7 +89,22 @@ def settings_table(runs: Sequence[Run]) -> Block:
 
 
 def plain_value(value: Any) -> str:
-    """A setting as text: components as `name(setting=value)`, nothing as "none"."""
+    """Formats a setting as text: components as `name(setting=value)`, None and {} as "none".
+
+    Parameters
+    ----------
+    value : Any
+        A value of a scenario, as in its JSON.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> plain_value({"dirichlet": {"alpha": 0.5}}), plain_value(None), plain_value(10)
+    ('dirichlet(alpha=0.5)', 'none', '10')
+    """
     if value is None or value == {}:
         return "none"
     if isinstance(value, Mapping):
@@ -69,12 +119,23 @@ def plain_value(value: Any) -> str:
 
 
 def software_table(runs: Sequence[Run]) -> Block:
-    """The versions that recorded the runs, and those that made this report."""
+    """Tabulates the software versions that recorded the runs and those that wrote the report.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        The reported runs.
+
+    Returns
+    -------
+    Block
+        A table with a row per package.
+    """
     recorded: dict[str, list[str]] = {}
     for run in runs:
         software = run.header.get("software", {})
-        for name, found in software.items() if isinstance(software, Mapping) else ():
-            recorded.setdefault(str(name), []).append(str(found))
+        for name, release in software.items() if isinstance(software, Mapping) else ():
+            recorded.setdefault(str(name), []).append(str(release))
     now = {name: installed(name) for name in SOFTWARE}
     rows = [
         {
@@ -88,7 +149,7 @@ def software_table(runs: Sequence[Run]) -> Block:
 
 
 def installed(name: str) -> str:
-    """The version of an installed distribution."""
+    """Returns the version of an installed distribution, an en dash if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -96,8 +157,19 @@ def installed(name: str) -> str:
 
 
 def thresholds_table(thresholds: pd.DataFrame) -> Block:
-    """Every threshold with the null that it rests on, equal ones once."""
-    found = thresholds.groupby(["detector", "threshold", "null"], sort=False, dropna=False)["run"].size().reset_index()
+    """Tabulates every threshold with its null and the number of runs that share both.
+
+    Parameters
+    ----------
+    thresholds : pandas.DataFrame
+        Columns run, detector, threshold, null; a threshold of NaN is set by each cohort.
+
+    Returns
+    -------
+    Block
+        A table, folded away if it has more than 12 rows.
+    """
+    groups = thresholds.groupby(["detector", "threshold", "null"], sort=False, dropna=False)["run"].size().reset_index()
     rows = [
         {
             "Detector": row.detector,
@@ -105,13 +177,26 @@ def thresholds_table(thresholds: pd.DataFrame) -> Block:
             "Null": str(row.null),
             "Runs": str(row.run),
         }
-        for row in rows_of(found)
+        for row in rows_of(groups)
     ]
     return table(rows, "Thresholds and the null that each rests on.", folded=len(rows) > 12)
 
 
 def runs_table(runs: Sequence[Run], conditions: Mapping[str, str]) -> Block:
-    """The folder, rounds, state and manifest head of every run."""
+    """Tabulates condition, seed, number of rounds, state and manifest head of every run.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        The reported runs.
+    conditions : Mapping
+        Name of a run -> its condition; runs without one are called attack-free controls.
+
+    Returns
+    -------
+    Block
+        A table, folded away if it has more than 6 rows.
+    """
     rows = [
         {
             "Run": run.name,
