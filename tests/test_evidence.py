@@ -372,7 +372,7 @@ def test_a_reduced_run_is_not_taken_for_a_whole_one(tmp_path):
         recorder.log_round(BIG, COHORT)
     assert json.loads((tmp_path / "whole/run.json").read_text()).keys() == header.keys() - {"evidence"}
     (tmp_path / "run/run.json").write_text(json.dumps({k: v for k, v in header.items() if k != "evidence"}))
-    with pytest.raises(InputError, match="a run of format 2 says what of each update is recorded"):
+    with pytest.raises(InputError, match="a run of format 2 must have the key 'evidence'"):
         read_header(tmp_path / "run")
 
 

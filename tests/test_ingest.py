@@ -569,7 +569,7 @@ def test_truth_is_added_from_a_csv(folder, tmp_path, command):
     assert guilty[["round", "client", "poisoned"]].to_numpy().tolist() == [[1, "c2", True], [2, "c2", False]]
     status, out, err = command("ingest", tmp_path / "other", "--truth", tmp_path / "some.csv")
     assert (status, out) == (2, "")
-    assert "the truth is written once" in err
+    assert "the ground truth is written once" in err
 
 
 @pytest.mark.parametrize(
