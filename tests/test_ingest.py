@@ -107,7 +107,7 @@ def test_usual_names_are_found(folder, tmp_path, pattern):
 
 def test_names_can_be_given(folder, tmp_path):
     source = folder("{client}.at.{round}", globals_as="server.{round}")
-    with pytest.raises(InputError, match=r"no file is called of the usual names.*name them with --pattern"):
+    with pytest.raises(InputError, match=r"no file matches the usual names.*name them with --pattern"):
         ingest(source, tmp_path / "run")
     check(ingest(source, tmp_path / "run", pattern="{client}.at.{round}.npz", global_models="server.{round}").run)
 
