@@ -1,6 +1,6 @@
-"""Attribution: what a client's updates say about labels, who is responsible for a sample, who sends the same.
+"""Attribution: which labels an attacker flips, who is responsible for a misclassified sample, who are Sybils.
 
-Ground truth is not needed; where it is known, `attribution_accuracy` says how often the suspected labels are right.
+No ground truth is needed; if it is known, `attribution_accuracy` says how often the suspected labels are right.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,34 +18,35 @@ from gradlens.statistics.cohort import SMALLEST, cohort, table, units
 
 __all__ = ["Gradient", "attribution_accuracy", "influence", "label_drift", "suspected_labels", "sybils"]
 
-# global model -> gradient of the loss at it; both layer -> array; layers that it leaves out have no gradient
+# global model -> gradient of the loss, both layer -> array; the gradient of layers that are left out is 0
 Gradient = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
-ORDINARY = 10  # rounds of a client that tell its ordinary label skew
+ORDINARY = 10  # earlier rounds of a client from which its ordinary label skew is taken
 
 
 def label_drift(log: UpdateLog, learning_rate: float | None = None) -> pd.DataFrame:
-    """Which labels each client of the last round saw more or less of than the model predicts, beside the cohort.
+    """Measures how much more or less of each label a client saw than the model predicts, relative to the cohort.
 
     Parameters
     ----------
     log : UpdateLog
+        The clients of its last round are judged.
     learning_rate : float, optional
-        Of the clients. The final bias is divided by it, which gives the surplus of labels, in shares of a batch summed
-        over steps; without it the table is in logits.
+        The clients' learning rate. The update of the final bias is divided by it, which gives the surplus of labels, in
+        shares of a batch summed over steps; without it the table is in logits.
 
     Returns
     -------
     DataFrame, float64 [client, class]
         A class is a unit of the final layer, "fc2.bias[c]", or without a final bias "fc2.weight[c]". ``attrs["unit"]``
-        says in which unit the numbers are.
+        names the unit of the values.
 
     Raises
     ------
     CannotSay
         With fewer than 3 comparable clients, or without a final layer.
     InputError
-        For a learning rate that is no positive number, or in a model without a final bias to divide by it.
+        If the learning rate is not a positive number, or is given for a model without a final bias.
 
     Notes
     -----
@@ -55,8 +56,8 @@ def label_drift(log: UpdateLog, learning_rate: float | None = None) -> pd.DataFr
 
     label minus predicted probability [1]_. The cohort's median is subtracted, so that what all clients have in common
     (the model's own bias, classes it is still learning) cancels. Without a final bias the row sums of the final weight
-    stand in: each sample then counts by the sum of its features, so the numbers are no count of labels and no learning
-    rate is taken. Reading the bias for poisoned labels is due to [2]_.
+    are used instead: each sample is then weighted by the sum of its features, so the values are not counts of labels
+    and no learning rate is accepted. Reading poisoned labels from the bias is due to [2]_.
 
     References
     ----------
@@ -65,7 +66,6 @@ def label_drift(log: UpdateLog, learning_rate: float | None = None) -> pd.DataFr
 
     Examples
     --------
-    >>> from gradlens.attribution import label_drift
     >>> from gradlens.examples import example_log
     >>> drift = label_drift(example_log())
     >>> drift.loc["client-9"].idxmin(), drift.loc["client-9"].idxmax()  # it flips label 3 to label 1
@@ -86,30 +86,31 @@ def label_drift(log: UpdateLog, learning_rate: float | None = None) -> pd.DataFr
         if log.model.final_bias is None:
             raise InputError("learning_rate turns the final bias into labels, and this model has none: leave it out")
         rows, unit = rows / learning_rate, "surplus labels, in shares of a batch summed over steps"
-    drift = table(round_, units(layer, rows.shape[1]), _beside(rows, round_.comparable))
+    drift = table(round_, units(layer, rows.shape[1]), _minus_median(rows, round_.comparable))
     drift.attrs["unit"] = unit
     return drift
 
 
 def suspected_labels(log: UpdateLog, rounds: Collection[int] | None = None) -> pd.DataFrame:
-    """Which label each client of the last round pushes towards, and which it takes away, if it is malicious.
+    """Estimates each client's target label and source label, under the assumption that it is malicious.
 
     Parameters
     ----------
     log : UpdateLog
+        The clients of its last round are judged.
     rounds : collection of int, optional
-        Indices of the rounds under suspicion, such as those in which the client was flagged; by default the last one.
-        The client's rounds before the first of them count as ordinary. Name them where it has poisoned for as long as
-        half of its last 10 rounds, or the attack itself counts as ordinary.
+        Indices of the suspicious rounds, such as those in which the client was flagged; by default the last one. The
+        client's rounds before the first of them are taken as benign. Name the rounds if the client has poisoned for as
+        long as half of its last 10 rounds; otherwise the attack itself is taken as benign.
 
     Returns
     -------
     DataFrame [client]
         target (Int64): the class of the largest surplus. source (Int64): the class that holds more than half of the
-        whole deficit; <NA> means many, as a trigger relabels all classes and a flip one. strength: the client's largest
-        surplus beside those of the cohort, in robust sigmas. rounds: how many of those under suspicion it took part in.
-        <NA> and NaN for clients that are not comparable or took part in none; target and source are <NA> where no class
-        gained. A client that is not malicious has a largest surplus as well: the strength says whether it matters.
+        whole deficit; <NA> means several, since a backdoor trigger relabels all classes and label flipping one.
+        strength: the robust z-score of the client's largest surplus within the cohort. rounds: in how many suspicious
+        rounds it took part. <NA> and NaN for clients that are not comparable or took part in none; target and source
+        are <NA> if no class gained. Benign clients have a largest surplus, too: the strength tells whether it matters.
 
     Raises
     ------
@@ -120,14 +121,14 @@ def suspected_labels(log: UpdateLog, rounds: Collection[int] | None = None) -> p
 
     Notes
     -----
-    The final weight's update is a sum over samples of (y - p) x features [1]_: surplus labels, and what they were seen
-    on. It is taken with the whole update scaled to the cohort's median norm, since a boost multiplies what is common,
-    too; then minus the cohort's median; then minus the median of the client's own last 10 rounds before the suspicion,
-    which is its ordinary label skew. Its leading singular component is one kind of sample and the labels that it gained
-    and lost: the evidence [class], signed for features that are not negative, as behind a ReLU. In a model without a
-    final weight the final bias takes its place. Over several rounds it adds up, divided by the root of their number.
-    The baselines and the component are our own, chosen on simulations of digits and Fashion-MNIST;
-    `reports/gauntlet.html` has how often they are right.
+    The final weight's update is a sum over samples of (y - p) x features [1]_: the surplus of each label, and the
+    samples it occurred on. The whole update is first scaled to the cohort's median norm, since boosting also multiplies
+    what is common; then the cohort's median is subtracted, and the median of the client's own last 10 rounds before the
+    suspicious ones, its ordinary label skew. The leading singular component is one kind of sample, and the labels that
+    it gained and lost: the evidence [class], signed for features that are not negative, as after a ReLU. A model
+    without a final weight is judged by its final bias. Evidence of several rounds is added and divided by the square
+    root of their number. The baselines and the component are our own, chosen on simulations of digits and
+    Fashion-MNIST; `reports/gauntlet.html` shows how often they are right.
 
     References
     ----------
@@ -135,7 +136,6 @@ def suspected_labels(log: UpdateLog, rounds: Collection[int] | None = None) -> p
 
     Examples
     --------
-    >>> from gradlens.attribution import suspected_labels
     >>> from gradlens.examples import example_log
     >>> suspected_labels(example_log()).columns.tolist()
     ['target', 'source', 'strength', 'rounds']
@@ -147,14 +147,14 @@ def suspected_labels(log: UpdateLog, rounds: Collection[int] | None = None) -> p
     strength = np.full(len(rows), np.nan)
     if known.any():
         strength[known] = robustly_scaled(rows[known].max(axis=1, keepdims=True))[:, 0]
-    points = rows.max(axis=1, initial=0) > TIE * np.abs(rows).max(initial=0)
-    answer = {
-        "target": pd.Series(np.where(points, rows.argmax(axis=1), np.nan)).astype("Int64"),
-        "source": pd.Series(np.where(points, [_source(row) for row in rows], np.nan)).astype("Int64"),
+    has_surplus = rows.max(axis=1, initial=0) > TIE * np.abs(rows).max(initial=0)
+    columns = {
+        "target": pd.Series(np.where(has_surplus, rows.argmax(axis=1), np.nan)).astype("Int64"),
+        "source": pd.Series(np.where(has_surplus, [_source(row) for row in rows], np.nan)).astype("Int64"),
         "strength": strength,
         "rounds": count,
     }
-    return pd.DataFrame(answer).set_axis(pd.Index(round_.clients.tolist(), name="client", dtype=object))
+    return pd.DataFrame(columns).set_axis(pd.Index(round_.clients.tolist(), name="client", dtype=object))
 
 
 def influence(
@@ -167,51 +167,52 @@ def influence(
     learning_rate: float | Mapping[int, float] = 1.0,
     per_round: bool = False,
 ) -> pd.DataFrame:
-    """How far each client's updates moved the model towards given outputs on given samples (FLForensics).
+    """Measures how far each client's updates moved the model towards misclassifying given samples (FLForensics).
 
     Parameters
     ----------
     log : UpdateLog
+        All its rounds must have been recorded in full.
     gradient : callable
         Global model (layer -> array, before the round) -> gradient (layer -> array) of the mean loss of the
-        misclassified samples, with the output that they got as their label.
+        misclassified samples, with the model's wrong output as their label.
     clean : callable, optional
-        The same gradient for samples that are rightly of that class (the authors' code: uniform noise labelled with
-        it). In the plane of both influences malicious clients have a large first one beside a small second one; benign
-        ones rich in the class have both.
+        The same gradient for samples that truly are of that class (the authors' code: uniform noise labeled with it).
+        The first influence of malicious clients is large and the second is small; for benign clients with many samples
+        of the class, both are large.
     rounds : collection of int, optional
-        The checkpoints, by default all rounds (the paper stores every 10th).
+        The rounds to use, by default all (the paper stores every 10th).
     normalised : bool, default True
-        Whether each update counts by its direction, whatever its boost, as in the authors' code. False gives the
-        first-order change of the loss by the update as sent, in units of loss; it holds the learning rate already, so
-        `learning_rate` must then be left alone.
+        Whether each update is scaled to norm 1, whatever its boost, as in the authors' code. False gives the
+        first-order change of the loss by the update as sent, in units of loss; such an update already contains the
+        learning rate, so `learning_rate` must then be left at its default.
     learning_rate : float or mapping of int to float, default 1.0
         One for all rounds, or round -> rate.
     per_round : bool, default False
-        Whether influences are divided by the number of rounds that the client took part in, for client sampling.
+        Whether to divide by the number of rounds that the client took part in, for runs that sample clients.
 
     Returns
     -------
     DataFrame [client]
-        Of all clients of the log, sorted by name: influence, clean_influence (with `clean`), rounds. Positive means
-        that the client lowered that loss, so it is responsible; in units of loss per unit of weight x learning rate.
+        All clients of the log, sorted by name: influence, clean_influence (with `clean`), rounds. A positive influence
+        means that the client lowered that loss; in units of loss per unit of weight x learning rate.
 
     Raises
     ------
     InputError
         If a gradient names an unknown layer, has another shape or is not finite.
     CannotSay
-        If a round was not recorded whole.
+        If a round was not recorded in full.
 
     Notes
     -----
-    Summed over the client's rounds [1]_::
+    The influence is summed over the client's rounds [1]_::
 
         learning rate / participants * <-gradient, update / |update|>
 
-    Clients do not count in rounds in which they sent something that is not finite. What the abstract page leaves open
-    follows the authors' code, github.com/jyqhahah/FLForensics, which takes the gradient after the round instead of
-    before it.
+    A round in which a client sent numbers that are not finite does not count for it. Details that are not in the
+    abstract follow the authors' code, github.com/jyqhahah/FLForensics, which takes the gradient after the round instead
+    of before it.
 
     References
     ----------
@@ -219,7 +220,6 @@ def influence(
 
     Examples
     --------
-    >>> from gradlens.attribution import influence
     >>> from gradlens.examples import example_log
     >>> def gradient(state):  # of a loss that falls as label 1 gains on label 3
     ...     return {"fc2.bias": [0.0, -1.0, 0.0, 1.0]}
@@ -235,7 +235,7 @@ def influence(
         if chosen is not None and round_.index not in chosen:
             continue
         if not round_.is_whole:
-            raise CannotSay(f"round {round_.index} was recorded without all of its numbers: a gradient meets none")
+            raise CannotSay(f"round {round_.index} was not recorded in full, which the influence needs")
         weight = learning_rate[round_.index] if isinstance(learning_rate, Mapping) else learning_rate
         finite = np.flatnonzero(round_.finite)
         moved = np.stack([_descent(round_, finite, log.model.parameters, loss) for loss in wanted.values()], axis=1)
@@ -256,41 +256,41 @@ def influence(
 
 
 def sybils(log: UpdateLog, similarity: float = 0.99, nearer: float = 10.0) -> pd.DataFrame:
-    """Groups of clients that sent nearly the same update in the last round, or copies of it in another size.
+    """Groups the clients that sent nearly the same update in the last round, or scaled copies of it.
 
     Parameters
     ----------
     log : UpdateLog
+        Its last round is judged.
     similarity : float, default 0.99
-        The cosine from which two updates are linked; our own choice. In the simulated iid and Dirichlet runs honest
-        pairs stay below 0.93.
+        The cosine from which two updates are linked; our own choice. In the simulated iid and Dirichlet runs pairs of
+        benign clients stay below 0.93.
     nearer : float, default 10.0
-        How many times smaller 1 - cosine must be than for the cohort's median pair; our own choice.
+        How many times smaller than the median over all pairs 1 - cosine must be; our own choice.
 
     Returns
     -------
     DataFrame [client]
         group (from 0, the largest first, then by name), similarity (the largest cosine to another member), size (of the
-        group). Empty where nobody is in a group; without clients that are not comparable.
+        group). Empty if there are no groups; clients that are not comparable are left out.
 
     Raises
     ------
     CannotSay
         With more than 5,000 clients.
     InputError
-        For a setting out of its range.
+        If `similarity` or `nearer` is out of its range.
 
     Notes
     -----
-    Two clients are linked by the cosine of their whole updates. Where local training has little noise all honest
-    updates are alike, and that is no group: hence `nearer`. Equal updates are always linked, and so are updates of
-    nothing but 0. A group is what links connect; a client whose update is copied is in the group of its copies.
+    Two clients are linked by the cosine of their whole updates. If local training has little noise, all benign updates
+    are alike without being copies: hence `nearer`. Equal updates are always linked, and so are all-zero updates. A
+    group is a connected component; a client whose update was copied is in the group of its copies.
 
     Examples
     --------
     >>> import numpy as np
     >>> from gradlens import UpdateLog
-    >>> from gradlens.attribution import sybils
     >>> from gradlens.examples import example_log
     >>> log = example_log()
     >>> twice = log[-1].combined(np.eye(10)[[0, 1, 2, 3, 4, 5, 6, 7, 9, 9]])  # client-8 copies client-9
@@ -305,10 +305,10 @@ def sybils(log: UpdateLog, similarity: float = 0.99, nearer: float = 10.0) -> pd
     order = np.flatnonzero(round_.comparable)
     order = order[np.argsort(round_.clients[order])]
     cosine = _cosines(round_, order)
-    apart = 1 - cosine
-    pairs = apart[np.triu_indices(len(order), 1)]
+    distance = 1 - cosine
+    pairs = distance[np.triu_indices(len(order), 1)]
     bound = min(1 - similarity, np.median(pairs) / nearer) if len(pairs) else 0.0
-    linked = apart <= max(bound, ROUNDING)
+    linked = distance <= max(bound, ROUNDING)
     np.fill_diagonal(linked, False)
     _, labels = connected_components(linked, directed=False)
     sizes = np.bincount(labels, minlength=1)
@@ -324,22 +324,22 @@ def sybils(log: UpdateLog, similarity: float = 0.99, nearer: float = 10.0) -> pd
 
 
 def attribution_accuracy(suspected: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
-    """How often the suspected labels are right, for each combination of `by`.
+    """Computes how often the suspected labels are right, for each combination of `by`.
 
     Parameters
     ----------
     suspected : DataFrame
-        Rows of `suspected_labels` (of the flagged or of the malicious clients, by choice) with the columns
-        target, source, true_target, true_source, those of `by`, and seed (without it, all rows are one run). A true
-        source of <NA> means many, and <NA> is then the right answer; rows without a true target do not count.
+        Rows of `suspected_labels`, for instance of the flagged or of the malicious clients, with the columns target,
+        source, true_target, true_source, those of `by`, and seed (without it, all rows are one run). A true source of
+        <NA> means several, and <NA> is then the right answer; rows without a true target are left out.
     by : sequence of str, default ()
-        Columns that name the condition.
+        Columns that name the experimental condition.
 
     Returns
     -------
     DataFrame
-        ``*by``, label ("target", "source"), value (the share that is right, per seed, then the mean over seeds), low,
-        high (95 % bootstrap over seeds, NaN for one), seeds, clients (rows that were judged).
+        ``*by``, label ("target", "source"), value (the accuracy per seed, averaged over seeds), low, high (95 %
+        bootstrap interval over seeds, NaN for one), seeds, clients (rows that were judged).
 
     Raises
     ------
@@ -349,7 +349,6 @@ def attribution_accuracy(suspected: pd.DataFrame, by: Sequence[str] = ()) -> pd.
     Examples
     --------
     >>> import pandas as pd
-    >>> from gradlens.attribution import attribution_accuracy
     >>> rows = pd.DataFrame({"target": [1, 1], "source": [3, 2], "true_target": [1, 1], "true_source": [3, 3]})
     >>> attribution_accuracy(rows)[["label", "value"]].values.tolist()
     [['target', 1.0], ['source', 0.5]]
@@ -375,12 +374,12 @@ def attribution_accuracy(suspected: pd.DataFrame, by: Sequence[str] = ()) -> pd.
 def _final_layer(log: UpdateLog) -> str:
     layer = log.model.final_weight or log.model.final_bias
     if layer is None:
-        raise CannotSay("the model has no final layer, which labels would show in")
+        raise CannotSay("the model has no final layer, from which labels are estimated")
     return layer
 
 
-def _beside(rows: np.ndarray, comparable: np.ndarray) -> np.ndarray:
-    """Rows minus the median of the comparable ones."""
+def _minus_median(rows: np.ndarray, comparable: np.ndarray) -> np.ndarray:
+    """Subtracts the median of the comparable rows from all rows."""
     with np.errstate(all="ignore"):  # only in rows of clients that are not comparable
         return rows - np.median(rows[comparable], axis=0)
 
@@ -393,24 +392,24 @@ def _to_median_norm(log: UpdateLog) -> np.ndarray:
 
 
 def _matched_drift(log: UpdateLog, layer: str) -> dict[str, np.ndarray]:
-    """Client of the last round -> its update of the layer at the median norm, beside the cohort's, [unit, number].
+    """Client of the last round -> its update of the layer, scaled to the median norm, minus the cohort's median.
 
-    Empty with fewer than three comparable clients.
+    Updates are [unit, number]; empty with fewer than three comparable clients.
     """
     round_ = log[-1]
     factors = log.remembered(_to_median_norm)
     if len(factors) < SMALLEST:
         return {}
     rows = round_.flat(layer)[round_.comparable] * factors[:, None]
-    rows = _beside(rows, np.ones(len(rows), bool)).reshape(len(rows), log.model[layer].shape[0], -1)
+    rows = _minus_median(rows, np.ones(len(rows), bool)).reshape(len(rows), log.model[layer].shape[0], -1)
     return dict(zip(round_.clients[round_.comparable].tolist(), rows, strict=True))
 
 
 def _accumulated(log: UpdateLog, layer: str, rounds: Collection[int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """The last round's clients: evidence beyond their ordinary rounds [client, class], and the number of its rounds."""
+    """The evidence [client, class] beyond each client's ordinary label skew, and the number of rounds it rests on."""
     chosen = {log.last_index} if rounds is None else _known(log, rounds)
     clients, start = log[-1].clients.tolist(), min(chosen)
-    since, count = np.zeros((len(clients), *_matrix(log, layer))), np.zeros(len(clients), np.int64)
+    drifts, count = np.zeros((len(clients), *_matrix(log, layer))), np.zeros(len(clients), np.int64)
     before: list[list[np.ndarray]] = [[] for _ in clients]
     for stop in range(len(log), 0, -1):
         prefix = log[:stop]
@@ -421,13 +420,13 @@ def _accumulated(log: UpdateLog, layer: str, rounds: Collection[int] | None) -> 
         drift = _matched_drift(prefix, layer)
         for i, client in enumerate(clients):
             if client in drift and prefix.last_index >= start:
-                since[i] += drift[client]
+                drifts[i] += drift[client]
                 count[i] += 1
             elif client in drift and len(before[i]) < ORDINARY:
                 before[i].append(drift[client])
     for i, rows in enumerate(before):
-        since[i] -= count[i] * np.median(rows, axis=0) if rows else 0
-    return _leading(since) / np.sqrt(np.maximum(count, 1))[:, None], count
+        drifts[i] -= count[i] * np.median(rows, axis=0) if rows else 0
+    return _leading(drifts) / np.sqrt(np.maximum(count, 1))[:, None], count
 
 
 def _matrix(log: UpdateLog, layer: str) -> tuple[int, int]:
@@ -435,9 +434,9 @@ def _matrix(log: UpdateLog, layer: str) -> tuple[int, int]:
 
 
 def _leading(matrices: np.ndarray) -> np.ndarray:
-    """The classes' side of the leading singular component of each [client, class, number], [client, class].
+    """The left singular vector [class], times the singular value, of each client's matrix [class, number].
 
-    Signed so that the numbers' side sums to a positive number.
+    Its sign is such that the right singular vector has a positive sum.
     """
     classes = np.zeros(matrices.shape[:2])
     for i, matrix in enumerate(matrices):
@@ -452,17 +451,17 @@ def _leading(matrices: np.ndarray) -> np.ndarray:
 
 
 def _known(log: UpdateLog, rounds: Collection[int]) -> set[int]:
-    """The rounds as a set; raises InputError where there are none, or one is not in the log."""
+    """The rounds as a set; raises InputError if it is empty or a round is not in the log."""
     recorded = {prefix.last_index for prefix in log.prefixes()}
     missing = sorted(set(rounds) - recorded)
     if missing or not rounds:
-        what = f"round {missing[0]}" if missing else "none"
-        raise InputError(f"rounds must name rounds of the log, {min(recorded)} to {max(recorded)}, found {what}")
+        wrong = f"round {missing[0]}" if missing else "none"
+        raise InputError(f"rounds must name rounds of the log, {min(recorded)} to {max(recorded)}, found {wrong}")
     return set(rounds)
 
 
 def _source(row: np.ndarray) -> float:
-    """The class that holds more than half of the deficit, NaN where it is spread over several."""
+    """The class that holds more than half of the deficit, NaN if no class does."""
     deficit = np.maximum(-row, 0)
     return float(deficit.argmax()) if deficit.max() > deficit.sum() / 2 else np.nan
 
@@ -471,7 +470,7 @@ def _descent(round_: Round, rows: np.ndarray, layers: Sequence[str], gradient: G
     """<-gradient at the round's global model, update> for these rows, float64 [row]."""
     gradients = {name: np.asarray(array) for name, array in gradient(round_.global_model).items()}
     if unknown := sorted(set(gradients) - set(layers)):
-        raise InputError(f"the gradient is of layers of the model, {', '.join(layers)}, found {unknown[0]!r}")
+        raise InputError(f"the gradient must name layers of the model, {', '.join(layers)}, found {unknown[0]!r}")
     moved = np.zeros(len(rows))
     for name, array in gradients.items():
         if array.shape != np.shape(round_.global_model[name]) or not np.isfinite(array).all():
@@ -485,10 +484,10 @@ def _descent(round_: Round, rows: np.ndarray, layers: Sequence[str], gradient: G
 
 
 def _cosines(round_: Round, order: np.ndarray) -> np.ndarray:
-    """Cosines of the whole updates of these clients, float64 [client, client]; 1 between updates of nothing but 0."""
+    """Cosines of the whole updates of these clients, float64 [client, client]; 1 between all-zero updates."""
     gram = np.sum([round_.gram[name][np.ix_(order, order)] for name in round_.parameters], axis=0)
     norms = np.sqrt(np.diagonal(gram))
-    cosine = cosines(ratio(gram, norms[:, None]), norms[None, :])  # by one after the other: no product underflows
+    cosine = cosines(ratio(gram, norms[:, None]), norms[None, :])  # one norm at a time: a product could underflow
     cosine[np.ix_(norms == 0, norms == 0)] = 1
     return cosine
 

@@ -45,9 +45,9 @@ class Replay:
         lines = [self.rounds.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
         if len(self.decisions):
             counts = self.decisions.loc[~self.decisions["kept"].astype(bool), "client"].value_counts()
-            named = [f"{client} ({count})" for client, count in counts.head(NUM_SHOWN).items()]
+            listed = [f"{client} ({count})" for client, count in counts.head(NUM_SHOWN).items()]
             more = ", ..." if len(counts) > NUM_SHOWN else ""
-            lines.append(f"left out, in so many rounds: {', '.join(named) or 'nobody'}{more}")
+            lines.append(f"left out, in so many rounds: {', '.join(listed) or 'nobody'}{more}")
         lines.append(
             "the updates are as they were sent: given another global model, clients would have sent others, so that"
         )

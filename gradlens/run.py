@@ -1,4 +1,4 @@
-"""A recorded run with its scenario, ground truth, metrics and live verdicts; and a folder of them."""
+"""Reading from disk: a recorded run with its ground truth, metrics and verdicts (`Run`), and a sweep of runs."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -34,10 +34,39 @@ CONTROL_COLUMNS = ("run", "control", "round", "asr")
 
 @dataclass(frozen=True)
 class Run:
-    """One recorded run; what is read from its folder is read when it is asked for.
+    """A recorded run; `Run.open` opens one.
 
+    Attributes
+    ----------
+    path : Path
+        The folder of the run.
+    log : UpdateLog
+        The committed rounds, as the evidence level records them; each is read from the folder on use.
+    header : Mapping
+        The content of `run.json`.
+    manifest : Manifest
+        The hash chain of what was committed.
+    model : ModelSpec
+        The layers as clients sent them.
+    evidence : Evidence
+        The evidence level: how much of each update is recorded.
+
+    Notes
+    -----
     A run whose writer was stopped is open: it holds every committed round, and `in_flight` names the lost one.
-    model: of what clients sent; evidence: what of it the log holds.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from gradlens import LogWriter
+    >>> from gradlens.examples import example_log
+    >>> log = example_log(rounds=2)
+    >>> with TemporaryDirectory() as folder:
+    ...     with LogWriter.create(folder, log.model, log[0].global_model) as writer:
+    ...         writer.commit(log[0], log[1].global_model, metrics={"main_accuracy": 0.5})
+    ...     run = Run.open(folder)
+    ...     run.log, run.is_closed, run.has_truth, run.metrics["main_accuracy"].tolist(), run.verify().intact
+    (UpdateLog(1 rounds, 172 parameters in 4 layers), True, False, [0.5], True)
     """
 
     path: Path
@@ -49,13 +78,24 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> "Run":
-        """Opens the folder of a run; raises InputError where it is none or its manifest is broken."""
+        """Opens the folder of a run.
+
+        Parameters
+        ----------
+        path : Path or str
+            The folder.
+
+        Raises
+        ------
+        InputError
+            If it does not hold a run, nothing was committed, its manifest is broken, or a newer version wrote it.
+        """
         folder = Path(path)
         manifest = read_manifest(folder)
         if manifest.faults:
-            raise InputError(f"{folder}: {manifest.faults[0]}; `gradlens verify {folder}` tells more")
+            raise InputError(f"{folder}: {manifest.faults[0]}; run `gradlens verify {folder}` for details")
         if not manifest.lines:
-            raise InputError(f"{folder}: nothing was committed")
+            raise InputError(f"{folder}: expected a run with a committed line in its manifest, found none")
         reduction, header = read_header(folder)
         log = UpdateLog.lazy(reduction.model, sources(folder, reduction, len(manifest.rounds)))
         return cls(folder, log, header, manifest, reduction.sent, reduction.evidence)
@@ -67,22 +107,22 @@ class Run:
 
     @property
     def scenario(self) -> dict[str, Any]:
-        """The settings it was simulated with, {} for a run recorded elsewhere."""
+        """The settings of the simulation, {} for a run that was recorded elsewhere."""
         return dict(self.header.get("scenario", {}))
 
     @property
     def is_closed(self) -> bool:
-        """Whether the run was ended in order."""
+        """Whether the run has a closing line."""
         return self.manifest.closed
 
     @property
     def in_flight(self) -> str:
-        """Which round was lost when the writer was stopped, '' if none."""
+        """A sentence on the round that was lost when the writer was stopped, "" if none was."""
         return describe_in_flight(self.manifest)
 
     @property
     def head(self) -> str:
-        """SHA-256 of the manifest's last line: what to note elsewhere."""
+        """SHA-256 of the manifest's last line; note it elsewhere, so that `verify` can prove the run unchanged."""
         return self.manifest.head
 
     @property
@@ -92,7 +132,7 @@ class Run:
 
     @cached_property
     def truth(self) -> pd.DataFrame:
-        """Columns round, client, compromised, poisoned; raises InputError where the run has none."""
+        """The ground truth, columns round, client, compromised, poisoned; raises InputError if the run has none."""
         if not self.has_truth:
             raise InputError(f"{self.path}: the ground truth is needed here, and this run has none")
         table = read_table(self.path / TRUTH)
@@ -102,20 +142,27 @@ class Run:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """A row per round: round, main_accuracy, asr, seconds, ..., after the round's aggregation."""
+        """The metrics after each round's aggregation: a row per round, columns round, main_accuracy, asr, ..."""
         rows = [{"round": line["round"], **line.get("metrics", {})} for line in self.manifest.rounds]
         table = pd.DataFrame(rows, columns=None if rows else ["round"])
         return table.astype({name: float for name in table.columns if name != "round"})
 
     @cached_property
     def verdicts(self) -> pd.DataFrame:
-        """What a live filter decided: round, client, detector, score, flag, kept, abstained, null, weight, reason.
+        """What a filter decided while the run was recorded, a row per round and client; empty without a filter.
 
-        weight: what the client counted, 1 as it came, 0 not at all; reason: why not 1, and what held for the whole
-        round. Runs of before there were these two get them from `kept` and `flag`.
+        Returns
+        -------
+        DataFrame
+            round, client, detector, score, flag, kept, abstained, null, weight (1: the update was used as sent, 0: left
+            out), reason (why the weight is not 1, and what held for the whole round).
+
+        Notes
+        -----
+        Older runs did not record weight and reason; these are then derived from kept and flag.
         """
         named = self.manifest.named()
-        names = [name for n in range(len(self.log)) if (name := f"verdicts/{stem(n)}") in named]
+        names = [name for number in range(len(self.log)) if (name := f"verdicts/{stem(number)}") in named]
         if not names:
             return pd.DataFrame(columns=list(VERDICT_COLUMNS))
         table = pd.concat([read_table(self.path / name) for name in names], ignore_index=True)
@@ -127,24 +174,58 @@ class Run:
 
     @property
     def start(self) -> Mapping[str, np.ndarray]:
-        """The global model before the first round, layer -> array; whole at every evidence level."""
+        """The global model before the first round, layer -> array, in full at every evidence level."""
         return self._state(0)
 
     def states(self) -> Iterator[Mapping[str, np.ndarray]]:
-        """The global model after each round, layer -> array; whole at every evidence level."""
-        return (self._state(n + 1) for n in range(len(self.log)))
+        """The global model after each round, layer -> array, in full at every evidence level."""
+        return (self._state(number + 1) for number in range(len(self.log)))
 
     def _state(self, number: int) -> Mapping[str, np.ndarray]:
         return read_state(self.path / "globals" / stem(number), self.model)
 
     def verify(self, head: str | None = None) -> Verification:
-        """Checks every committed byte against the chain, and the chain against a head noted elsewhere."""
+        """Checks every committed byte against the hash chain, and the chain against a head noted elsewhere.
+
+        Parameters
+        ----------
+        head : str, optional
+            A `head` that was noted before. Without it a chain that was rewritten as a whole is not detected.
+
+        Returns
+        -------
+        Verification
+        """
         return verify(self.path, head)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A folder of runs named by digest, and `sweep.json`: what was varied, and which control belongs to which run."""
+    """A folder of runs, one per combination of settings; `Sweep.open` opens one.
+
+    Attributes
+    ----------
+    path : Path
+        The folder of the sweep.
+    runs : list of Run
+        The runs of which something is committed.
+    index : Mapping
+        The content of `sweep.json`: which settings were varied, and which run is the control of which.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from gradlens import LogWriter
+    >>> from gradlens.examples import example_log
+    >>> log = example_log(rounds=2)
+    >>> index = {"format": 1, "axes": ["seed"], "runs": {"one": [7]}, "controls": {}}
+    >>> with TemporaryDirectory() as folder:
+    ...     with LogWriter.create(f"{folder}/one", log.model, log[0].global_model) as writer:
+    ...         writer.commit(log[0], log[1].global_model)
+    ...     _ = (Path(folder) / "sweep.json").write_text(json.dumps(index))
+    ...     Sweep.open(folder).settings.columns.tolist(), Sweep.open(folder).run("one").log
+    (['seed', 'control'], UpdateLog(1 rounds, 172 parameters in 4 layers))
+    """
 
     path: Path
     runs: list[Run]
@@ -152,12 +233,23 @@ class Sweep:
 
     @classmethod
     def open(cls, path: Path | str) -> "Sweep":
-        """Opens the folder of a sweep; runs of which nothing is committed yet are left out."""
+        """Opens the folder of a sweep; runs of which nothing is committed yet are left out.
+
+        Parameters
+        ----------
+        path : Path or str
+            The folder.
+
+        Raises
+        ------
+        InputError
+            If `sweep.json` is missing or cannot be read, a run cannot be opened, or none is there.
+        """
         folder = Path(path)
         index = read_index(folder / SWEEP)
         runs = [Run.open(folder / name) for name in index["runs"] if _has_begun(folder / name)]
         if not runs:
-            raise InputError(f"{folder}: the sweep names {len(index['runs'])} runs, none of which is here")
+            raise InputError(f"{folder}: the sweep names {len(index['runs'])} runs, found none of them")
         return cls(folder, runs, index)
 
     @property
@@ -172,7 +264,7 @@ class Sweep:
 
     @cached_property
     def settings(self) -> pd.DataFrame:
-        """The varied settings of each run and whether it is an attack-free control; index: name of the run."""
+        """A row per run, indexed by its name: the varied settings, and whether it is an attack-free control."""
         rows = {run.name: self.index["runs"][run.name] for run in self.runs}
         table = pd.DataFrame.from_dict(rows, orient="index", columns=self.axes)
         controls = set(self.index["controls"].values())
@@ -180,26 +272,54 @@ class Sweep:
 
     @cached_property
     def controls(self) -> pd.DataFrame:
-        """Columns run, control, round, asr: the attack of `run`, measured on the global models of its control."""
+        """Columns run, control, round, asr: the attack success rate of `run`'s attack on its control's models."""
         path = self.path / CONTROLS
         return read_table(path) if path.exists() else pd.DataFrame(columns=list(CONTROL_COLUMNS))
 
     def run(self, name: str) -> Run:
-        """The run of that name; raises InputError where there is none."""
-        found = next((run for run in self.runs if run.name == name), None)
-        if found is None:
+        """The run of that name; raises InputError if there is none."""
+        run = next((run for run in self.runs if run.name == name), None)
+        if run is None:
             raise InputError(f"{self.path}: no run is called {name!r}; it has {len(self.runs)} others")
-        return found
+        return run
 
     def control_of(self, name: str) -> Run:
-        """The attack-free run of the same settings and seed."""
+        """The attack-free run with the same settings and seed; raises InputError if there is none."""
         if name not in self.index["controls"]:
             raise InputError(f"{self.path}: run {name!r} has no attack-free control")
         return self.run(self.index["controls"][name])
 
 
 def open_run(path: Path | str) -> Run | Sweep:
-    """Opens what lies at a path, a run or a sweep; raises InputError where it is neither."""
+    """Opens a recorded run or a sweep of runs; also `gradlens.open`.
+
+    Parameters
+    ----------
+    path : Path or str
+        The folder.
+
+    Returns
+    -------
+    Run or Sweep
+        A sweep if the folder holds a `sweep.json`.
+
+    Raises
+    ------
+    InputError
+        If the folder is neither, or cannot be read.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from gradlens import LogWriter
+    >>> from gradlens.examples import example_log
+    >>> log = example_log(rounds=2)
+    >>> with TemporaryDirectory() as folder:
+    ...     with LogWriter.create(folder, log.model, log[0].global_model) as writer:
+    ...         writer.commit(log[0], log[1].global_model)
+    ...     open_run(folder).log
+    UpdateLog(1 rounds, 172 parameters in 4 layers)
+    """
     folder = Path(path)
     if not folder.exists():
         raise InputError(f"{folder}: expected the folder of a run or a sweep, found nothing")
@@ -223,14 +343,16 @@ def read_index(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
     shapes = {"axes": list, "runs": dict, "controls": dict}
     if not isinstance(index, dict) or not all(isinstance(index.get(name), kind) for name, kind in shapes.items()):
-        raise InputError(f"{path}: expected a list of axes, and tables of runs and controls")
+        raise InputError(f"{path}: expected a JSON object with a list 'axes' and objects 'runs' and 'controls'")
     if not all(isinstance(values, list | dict) for values in index["runs"].values()):
-        raise InputError(f"{path}: expected the settings of each run")
+        raise InputError(f"{path}: expected a list or an object of settings for each run")
     if not all(isinstance(name, str) for name in (*index["axes"], *index["controls"].values())):
-        raise InputError(f"{path}: names of axes and of controls are text")
-    if (found := index.get("format")) != 1:
-        raise InputError(f"{path}: this version reads sweep format 1, found {found!r}; a newer gradlens wrote it?")
+        raise InputError(f"{path}: expected strings as the names of axes and controls")
+    if (version := index.get("format")) != 1:
+        raise InputError(
+            f"{path}: this version reads sweep format 1, found {version!r}; was it written by a newer gradlens?"
+        )
     for name in index["runs"]:
         if Path(name).name != name or name in ("", "..") or "\0" in name:
-            raise InputError(f"{path}: {name!r} is no name of a run's folder")
+            raise InputError(f"{path}: {name!r} is not the name of a run's folder")
     return index

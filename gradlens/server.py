@@ -1,7 +1,7 @@
-"""Recording at a server: `Recorder` stands between what the clients sent and what the server makes of it.
+"""Recording at a federated server: `Recorder` sees what the clients sent before the server aggregates it.
 
-Everything that a client sends is hostile: it never stops the server, it is recorded, or refused with a reason. What
-the server itself gets wrong is an InputError. Evidence that cannot be written is missed loudly while training goes on.
+Whatever a client sends is untrusted: it is recorded, or refused with a reason, and never raises an error. A mistake of
+the server's own code raises InputError. If a round cannot be written, the recorder warns and training goes on.
 """
 
 import json
@@ -32,15 +32,28 @@ from gradlens.names import named
 
 __all__ = ["Decision", "Recorder"]
 
-HELD = 16  # rounds held without a folder
-PATIENCE = 3.0  # seconds for which a server that is about to let go of the folder is waited for
+HELD = 16  # rounds that are kept in memory if there is no folder
+PATIENCE = 3.0  # seconds to wait for another server to release the folder
 
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """A round of which it is not known yet what came of it; gap: an empty round for what was not recorded before it.
+    """A round whose resulting global model is not known yet.
 
-    state: the whole global model that the clients started from.
+    Attributes
+    ----------
+    round_ : Round
+        What the clients sent.
+    state : Mapping of str to ndarray
+        Layer -> array, the global model that the clients started from, in full.
+    gap : Round or None
+        An empty round to record first, where rounds before this one are missing.
+    before : UpdateLog or None
+        The log before the round.
+    metrics : Mapping of str to float
+        Metrics of the round that the recorder adds itself.
+    verdict : DataFrame or None
+        What the filter decided.
     """
 
     round_: Round
@@ -52,24 +65,69 @@ class _Waiting:
 
 
 class Recorder:
-    """Stands between the clients' answers and the server's aggregation: records every round, judges it, or both.
+    """Records each round of a federated server, decides whose updates to use, or both.
 
-    path: the folder of the run, None = judge only. An open run of the same model that lies there is gone on with.
-    detector: a detector or its name, short for `filter=filtered(mean(), detector)`; without either, nobody is
-    judged, and only who was refused or is not finite has weight 0. sent: clients send local models or updates.
-    buffers: layers that are never scored, besides those of integers and those that batch normalisation keeps.
-    evidence: what of each update is recorded, an `Evidence` or the name of its level. Below "full" each answer is
-    reduced as it arrives and then let go of, so that a generator of many answers takes the memory of one. The run is
-    to be filtered by a filter's `decision`, and aggregated where the updates are: the log does not hold them.
-    source: what `run.json` says of where this comes from, plain values. strict: what cannot be recorded raises
-    EvidenceLost instead of warning.
-    lost: one line for each round that was not recorded. Where a round does not start from the global model that the
-    last recorded round ended with (rounds were lost, the server was started from elsewhere), an empty round stands
-    between them. The metric `lost` of a round is the number of rounds known to be lost before it. Without a folder
-    the last 16 rounds are held, which is as far as any detector looks back at updates.
-    model: of what clients send; InputError before the first round.
-    Raises: InputError where the folder holds something else, a closed run or one of another evidence level, and for an
-    unknown detector.
+    Call `log_round` with what the clients sent, aggregate the clients that its decision keeps, then call `commit` with
+    the new global model. As a context manager the recorder ends with `close`, or on an exception with `leave_open`.
+
+    Parameters
+    ----------
+    path : Path or str, optional
+        The folder of the run. An open run of the same model that is already there is continued. None records nothing.
+    detector : Detector or str, optional
+        A detector or its name, short for ``filter=filtered(mean(), detector)``.
+    filter : FilteredAggregator, optional
+        Decides which clients to keep. Without a filter or detector, the weight is 0 only for clients that were refused
+        or sent numbers that are not finite.
+    sent : {"models", "updates"}, default "models"
+        Whether clients send local models or updates.
+    buffers : collection of str, default ()
+        Layers that are never scored, in addition to integer layers and the statistics of batch normalization.
+    evidence : Evidence or str, default "full"
+        How much of each update is recorded, an `Evidence` or the name of its level. Below "full", each answer is
+        reduced as it arrives and then released, so that a generator of answers needs the memory of one.
+    source : Mapping, optional
+        JSON values for `run.json` that say where the updates come from.
+    strict : bool, default False
+        Whether a round that cannot be recorded raises `EvidenceLost` instead of warning.
+
+    Attributes
+    ----------
+    lost : list of str
+        A line for each round that could not be recorded, and one if the run could not be closed.
+
+    Raises
+    ------
+    InputError
+        For an unknown detector or a wrong setting, if another writer holds the folder, or if the folder cannot be used:
+        it holds something else, a closed run, or a run of another evidence level.
+
+    Notes
+    -----
+    If a round does not start from the global model that the last recorded round ended with (rounds were lost, or the
+    server was restarted from elsewhere), an empty round is recorded in between. The metric `lost` of a round is the
+    number of rounds known to be lost before it.
+
+    Without a folder the last 16 rounds are kept in memory, which is as far as any detector looks back at updates.
+
+    Below the evidence level "full" the log does not hold the updates, so nothing can be aggregated from it: use the
+    `decision` of a filter, and aggregate where the updates are.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> round_ = example_log()[0]
+    >>> state, updates = round_.global_model, round_.updates
+    >>> clients = enumerate(round_.clients.tolist())
+    >>> sent = {client: {layer: rows[i] for layer, rows in updates.items()} for i, client in clients}
+    >>> recorder = Recorder(detector="layer_norms", sent="updates")
+    >>> decision = recorder.log_round(state, sent)
+    >>> decision.clients[decision.weights == 0].tolist(), decision.reasons[-1].item()
+    (['client-9'], 'flagged')
+    >>> kept = decision.weights > 0
+    >>> recorder.commit({layer: state[layer] + rows[kept].mean(axis=0) for layer, rows in updates.items()})
+    >>> len(recorder.log), recorder.lost
+    (1, [])
     """
 
     def __init__(
@@ -97,53 +155,75 @@ class Recorder:
         self._reduction: Reduction | None = None
         self._waiting: _Waiting | None = None
         self._held: dict[int, Round] = {}  # without a folder
-        self._missed = 0  # rounds lost since the last one on the disk
-        self._ended: Mapping[str, np.ndarray] | None = None  # the global model after the last recorded round
+        self._num_lost = 0  # rounds lost since the last one on the disk
+        self._last_state: Mapping[str, np.ndarray] | None = None  # the global model after the last recorded round
         self._writer: LogWriter | None = None
         self._closed = False
         self._lock: FolderLock | None = None
         if self.path is not None:
             self._lock = FolderLock.of(self.path, PATIENCE)
-            self._writer = _begun(self.path, self._lock)
+            self._writer = _resumed(self.path, self._lock)
         if self._writer is not None:
-            self._go_on_with(self._writer)
+            self._adopt_evidence(self._writer)
             self._log = self._writer.log
-            self._ended = {name: np.array(array) for name, array in self._writer.global_model.items()}
+            self._last_state = {name: np.array(array) for name, array in self._writer.global_model.items()}
 
-    def _go_on_with(self, writer: LogWriter) -> None:
-        """The run's own evidence, with its seed; raises InputError where another one was asked for."""
-        if (found := writer.evidence.settings) != self.evidence.settings:
+    def _adopt_evidence(self, writer: LogWriter) -> None:
+        """Takes over the evidence level of a resumed run, with its seed; raises InputError if the levels differ."""
+        if (recorded := writer.evidence.settings) != self.evidence.settings:
             writer.leave_open()
-            raise InputError(f"{self.path}: the run records {found!r}, {self.evidence.settings!r} was asked for")
+            raise InputError(f"{self.path}: the run records {recorded!r}, {self.evidence.settings!r} was asked for")
         self.evidence = writer.evidence
         self._reduction = self.evidence.on(writer.model)
 
     @property
     def model(self) -> ModelSpec:
-        """Of what clients send; raises InputError before the first round."""
+        """The layers as clients send them; raises InputError before the first round."""
         if self._reduction is None:
             raise InputError("there is no model before the first round")
         return self._reduction.sent
 
     @property
     def log(self) -> UpdateLog:
-        """The rounds so far, the one that waits for its commit included; raises InputError before the first."""
+        """The rounds so far, including one that waits for its commit; raises InputError before the first round."""
         if self._log is None:
             raise InputError("there is no log before the first round")
         return self._log
 
     def log_round(self, global_model: State, sent: Sent, num_examples: Mapping[Any, Any] | None = None) -> Decision:
-        """What every client sent -> who is kept, with weights and reasons.
+        """Takes what the clients of one round sent, and decides whose updates to use.
 
-        global_model: layer -> array, what the clients started from; sent: client -> (layer -> array), or pairs of
-        them; arrays are those of numpy or torch, or what `numpy.asarray` takes, and are copied. num_examples: client ->
-        count, None: 1 for everybody. Nothing that a client sent raises: what cannot be recorded is refused with a
-        reason, has weight 0 and is flagged. Answers that differ under one name are all refused. Clients are known by
-        `str(client)`, escaped where that cannot be printed.
-        A round that still waits for its commit is committed, with this global model as what came of it.
-        The decision is given in the order of arrival, its reasons say which types of numbers were converted, too.
-        Raises: InputError where the layers of the global model are not those of the rounds before; FilterStopped where
-        the filter is told to stop, the round then waits like any other.
+        Parameters
+        ----------
+        global_model : Mapping
+            Layer -> array, the model that the clients started from. Arrays are copied; they may be of numpy, torch, or
+            anything that `numpy.asarray` takes.
+        sent : Mapping or iterable of pairs
+            Client -> (layer -> array), local models or updates (`sent` of the recorder). Clients are known by
+            ``str(client)``, escaped if it cannot be printed.
+        num_examples : Mapping, optional
+            Client -> the number of examples that it claims; by default 1 for everybody.
+
+        Returns
+        -------
+        Decision
+            Weights and reasons, in the order of arrival. The reasons also say which types of numbers were converted.
+
+        Raises
+        ------
+        InputError
+            If the layers of the global model differ from those of the rounds before, or the recorder is closed.
+        FilterStopped
+            If the filter is set to stop in such a round; the round then waits for its commit like any other.
+        EvidenceLost
+            If `strict` is set and the round before, which waited for its commit, cannot be recorded.
+
+        Notes
+        -----
+        Nothing that a client sends raises an error. What cannot be recorded is refused with a reason, has weight 0 and
+        is flagged. Different answers under one name are all refused.
+
+        A round before that still waits for its commit is committed with `global_model` as its result.
         """
         if self._closed:
             raise InputError("this recorder is closed")
@@ -154,8 +234,8 @@ class Recorder:
             self._record(state)
         before = self._log
         log, gap = UpdateLog(reduction.model) if before is None else before, None
-        if self._ended is not None and (self._missed or not _equal(state, self._ended)):
-            gap = reduction.round(len(log), [], [], [], self._ended, {})
+        if self._last_state is not None and (self._num_lost or not _equal(state, self._last_state)):
+            gap = reduction.round(len(log), [], [], [], self._last_state, {})
             log = log.append(gap)
         as_models = self.sent == "models"
         answers = received(
@@ -164,22 +244,33 @@ class Recorder:
         _warn_if_all_refused(answers.round_)
         metrics = {"converted": len(answers.notes)} if answers.notes else {}
         self._log = log.append(answers.round_)
-        self._waiting = _Waiting(
-            answers.round_, state, gap, before, metrics
-        )  # the evidence is kept if the detector fails
+        # before the filter decides, so that the round is kept even if a detector raises
+        self._waiting = _Waiting(answers.round_, state, gap, before, metrics)
         if self.filter is None:
-            return _as_sent(_unjudged(answers.round_), answers)
+            return _in_order_of_arrival(_unfiltered(answers.round_), answers)
         decision = self.filter.decision(self._log)
         table = decision.table(answers.round_.index, self._detector)
         self._waiting = replace(self._waiting, verdict=table)
         if decision.stopped:
             raise FilterStopped(f"round {answers.round_.index}: {decision.outcome} was asked for by {self.filter!r}")
-        return _as_sent(decision, answers)
+        return _in_order_of_arrival(decision, answers)
 
     def commit(self, next_global: State, metrics: Mapping[str, float] | None = None) -> None:
-        """Ends the round with what came of it; when the call returns it is on the disk, or in `lost`.
+        """Ends the round; when the call returns, the round is on the disk, or noted in `lost`.
 
-        Raises: InputError without a round, where the layers are not the model's, or a metric is no number.
+        Parameters
+        ----------
+        next_global : Mapping
+            Layer -> array, the global model after the round.
+        metrics : Mapping of str to float, optional
+            Name -> number, such as main_accuracy.
+
+        Raises
+        ------
+        InputError
+            If no round waits for its commit, the layers differ from the model's, or a metric is not a number.
+        EvidenceLost
+            If `strict` is set and the round cannot be recorded.
         """
         if self._waiting is None:
             raise InputError("there is no round to commit; log_round comes first")
@@ -189,9 +280,20 @@ class Recorder:
         self._record(state_of(next_global, self.model), metrics or {})
 
     def close(self, next_global: State | None = None) -> None:
-        """Ends the run; next_global: what came of a round that still waits for its commit.
+        """Ends the run; a second call does nothing.
 
-        Without it that round is recorded with the global model that it had, and the metric `result_unknown`.
+        Parameters
+        ----------
+        next_global : Mapping, optional
+            Layer -> array, the global model after a round that still waits for its commit. By default that round is
+            recorded with the global model it started from and the metric `result_unknown`.
+
+        Raises
+        ------
+        InputError
+            If the layers of `next_global` differ from the model's.
+        EvidenceLost
+            If `strict` is set, and the round cannot be recorded or the run not closed.
         """
         if self._closed:
             return
@@ -201,19 +303,19 @@ class Recorder:
             if self._writer is not None:
                 self._writer.close()
         except OSError as error:
-            self._lose(f"the run was not closed: {error}")
+            self._note_loss(f"the run was not closed: {error}")
         finally:
-            self._let_go()
+            self._release()
 
     def leave_open(self) -> None:
-        """Lets go of the folder without a closing line: another recorder can go on with the run."""
+        """Releases the folder without closing the run, so that another recorder can continue it."""
         if self._closed:
             return
         self._finish(None)
         self._closed = True
-        self._let_go()
+        self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if self._writer is not None:
             self._writer.leave_open()
         if self._lock is not None:
@@ -244,7 +346,7 @@ class Recorder:
             self._record(state_of(next_global, self.model))
 
     def _record(self, next_global: Mapping[str, np.ndarray], metrics: Mapping[str, float] | None = None) -> None:
-        """Writes the round that waits, and the gap before it; what the disk does not take is lost."""
+        """Writes the waiting round, and the gap before it; if that fails, the round is noted as lost."""
         assert self._waiting is not None
         waiting, self._waiting = self._waiting, None
         round_ = waiting.round_
@@ -258,38 +360,39 @@ class Recorder:
                 self._writer = LogWriter.create(
                     self.path, self.model, waiting.state, source=self.source, evidence=self.evidence, lock=self._lock
                 )
-                self._ended = waiting.state
+                self._last_state = waiting.state
             if waiting.gap is not None:
-                self._writer.commit(waiting.gap, waiting.state, metrics={"lost": self._missed})
-                self._missed, self._ended = 0, waiting.state
-            lost = {"lost": self._missed} if self._missed else {}  # before the run was begun
-            noted = {**(metrics or {}), **waiting.metrics, **lost}
-            self._writer.commit(round_, next_global, verdict=waiting.verdict, metrics=noted)
+                self._writer.commit(waiting.gap, waiting.state, metrics={"lost": self._num_lost})
+                self._num_lost, self._last_state = 0, waiting.state
+            lost = {"lost": self._num_lost} if self._num_lost else {}  # rounds lost before the run could be created
+            all_metrics = {**(metrics or {}), **waiting.metrics, **lost}
+            self._writer.commit(round_, next_global, verdict=waiting.verdict, metrics=all_metrics)
         except (OSError, pa.ArrowException) as error:
-            self._missed += 1
+            self._num_lost += 1
             self._log = waiting.before if self._writer is None else self._writer.log
-            self._lose(f"round {round_.index} was not recorded: {error}")
+            self._note_loss(f"round {round_.index} was not recorded: {error}")
             return
-        self._log, self._ended, self._missed = self._writer.log, next_global, 0
+        self._log, self._last_state, self._num_lost = self._writer.log, next_global, 0
 
     def _round(self, index: int) -> Round:
         if index not in self._held:
-            raise InputError(f"round {index} is no longer held: without a folder to record into the last {HELD} are")
+            raise InputError(f"round {index} is no longer held: without a folder, only the last {HELD} rounds are")
         return self._held[index]
 
-    def _lose(self, what: str) -> None:
-        self.lost.append(" ".join(what.split()))
-        lost = EvidenceLost(f"{self.path}: {self.lost[-1]}")
+    def _note_loss(self, message: str) -> None:
+        """Adds a line to `lost`, and warns; raises EvidenceLost if `strict` is set."""
+        self.lost.append(" ".join(message.split()))
+        warning = EvidenceLost(f"{self.path}: {self.lost[-1]}")
         if self.strict:
-            raise lost
-        warnings.warn(lost, stacklevel=4)
+            raise warning
+        warnings.warn(warning, stacklevel=4)
 
 
-def _filter(given: FilteredAggregator | None, detector: Detector | str | None) -> FilteredAggregator | None:
+def _filter(filter_: FilteredAggregator | None, detector: Detector | str | None) -> FilteredAggregator | None:
     if detector is None:
-        return given
-    if given is not None:
-        raise InputError("a recorder takes a detector or a filter, found both; the filter has a detector of its own")
+        return filter_
+    if filter_ is not None:
+        raise InputError("a recorder takes a detector or a filter, found both; set the detector in the filter")
     if not isinstance(detector, str):
         return filtered(mean(), detector)
     return filtered(mean(), named("detectors", DETECTORS, detector)())
@@ -299,11 +402,11 @@ def _plain_source(source: dict[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(source, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise InputError(f"source: expected plain values that JSON can hold, found {error}") from error
+        raise InputError(f"source: expected plain values that JSON can represent, found {error}") from error
 
 
-def _begun(folder: Path, lock: FolderLock) -> LogWriter | None:
-    """The run in the folder, to go on with; None where one can be started. Raises InputError for all else."""
+def _resumed(folder: Path, lock: FolderLock) -> LogWriter | None:
+    """Resumes the run in the folder, None if a new one can be started; raises InputError in any other case."""
     try:
         if (folder / MANIFEST).is_file() and read_manifest(folder).lines:
             return LogWriter.resume(folder, lock=lock)
@@ -318,21 +421,21 @@ def _begun(folder: Path, lock: FolderLock) -> LogWriter | None:
 
 
 def _warn_if_all_refused(round_: Round) -> None:
-    """Warns of a round from which the server learns nothing, with the reason that was given most often."""
+    """Warns if every client of a round was refused, with the most frequent reason."""
     if len(round_) or not round_.refused:
         return
     reason, count = Counter(round_.refused.values()).most_common(1)[0]
     others = f" ({count} of {len(round_.refused)})" if count < len(round_.refused) else ""
-    what = f"round {round_.index}: nothing of {len(round_.refused)} clients could be recorded: {reason}{others}"
-    warnings.warn(EverybodyRefused(what), stacklevel=4)
+    message = f"round {round_.index}: nothing of {len(round_.refused)} clients could be recorded: {reason}{others}"
+    warnings.warn(EverybodyRefused(message), stacklevel=4)
 
 
 def _equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
     return all(np.array_equal(one[name], other[name], equal_nan=True) for name in one)
 
 
-def _unjudged(round_: Round) -> Decision:
-    """Everybody whose numbers are finite is kept."""
+def _unfiltered(round_: Round) -> Decision:
+    """The decision without a filter: keeps every client whose numbers are all finite."""
     verdict = verdict_on(round_, np.zeros(len(round_)), np.inf, abstained="no detector was asked")
     finite = np.isin(verdict.clients, round_.clients[round_.finite])
     reasons = [
@@ -342,8 +445,8 @@ def _unjudged(round_: Round) -> Decision:
     return Decision(verdict, verdict.clients, finite * 1.0, np.array(reasons, np.str_), "only recorded")
 
 
-def _as_sent(decision: Decision, answers: Received) -> Decision:
-    """The decision in the order of arrival, with what was converted."""
+def _in_order_of_arrival(decision: Decision, answers: Received) -> Decision:
+    """The decision in the order in which clients arrived, with the conversions among its reasons."""
     clients = np.array(answers.clients, np.str_)
     places = {client: place for place, client in enumerate(decision.clients.tolist())}
     rows = np.array([places[client] for client in answers.clients], dtype=np.int64)

@@ -107,7 +107,7 @@ def test_usual_names_are_found(folder, tmp_path, pattern):
 
 def test_names_can_be_given(folder, tmp_path):
     source = folder("{client}.at.{round}", globals_as="server.{round}")
-    with pytest.raises(InputError, match=r"no file is called of the usual names.*name them with --pattern"):
+    with pytest.raises(InputError, match=r"no file matches the usual names.*name them with --pattern"):
         ingest(source, tmp_path / "run")
     check(ingest(source, tmp_path / "run", pattern="{client}.at.{round}.npz", global_models="server.{round}").run)
 
@@ -343,13 +343,13 @@ def test_numbers_of_examples_come_from_a_csv(folder, tmp_path, command):
     [
         ("num_examples\n3\n", "expected the columns client, num_examples, and round where it varies"),
         ("client\nc0\n", "the column num_examples is missing"),
-        ("client,num_examples\nc0,3\nc0,4\n", "client 'c0' stands there twice"),
+        ("client,num_examples\nc0,3\nc0,4\n", "client 'c0' appears twice"),
         ("client,num_examples\nc0,3\nc9,4\n", "the recording has no client 'c9'"),
         ("round,client,num_examples\n0,c0,3\n7,c0,4\n", "the recording has no round '7', client 'c0'"),
-        ("client,num_examples\nc0,-3\n", "num_examples is a count, found '-3'"),
-        ("client,num_examples\nc0,2.5\n", "num_examples is a count, found '2.5'"),
-        ("client,num_examples\nc0,\n", "num_examples is a count, found ''"),
-        ("client,num_examples\nc0,3\n", "it has no round '0', client 'c1'"),
+        ("client,num_examples\nc0,-3\n", "num_examples must be a count, found '-3'"),
+        ("client,num_examples\nc0,2.5\n", "num_examples must be a count, found '2.5'"),
+        ("client,num_examples\nc0,\n", "num_examples must be a count, found ''"),
+        ("client,num_examples\nc0,3\n", "it has no row for round '0', client 'c1'"),
         ("", "not readable as CSV"),
     ],
 )
@@ -569,7 +569,7 @@ def test_truth_is_added_from_a_csv(folder, tmp_path, command):
     assert guilty[["round", "client", "poisoned"]].to_numpy().tolist() == [[1, "c2", True], [2, "c2", False]]
     status, out, err = command("ingest", tmp_path / "other", "--truth", tmp_path / "some.csv")
     assert (status, out) == (2, "")
-    assert "the truth is written once" in err
+    assert "the ground truth is written once" in err
 
 
 @pytest.mark.parametrize(
@@ -578,9 +578,9 @@ def test_truth_is_added_from_a_csv(folder, tmp_path, command):
         ("who\nc1\n", "expected the column client"),
         ("client\nmallory\n", "the run has no client 'mallory'"),
         ("client,round\nc1,9\n", "the run has no round '9', client 'c1'"),
-        ("client,round\nc1,x\n", "round 'x' is no number"),
-        ("client,poisoned\nc1,maybe\n", "poisoned is true or false, found 'maybe'"),
-        ("client\nc1\nc1\n", "client 'c1' stands there twice"),
+        ("client,round\nc1,x\n", "round must be a whole number, found 'x'"),
+        ("client,poisoned\nc1,maybe\n", "poisoned must be true or false, found 'maybe'"),
+        ("client\nc1\nc1\n", "client 'c1' appears twice"),
         ("", "not readable as CSV"),
     ],
 )

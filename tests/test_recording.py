@@ -241,7 +241,7 @@ def test_a_broken_sweep_is_one_clear_line(tmp_path, index):
 def test_a_sweep_does_not_name_runs_outside_its_folder(tmp_path):
     index = {"format": 1, "axes": [], "runs": {"../run": {}}, "controls": {}}
     (tmp_path / "sweep.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="no name of a run's folder"):
+    with pytest.raises(InputError, match="not the name of a run's folder"):
         open_run(tmp_path)
 
 

@@ -1,7 +1,7 @@
-"""Updates that were recorded elsewhere -> a run: folders of state_dicts, Arrow and Parquet tables.
+"""Importing updates that other tools recorded as a run: folders of state_dicts, Arrow and Parquet tables.
 
-Nothing is unpickled: `.pt` is read by torch with `weights_only=True`, `.npz` with `allow_pickle=False`. What one
-client's file holds never stops the others: it is recorded, or refused with a reason.
+Nothing is unpickled: torch reads `.pt` with `weights_only=True`, numpy reads `.npz` with `allow_pickle=False`. The file
+of one client never stops the import: it is recorded, or refused with a reason.
 """
 
 from gradlens.ingestion.folders import PATTERNS

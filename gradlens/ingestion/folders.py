@@ -1,4 +1,4 @@
-"""Where models lie that were recorded elsewhere: the files of a folder, by their names; the rows of a table."""
+"""Finding the models of a recording: files of a folder, matched by their names, or rows of a table."""
 
 import os
 import re
@@ -14,6 +14,7 @@ from gradlens.ingestion.formats import READERS, ModelFile
 from gradlens.ingestion.rows import layer_of, names_in, read_rows
 from gradlens.log.intake import State, Unfit, as_array, shown
 
+# usual names, without the ending: of clients' models, of the global model before a round, and of the one after it
 PATTERNS = (
     "round_{round}/client_{client}",
     "round-{round}/client-{client}",
@@ -46,26 +47,45 @@ AFTER = (
     "server/model_{round}",
     "round-{round}-weights",
     "model_round_{round}",
-)  # as Flower's guides do
+)  # as in Flower's guides
 TABLES = (".arrow", ".feather", ".parquet")
-LISTED = 5  # file names in a message
+LISTED = 5  # names that a message lists
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A row of a table that holds a model."""
+    """A row of a table that holds a model.
+
+    Parameters
+    ----------
+    columns : Mapping of str to pyarrow.ChunkedArray
+        Layer -> its column of the table.
+    number : int
+        Position of the row.
+    shapes : Mapping of str to tuple of int
+        Layer -> the shape into which a flat list is brought if the sizes agree.
+
+    Examples
+    --------
+    >>> columns = {"w": pa.chunked_array([[[1.0, 2.0, 3.0, 4.0]]])}
+    >>> Row(columns, 0, {"w": (2, 2)}).read()["w"].tolist()
+    [[1.0, 2.0], [3.0, 4.0]]
+    """
 
     columns: Mapping[str, pa.ChunkedArray]
     number: int
-    shapes: Mapping[str, tuple[int, ...]]  # layer -> the shape that a flat list takes
+    shapes: Mapping[str, tuple[int, ...]]
 
     @property
     def size(self) -> int:
-        """Bytes of its numbers; raises Unfit where it cannot be read."""
+        """Bytes of its numbers; raises Unfit where they cannot be read."""
         return sum(array.nbytes for array in self.read().values())
 
     def read(self, most: int | None = None) -> State:
-        """The model; raises Unfit where it cannot be read, or takes more than so many bytes, None: of any size."""
+        """Reads the model, layer -> array, without the layers whose cells are empty.
+
+        Raises Unfit if a cell cannot be read, or the model takes more than `most` bytes.
+        """
         cells = {name: column[self.number] for name, column in self.columns.items()}
         state = {name: layer_of(name, cell, self.shapes.get(name)) for name, cell in cells.items() if cell.is_valid}
         size = sum(array.nbytes for array in state.values())
@@ -79,17 +99,64 @@ Model = ModelFile | Row
 
 @dataclass(eq=False)
 class Source:
-    """What was found: number of a round -> what its clients sent, and what it started from; notes on the whole."""
+    """The models of a recording, before they are read.
+
+    Attributes
+    ----------
+    rounds : dict
+        Number of the round -> pairs of a client and its model.
+    starts : dict
+        Number of the round -> the global model before it; rounds whose global model is unknown are left out.
+    examples : dict
+        Number of the round -> client -> number of examples; empty means 1 for every client.
+    notes : list of str
+        A line for each assumption, such as which files were left out.
+    by_name : bool
+        Whether layers are in the order of their names rather than the model's.
+    """
 
     rounds: dict[int, list[tuple[str, Model]]] = field(default_factory=dict)
     starts: dict[int, Model] = field(default_factory=dict)
-    examples: dict[int, dict[str, Any]] = field(default_factory=dict)  # empty: 1 for everybody
+    examples: dict[int, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    by_name: bool = False  # the layers come in the order of their names, not of the model
+    by_name: bool = False
 
 
 def source_of_folder(path: Path, pattern: str | None, global_models: str | None, *, after: bool) -> Source:
-    """Which file is whose model of which round."""
+    """Finds the models of a folder by the names of the files.
+
+    Parameters
+    ----------
+    path : Path
+        The folder.
+    pattern : str or None
+        Where clients' models are, such as "round_{round}/client_{client}", with or without the ending. None takes the
+        first of `PATTERNS` that matches a file.
+    global_models : str or None
+        Where global models are, likewise with {round} alone. None tries the usual names.
+    after : bool
+        Whether the global models are those after each round instead of before it.
+
+    Returns
+    -------
+    Source
+
+    Raises
+    ------
+    InputError
+        If there is no folder or no model in it, no file matches, or a pattern does not hold {round} and {client} once
+        each.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     for name in ("model_0.npz", "round_0_client_a.npz", "round_0_client_b.npz"):
+    ...         Path(folder, name).touch()
+    ...     source = source_of_folder(Path(folder), None, None, after=False)
+    >>> [client for client, _ in source.rounds[0]], list(source.starts)  # model_0 is the result of round 0
+    (['a', 'b'], [1])
+    """
     if not path.is_dir():
         expected = f"a folder of models, or a table ({', '.join(TABLES)})"
         raise InputError(f"{path}: expected {expected}, found {'a file' if path.exists() else 'nothing'}")
@@ -97,36 +164,38 @@ def source_of_folder(path: Path, pattern: str | None, global_models: str | None,
     if not files:
         raise InputError(f"{path}: expected models ({', '.join(READERS)}), found none")
     starts: dict[int, str] = {}
-    for shape in (global_models,) if global_models is not None else (*GLOBALS, *AFTER):
-        matched = {name: _matched(shape, name) for name in files}
-        later = int(after or (global_models is None and shape in AFTER))
-        if starts := {int(m["round"]) + later: name for name, m in matched.items() if m}:
+    for candidate in (global_models,) if global_models is not None else (*GLOBALS, *AFTER):
+        matches = {name: _matched(candidate, name) for name in files}
+        shift = int(after or (global_models is None and candidate in AFTER))
+        if starts := {int(match["round"]) + shift: name for name, match in matches.items() if match}:
             break
     if global_models is not None and not starts:
-        raise InputError(f"{path}: no file is called {global_models!r}, there are {several(files)}")
-    left = [name for name in files if name not in set(starts.values())]
+        raise InputError(
+            f"{path}: no file matches the global models' pattern {global_models!r}; found {several(files)}"
+        )
+    remaining = [name for name in files if name not in set(starts.values())]
     clients: dict[str, Any] = {}
-    for shape in (pattern,) if pattern is not None else PATTERNS:
-        clients = {name: m for name in left if (m := _matched(shape, name, client=True))}
+    for candidate in (pattern,) if pattern is not None else PATTERNS:
+        clients = {name: match for name in remaining if (match := _matched(candidate, name, client=True))}
         if clients:
             break
     if not clients:
-        tried = f"{pattern!r}" if pattern is not None else "of the usual names, such as 'round_3/client_7.pt'"
-        raise InputError(f"{path}: no file is called {tried}; there are {several(files)}; name them with --pattern")
-    found = Source(starts={number: ModelFile(path / name) for number, name in starts.items()})
+        tried = f"the pattern {pattern!r}" if pattern is not None else "the usual names, such as 'round_3/client_7.pt'"
+        raise InputError(f"{path}: no file matches {tried}; found {several(files)}; name them with --pattern")
+    source = Source(starts={number: ModelFile(path / name) for number, name in starts.items()})
     for name, match in clients.items():
-        found.rounds.setdefault(int(match["round"]), []).append((match["client"], ModelFile(path / name)))
-    first = min(found.rounds)
-    found.by_name = starts.get(first, next(iter(clients))).endswith(".safetensors")
-    if ignored := [name for name in left if name not in clients]:
-        found.notes.append(f"{len(ignored)} files match no pattern and are left out: {several(ignored)}")
+        source.rounds.setdefault(int(match["round"]), []).append((match["client"], ModelFile(path / name)))
+    first = min(source.rounds)
+    source.by_name = starts.get(first, next(iter(clients))).endswith(".safetensors")
+    if ignored := [name for name in remaining if name not in clients]:
+        source.notes.append(f"{len(ignored)} files match no pattern and are left out: {several(ignored)}")
     if outside:
-        found.notes.append(f"{len(outside)} links lead out of the folder and are left out: {several(outside)}")
-    return found
+        source.notes.append(f"{len(outside)} links lead out of the folder and are left out: {several(outside)}")
+    return source
 
 
 def _files(path: Path) -> tuple[list[str], list[str]]:
-    """The files of models below a folder, and those that are links to the outside; raises OSError."""
+    """Lists the model files inside a folder and its subfolders, and the links to a file outside; raises OSError."""
     inside, outside, root = [], [], path.resolve()
 
     def stop(error: OSError) -> None:  # what is silently left out would be missing evidence
@@ -134,15 +203,15 @@ def _files(path: Path) -> tuple[list[str], list[str]]:
 
     for folder, _, names in os.walk(path, onerror=stop):
         for name in names:
-            each = Path(folder) / name
-            if each.suffix in READERS:
-                lies_within = Path(os.path.realpath(each)).is_relative_to(root)  # a loop of links raises nothing
-                (inside if lies_within else outside).append(str(each.relative_to(path)))
+            file = Path(folder) / name
+            if file.suffix in READERS:
+                is_inside = Path(os.path.realpath(file)).is_relative_to(root)  # a loop of links raises nothing
+                (inside if is_inside else outside).append(str(file.relative_to(path)))
     return sorted(inside), sorted(outside)
 
 
 def _matched(pattern: str, name: str, *, client: bool = False) -> re.Match[str] | None:
-    """Round and client in a file's name by a pattern, None where it does not match."""
+    """Matches a file's name with a pattern, with the groups round and client; None if it does not match."""
     needed = ["{round}", "{client}"] if client else ["{round}"]
     if missing := [field for field in needed if pattern.count(field) != 1]:
         raise InputError(f"pattern: expected {' and '.join(needed)} once each, found {pattern!r:.80}: {missing[0]}")
@@ -150,19 +219,50 @@ def _matched(pattern: str, name: str, *, client: bool = False) -> re.Match[str] 
     parts = re.split(r"(\{round\}|\{client\})", stem)
     groups = {"{round}": r"(?P<round>[0-9]{1,9})", "{client}": r"(?P<client>[^/]+)"}
     ending = re.escape(_ending(pattern)) if _ending(pattern) else "|".join(map(re.escape, READERS))
-    return re.fullmatch("".join(groups.get(p) or re.escape(p) for p in parts) + f"(?:{ending})", name, re.DOTALL)
+    expression = "".join(groups.get(part) or re.escape(part) for part in parts) + f"(?:{ending})"
+    return re.fullmatch(expression, name, re.DOTALL)
 
 
 def _ending(name: str) -> str:
+    """The ending of a model file in a name, "" if it has none."""
     return next((ending for ending in READERS if name.endswith(ending)), "")
 
 
 def source_of_table(path: Path, model: str | None) -> Source:
-    """The rows of a table: whose model of which round."""
+    """Finds the models of a table.
+
+    Parameters
+    ----------
+    path : Path
+        The table: the columns round and client, optionally num_examples, and a column per layer. A row without a client
+        is the global model before its round.
+    model : str or None
+        The file of a model, which is the global model before the first round; flat lists take the shapes of its layers.
+
+    Returns
+    -------
+    Source
+
+    Raises
+    ------
+    InputError
+        If the table or the model's file cannot be read, a column is missing, or a round is not a whole number.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> import pyarrow.parquet as pq
+    >>> table = pa.table({"round": [0, 0], "client": [None, "a"], "w": [[1.0], [2.0]]})
+    >>> with TemporaryDirectory() as folder:
+    ...     pq.write_table(table, f"{folder}/t.parquet")
+    ...     source = source_of_table(Path(folder, "t.parquet"), None)
+    >>> [client for client, _ in source.rounds[0]], source.starts[0].read()
+    (['a'], {'w': array([1.])})
+    """
     shapes: dict[str, tuple[int, ...]] = {}
-    found, first, model_bytes = Source(), None, 0
+    source, first, model_bytes = Source(), None, 0
     if model is not None:
-        first = _named_model(Path(model))
+        first = _model_file(Path(model))
         arrays = {name: as_array(value)[0] for name, value in _read(first).items()}
         shapes = {name: array.shape for name, array in arrays.items()}
         model_bytes = sum(array.nbytes for array in arrays.values())
@@ -170,36 +270,35 @@ def source_of_table(path: Path, model: str | None) -> Source:
     layers = [name for name in table.column_names if name not in ("round", "client", "num_examples")]
     numbers, clients = table["round"].to_pylist(), names_in(path, table["client"])
     if first is not None:
-        found.starts[min(numbers, default=0)] = first
+        source.starts[min(numbers, default=0)] = first
     columns = {name: table[name] for name in layers}
-
     for row, (number, client) in enumerate(zip(numbers, clients, strict=True)):
         if client is None:
-            found.starts[number] = Row(columns, row, shapes)
+            source.starts[number] = Row(columns, row, shapes)
         else:
-            found.rounds.setdefault(number, []).append((client, Row(columns, row, shapes)))
+            source.rounds.setdefault(number, []).append((client, Row(columns, row, shapes)))
     if "num_examples" in table.column_names:
         counts = zip(numbers, clients, table["num_examples"].to_pylist(), strict=True)
         for number, client, count in counts:
-            found.examples.setdefault(number, {})[client] = count
-    return found
+            source.examples.setdefault(number, {})[client] = count
+    return source
 
 
-def _named_model(path: Path) -> ModelFile:
-    """The file of a model by its own name; raises InputError where there is none."""
+def _model_file(path: Path) -> ModelFile:
+    """The model's file at a path; raises InputError if there is none."""
     if path.suffix not in READERS or not path.is_file():
-        raise InputError(f"{path}: expected the file of a model ({', '.join(READERS)}), found none")
+        raise InputError(f"{path}: expected a model's file ({', '.join(READERS)}), found none")
     return ModelFile(path)
 
 
-def _read(first: Model) -> State:
+def _read(model: Model) -> State:
     try:
-        return first.read()
+        return model.read()
     except Unfit as reason:
         raise InputError(f"the global model {reason}") from reason
 
 
 def several(names: Collection[Any]) -> str:
-    """The first names, and how many more there are."""
+    """Lists the first names, and how many more there are."""
     listed = [name if isinstance(name, int) else shown(name) for name in list(names)[:LISTED]]
     return ", ".join(map(str, listed)) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

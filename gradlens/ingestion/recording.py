@@ -1,7 +1,4 @@
-"""Updates that were recorded elsewhere -> a run.
-
-What one client's file holds never stops the others: it is recorded, or refused with a reason.
-"""
+"""Importing updates that another tool recorded as a run (`ingest`)."""
 
 import math
 import shutil
@@ -25,12 +22,23 @@ from gradlens.log.intake import Received, State, Unfit, as_array, received, spec
 from gradlens.log.writer import check_free
 from gradlens.run import Run
 
-MODELS, MARGIN = 4, 1 << 20  # a client's file may take so many models and bytes: float64, an optimizer's moments
+# a client's file may take as much as 4 models and 1 MiB, which leaves room for float64 or an optimizer's moments
+MODELS, MARGIN = 4, 1 << 20
 
 
 @dataclass(frozen=True)
 class Ingested:
-    """What became of a recording: the run, what was assumed, and a line for each client that is not as it should be."""
+    """The result of `ingest`.
+
+    Attributes
+    ----------
+    run : Run
+        The recorded run, closed.
+    notes : tuple of str
+        A line for each assumption, such as an estimated global model, and for what was left out or converted.
+    faults : tuple of str
+        A line for each client that was refused in a round, or sent numbers that are not finite.
+    """
 
     run: Run
     notes: tuple[str, ...]
@@ -53,43 +61,95 @@ def ingest(
     evidence: Evidence | str = "full",
     progress: bool = False,
 ) -> Ingested:
-    """Records what lies in `source` as the closed run `out`: a folder of models, or a table.
+    """Records the models in a folder or table as a run, and closes it.
 
-    A folder holds a `.pt`, `.pth`, `.safetensors` or `.npz` file per round and client, a state_dict of local models
-    (`updates`: of updates). pattern: where, without the ending, as in `round_{round}/client_{client}`; None tries the
-    usual ones, `PATTERNS`. global_models: likewise, the model that each round started from (`after`: what came of it,
-    as Flower's guides save it: `model_{round}.pt` from an evaluate_fn, `round-{round}-weights.npz` from a strategy;
-    Flower itself saves nothing, and no client's model: those come from a line in the client, such as
-    `torch.save(arrays.to_torch_state_dict(), f"client_{partition}/model_{round}.pt")`).
-    A table (`.arrow`, `.feather`, `.parquet`) has a row per round and client: columns round, client, num_examples (may
-    be missing: 1), and a list (or tensor) column per layer; a row without a client is the global model that its round
-    started from; global_models: a file of a model, whose shapes flat lists take.
-    Where a global model is not known it is estimated: the one before + the mean of the updates that are finite; the
-    first from local models as the median of each number, from updates as 0. Rounds are numbered 0, 1, ... in
-    their order. final_layer: the final weight, else found; buffers: besides integers and batch-norm's. num_examples: a
-    CSV with the columns client, num_examples, and round where it varies, as the source numbers it; None: 1 for
-    everybody of a folder. truth: a CSV, see `with_csv_truth`. A file that would take more memory than four models and
-    1 MiB is refused unread; the model is the global one, where there is none the median of the first round's files.
-    strict: the first client that is not as it should be is an InputError. evidence: what of each update is recorded, an
-    `Evidence` or the name of its level.
-    Raises: InputError, after which nothing of the run is left.
+    Parameters
+    ----------
+    source : Path or str
+        A folder with a file per round and client, a state_dict (`.pt`, `.pth`, `.safetensors`, `.npz`); or a table
+        (`.arrow`, `.feather`, `.parquet`) with a row per round and client: the columns round, client, optionally
+        num_examples, and a column of lists or tensors per layer. A row without a client is the global model before its
+        round.
+    out : Path or str
+        The folder of the run, new or empty.
+    pattern : str, optional
+        Where clients' models are in the folder, such as "round_{round}/client_{client}", with or without the ending; by
+        default the usual names are tried (`PATTERNS`).
+    global_models : str, optional
+        Likewise for global models, with {round} alone. For a table: the file of a model, which is the global model
+        before the first round; flat lists take the shapes of its layers.
+    after : bool, default False
+        Whether the global models of a folder are those after each round, as Flower's guides save them, instead of
+        before it.
+    updates : bool, default False
+        Whether clients sent updates instead of local models.
+    final_layer : str, optional
+        Name of the final layer's weight; by default it is found.
+    buffers : collection of str, default ()
+        Layers that are never scored, in addition to integer layers and the statistics of batch normalization.
+    num_examples : Path or str, optional
+        A CSV file: client, num_examples, and round if they vary over rounds. By default those of the table, or 1.
+    truth : Path or str, optional
+        A CSV file with the ground truth; see `with_csv_truth`.
+    strict : bool, default False
+        Whether the first faulty client raises `InputError`.
+    evidence : Evidence or str, default "full"
+        How much of each update is recorded, an `Evidence` or the name of its level.
+    progress : bool, default False
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    Ingested
+
+    Raises
+    ------
+    InputError
+        If `out` holds something, nothing can be recorded, a setting is wrong, or with `strict` a client is faulty. A
+        failed import leaves nothing of the run behind.
+
+    Notes
+    -----
+    Unknown global models are estimated: the one before plus the mean of the finite updates. The first one is then the
+    coordinate-wise median of the local models, or 0 if clients sent updates. Rounds are renumbered from 0.
+
+    The file of a client that takes more than 4 models and 1 MiB is refused without being read. The size of a model is
+    that of the global model, or else the median of the files of the first round.
+
+    Flower itself saves no models. Its guides save global models as `model_{round}.pt` in an evaluate_fn or as
+    `round-{round}-weights.npz` in a strategy; clients' models need a line in the client, such as
+    ``torch.save(arrays.to_torch_state_dict(), f"client_{partition}/model_{round}.pt")``.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from gradlens.examples import example_log
+    >>> round_ = example_log()[0]
+    >>> with TemporaryDirectory() as folder:
+    ...     np.savez(f"{folder}/global_0.npz", **round_.global_model)
+    ...     for row, client in enumerate(round_.clients):
+    ...         update = {layer: rows[row] for layer, rows in round_.updates.items()}
+    ...         np.savez(f"{folder}/round_0_{client.replace('-', '_')}.npz", **update)
+    ...     ingested = ingest(folder, f"{folder}/run", updates=True)
+    ...     len(ingested.run.log[0]), ingested.faults
+    (10, ())
     """
     path, folder = Path(source), Path(out)
     with disk_faults_as_input_errors(path, folder):
         check_free(folder)
         if path.suffix in TABLES:
-            found = source_of_table(path, global_models)
+            recording = source_of_table(path, global_models)
         else:
-            found = source_of_folder(path, pattern, global_models, after=after)
-        if not found.rounds:
-            raise InputError(f"{path}: it holds no client's model")
+            recording = source_of_folder(path, pattern, global_models, after=after)
+        if not recording.rounds:
+            raise InputError(f"{path}: expected the model of at least one client, found none")
         if num_examples is not None:
-            if found.examples:
+            if recording.examples:
                 raise InputError(f"{path}: it has a column num_examples of its own, found {num_examples} besides")
-            sent = {number: [str(client) for client, _ in models] for number, models in found.rounds.items()}
-            found.examples = dict(examples_in(num_examples, sent))
+            sent = {number: [str(client) for client, _ in models] for number, models in recording.rounds.items()}
+            recording.examples = dict(examples_in(num_examples, sent))
         existed = folder.exists()
-        record = partial(_written, found, folder, path, updates=updates, final_layer=final_layer, buffers=buffers)
+        record = partial(_write, recording, folder, path, updates=updates, final_layer=final_layer, buffers=buffers)
         level = Evidence.of(evidence)
         try:
             notes, faults = record(evidence=level, strict=strict, progress=progress)
@@ -101,8 +161,8 @@ def ingest(
         return Ingested(Run.open(folder), tuple(notes), tuple(faults))
 
 
-def _written(
-    found: Source,
+def _write(
+    recording: Source,
     folder: Path,
     path: Path,
     *,
@@ -113,44 +173,44 @@ def _written(
     strict: bool,
     progress: bool,
 ) -> tuple[list[str], list[str]]:
-    """Records the rounds one after the other; gives the notes and the faults."""
-    numbers, notes, faults, converted = sorted(found.rounds), [*found.notes], [], Counter[str]()
+    """Records one round after the other; returns the notes and the faults."""
+    numbers, notes, faults, converted = sorted(recording.rounds), [*recording.notes], [], Counter[str]()
     estimated, writer, state = [], None, {}
-    total = sum(len(found.rounds[number]) for number in numbers)
+    total = sum(len(recording.rounds[number]) for number in numbers)
     bar = tqdm(total=total, desc="ingest", unit="model", delay=2, leave=False, disable=None if progress else True)
     try:
         for index, number in enumerate(numbers):
-            start = _start(found, number) if writer is None else None
-            most = _most(found.rounds[number], start) if writer is None else MODELS * _size(writer.model) + MARGIN
-            sent = [(client, _read(each, most, bar)) for client, each in found.rounds[number]]
-            if number not in found.starts:
+            start = _start(recording, number) if writer is None else None
+            most = _most(recording.rounds[number], start) if writer is None else MODELS * _size(writer.model) + MARGIN
+            sent = [(client, _read(file, most, bar)) for client, file in recording.rounds[number]]
+            if number not in recording.starts:
                 estimated.append(number)
             if writer is None:
-                shaped = _most_usual([state for _, state in sent]) if start is None else start
-                model = _model(shaped, buffers, final_layer)
-                if final_layer is None and found.by_name:
-                    notes.append(_by_name(model))
-                state = _first(model, sent, updates=updates) if start is None else state_of(start, model)
+                example = _most_frequent([state for _, state in sent]) if start is None else start
+                model = _model(example, buffers, final_layer)
+                if final_layer is None and recording.by_name:
+                    notes.append(_note_on_order(model))
+                state = _estimated_start(model, sent, updates=updates) if start is None else state_of(start, model)
                 origin = {"from": str(path), "rounds": numbers, "sent": "updates" if updates else "models"}
                 writer = LogWriter.create(folder, model, state, source={"ingested": origin}, evidence=evidence)
             model = writer.model
-            answers = received(index, model, state, sent, found.examples.get(number), as_models=not updates)
+            answers = received(index, model, state, sent, recording.examples.get(number), as_models=not updates)
             converted.update(answers.notes.values())
             for line in _faults(answers, number):
                 if strict:
                     raise InputError(f"{path}: {line}; without --strict the others are recorded")
                 faults.append(line)
-            after = _start(found, numbers[index + 1] if number != numbers[-1] else number + 1)
-            state = _moved(answers.round_, state, model) if after is None else state_of(after, model)
-            said = {"global_estimated": 1} if number in estimated else {}
-            writer.commit(answers.round_, state, metrics={**said, **_counted(answers)})
+            after = _start(recording, numbers[index + 1] if number != numbers[-1] else number + 1)
+            state = _estimated_result(answers.round_, state, model) if after is None else state_of(after, model)
+            metrics = {"global_estimated": 1} if number in estimated else {}
+            writer.commit(answers.round_, state, metrics={**metrics, **_num_converted(answers)})
         assert writer is not None
         writer.close()
     finally:
         bar.close()
         if writer is not None:
             writer.leave_open()
-    notes += [f"{count} models: {what}" for what, count in converted.items()]
+    notes += [f"{count} models: {conversion}" for conversion, count in converted.items()]
     if estimated:
         first = "; the first is " + ("taken as 0" if updates else "the median of its local models")
         notes.append(
@@ -165,26 +225,26 @@ def _written(
 
 
 def _remove(folder: Path, *, itself: bool) -> None:
-    """Removes what was made in the folder, and the folder where that was made, too."""
+    """Deletes the content of the folder, and with `itself` the folder, too."""
     if itself:
         shutil.rmtree(folder, ignore_errors=True)
         return
-    for each in folder.iterdir():
-        shutil.rmtree(each) if each.is_dir() else each.unlink()
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _start(found: Source, number: int) -> State | None:
-    """The global model that a round started from, None if there is none; raises InputError where it is unreadable."""
-    if number not in found.starts:
+def _start(recording: Source, number: int) -> State | None:
+    """The global model before a round, None if it is unknown; raises InputError if it cannot be read."""
+    if number not in recording.starts:
         return None
     try:
-        return found.starts[number].read()
+        return recording.starts[number].read()
     except Unfit as reason:
         raise InputError(f"the global model of round {number} {reason}") from reason
 
 
 def _most(models: Sequence[tuple[str, Model]], start: State | None) -> int | None:
-    """How many bytes a client's model may take in the first round; None without anything to go by."""
+    """The most bytes that a client's model may take in the first round; None if no size is known."""
     if start is not None:
         return MODELS * _size(spec_of(start)) + MARGIN
     sizes = []
@@ -200,7 +260,7 @@ def _size(model: ModelSpec) -> int:
 
 
 def _read(model: Model, most: int | None, bar: Any) -> Any:
-    """A client's model, or why it cannot be read."""
+    """Reads a client's model; returns the reason if it cannot be read."""
     bar.update()
     try:
         return model.read(most)
@@ -208,8 +268,8 @@ def _read(model: Model, most: int | None, bar: Any) -> Any:
         return reason
 
 
-def _most_usual(states: list[Any]) -> State:
-    """A model of the layers that most clients sent."""
+def _most_frequent(states: list[Any]) -> State:
+    """A model with the most frequent combination of layers and shapes; raises InputError if none can be read."""
     signatures: dict[Any, list[State]] = {}
     for state in states:
         try:
@@ -223,25 +283,25 @@ def _most_usual(states: list[Any]) -> State:
 
 
 def _model(state: State, buffers: Collection[str], final_layer: str | None) -> ModelSpec:
-    """The specification, its final bias found by name first: some formats keep no order of layers."""
+    """The specification of a model; its final bias is looked up by name first, as some formats keep no order."""
     if final_layer is not None and final_layer not in state:
         raise InputError(f"final layer: the model has no layer {final_layer!r:.80}, only {several(list(state))}")
     model = spec_of(state, buffers)
     weight = final_layer or model.final_weight
     bias = f"{weight}".removesuffix("weight") + "bias"
-    named = weight is not None and bias in model.parameters and model[bias].shape == model[weight].shape[:1]
-    return spec_of(state, buffers, final_weight=weight, final_bias=bias if named else None)
+    has_bias = weight is not None and bias in model.parameters and model[bias].shape == model[weight].shape[:1]
+    return spec_of(state, buffers, final_weight=weight, final_bias=bias if has_bias else None)
 
 
-def _by_name(model: ModelSpec) -> str:
+def _note_on_order(model: ModelSpec) -> str:
     return (
         f"safetensors keep no order of layers: the last by name, {model.final_weight}, is taken as the final one; "
         "--final-layer names another"
     )
 
 
-def _first(model: ModelSpec, sent: list[tuple[str, Any]], *, updates: bool) -> Mapping[str, np.ndarray]:
-    """What stands for the model that the first round started from."""
+def _estimated_start(model: ModelSpec, sent: list[tuple[str, Any]], *, updates: bool) -> Mapping[str, np.ndarray]:
+    """Estimates the global model before the first round: 0 for updates, else the median of the local models."""
     zero = {layer.name: np.zeros(layer.shape, layer.dtype) for layer in model.layers}
     if updates:
         return zero
@@ -251,8 +311,8 @@ def _first(model: ModelSpec, sent: list[tuple[str, Any]], *, updates: bool) -> M
     return {**zero, **median, **{name: round_.weighted_mean(name, rows, np.ones(len(rows))) for name in model.buffers}}
 
 
-def _moved(round_: Round, state: Mapping[str, np.ndarray], model: ModelSpec) -> dict[str, np.ndarray]:
-    """The model after a round, where nobody wrote it down: plus the mean of the updates that are finite."""
+def _estimated_result(round_: Round, state: Mapping[str, np.ndarray], model: ModelSpec) -> dict[str, np.ndarray]:
+    """Estimates the global model after a round: the one before it plus the mean of the finite updates."""
     rows = np.flatnonzero(round_.finite)
     with np.errstate(all="ignore"):
         mean = {name: round_.weighted_mean(name, rows, np.ones(len(rows))) for name in model}
@@ -260,6 +320,7 @@ def _moved(round_: Round, state: Mapping[str, np.ndarray], model: ModelSpec) -> 
 
 
 def _faults(answers: Received, number: int) -> Iterator[str]:
+    """A line for each client of a round that was refused or sent numbers that are not finite."""
     round_ = answers.round_
     for client, reason in round_.refused.items():
         yield f"round {number}, client {client}: refused: {reason}"
@@ -267,5 +328,6 @@ def _faults(answers: Received, number: int) -> Iterator[str]:
         yield f"round {number}, client {client}: recorded with numbers that are not finite"
 
 
-def _counted(answers: Received) -> dict[str, int]:
+def _num_converted(answers: Received) -> dict[str, int]:
+    """The metric `converted`: how many models had numbers of another type; nothing if none had."""
     return {"converted": len(answers.notes)} if answers.notes else {}

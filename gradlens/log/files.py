@@ -1,7 +1,7 @@
-"""Arrow files of a run: what was sent (`updates/`), the global models (`globals/`), and plain tables.
+"""The Arrow files of a run: updates (`updates/`), global models (`globals/`), and plain tables.
 
-One row per client, one fixed-shape-tensor column per layer. A file that anybody could have written is
-checked in full before a number of it is touched: hostile bytes would crash the reader otherwise.
+A file of updates has a row per client and a fixed-shape tensor column per layer. Files may come from anybody, so each
+is validated in full before its numbers are used: malformed bytes could crash the reader otherwise.
 """
 
 import json
@@ -23,11 +23,21 @@ from gradlens.log.round import Round
 from gradlens.log.sketches import POWERS
 from gradlens.log.sources import ArraySource, LazyLayers
 
-BATCH_BYTES = 1_000_000_000  # a round up to this size is one record batch, read as views
+BATCH_BYTES = 1_000_000_000  # a round up to this size is one record batch, which is read without a copy
 
 
 def write_updates(path: Path, model: ModelSpec, round_: Round) -> None:
-    """Writes one round's updates beside `path`, flushes them to the disk and renames them there."""
+    """Writes the updates of one round, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        Where to.
+    model : ModelSpec
+        The layers that are recorded.
+    round_ : Round
+        Its updates, moments and refused clients.
+    """
     metadata = {"round": str(round_.index), "refused": json.dumps(dict(round_.refused), sort_keys=True)}
     schema = _updates_schema(model, tuple(round_.moments)).with_metadata(metadata)
     row_bytes = sum(layer.size * np.dtype(layer.dtype).itemsize for layer in model.layers)
@@ -41,7 +51,7 @@ def write_updates(path: Path, model: ModelSpec, round_: Round) -> None:
                 pa.array(round_.num_examples[part]),
             ]
             columns += [_tensor(layer, round_.updates[layer.name][part]) for layer in model.layers]
-            columns += [_tensor(_moments(name), rows[part]) for name, rows in round_.moments.items()]
+            columns += [_tensor(_moments(name), moments[part]) for name, moments in round_.moments.items()]
             yield pa.record_batch(columns, schema=schema)
 
     _write(path, schema, batches())
@@ -50,18 +60,36 @@ def write_updates(path: Path, model: ModelSpec, round_: Round) -> None:
 def read_updates(
     path: Path, model: ModelSpec, global_model: Mapping[str, np.ndarray], summed: tuple[str, ...] = ()
 ) -> Round:
-    """One round as it was recorded, its arrays mapped from the file; raises InputError on anything else.
+    """Reads the updates of one round, memory-mapped.
 
-    summed: the layers of which there are moments.
+    Parameters
+    ----------
+    path : Path
+        A file that `write_updates` wrote.
+    model : ModelSpec
+        The layers that are recorded.
+    global_model : Mapping of str to ndarray
+        Layer -> array, the global model before the round.
+    summed : tuple of str, default ()
+        The layers whose moments are recorded.
+
+    Returns
+    -------
+    Round
+
+    Raises
+    ------
+    InputError
+        If the file is not a round of this model.
     """
     batches, metadata = read_batches(path, _updates_schema(model, summed))
     try:
         index, refused = int(metadata[b"round"]), json.loads(metadata[b"refused"])
     except (KeyError, ValueError) as error:
         raise InputError(f"{path}: the round or the refused clients cannot be read: {error!r}") from error
-    if not isinstance(refused, dict) or not all(isinstance(v, str) for v in refused.values()):
-        raise InputError(f"{path}: the refused clients must be a table client -> reason")
-    positions = {layer.name: i + 2 for i, layer in enumerate(model.layers)}
+    if not isinstance(refused, dict) or not all(isinstance(reason, str) for reason in refused.values()):
+        raise InputError(f"{path}: the refused clients must be a JSON object, client -> reason")
+    positions = {layer.name: column for column, layer in enumerate(model.layers, start=2)}
 
     def pieces(name: str) -> list[np.ndarray]:
         return [_numbers(batch.column(positions[name]), model[name]) for batch in batches]
@@ -69,29 +97,31 @@ def read_updates(
     updates = ArraySource(tuple(model), pieces)
     clients = np.array([name for batch in batches for name in batch.column(0).to_pylist()], dtype=np.str_)
     num_examples = np.concatenate([batch.column(1).to_numpy(zero_copy_only=True) for batch in batches])
-    place = 2 + len(model)
     moments = {
-        name: np.concatenate([_numbers(batch.column(place + i), _moments(name)) for batch in batches])
-        for i, name in enumerate(summed)
+        name: np.concatenate([_numbers(batch.column(column), _moments(name)) for batch in batches])
+        for column, name in enumerate(summed, start=2 + len(model))
     }
     return Round(index, clients, num_examples, updates, global_model, refused, model.buffers, moments)
 
 
 def write_state(path: Path, model: ModelSpec, state: Mapping[str, np.ndarray]) -> None:
-    """Writes one global model, a file of one row."""
+    """Writes one global model, layer -> array, as a file of one row."""
     schema = _state_schema(model)
     columns = [_tensor(layer, np.asarray(state[layer.name], layer.dtype)[None]) for layer in model.layers]
     _write(path, schema, iter([pa.record_batch(columns, schema=schema)]))
 
 
 def read_state(path: Path, model: ModelSpec) -> Mapping[str, np.ndarray]:
-    """Layer -> array of one global model, mapped from the file when the first layer is asked for."""
+    """Opens a global model, layer -> array; the file is mapped, and checked, when the first layer is read.
+
+    Reading a layer raises InputError if the file is not one row of this model.
+    """
 
     @cache
     def columns() -> list[pa.Array]:
         batches, _ = read_batches(path, _state_schema(model))
         if len(batches) != 1 or batches[0].num_rows != 1:
-            raise InputError(f"{path}: a global model is one row, found {sum(b.num_rows for b in batches)}")
+            raise InputError(f"{path}: a global model is one row, found {sum(batch.num_rows for batch in batches)}")
         return batches[0].columns
 
     positions = {layer.name: i for i, layer in enumerate(model.layers)}
@@ -99,19 +129,19 @@ def read_state(path: Path, model: ModelSpec) -> Mapping[str, np.ndarray]:
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Writes a plain table (verdicts, truth)."""
+    """Writes a plain table, such as verdicts or the ground truth."""
     arrow = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(None)
     _write(path, arrow.schema, iter(arrow.to_batches()))
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A plain table as pandas; raises InputError where the file is none."""
+    """Reads a plain table; raises InputError if the file is not a readable Arrow file."""
     batches, _ = read_batches(path, None)
     return pa.Table.from_batches(batches).to_pandas()
 
 
 def replace_with(path: Path, payload: bytes, *, secret: bool = False) -> None:
-    """Writes a small file whole or not at all; a secret one is for its owner's eyes only."""
+    """Writes a small file, whole or not at all; only its owner may read a secret one."""
     with _placed(path) as file:
         if secret:
             os.fchmod(file.fileno(), 0o600)
@@ -126,7 +156,7 @@ def _write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> 
 
 @contextmanager
 def _placed(path: Path) -> Iterator[BinaryIO]:
-    """A file that is written beside its place, flushed to the disk and then renamed there, or not there at all."""
+    """Opens a temporary file; when the block ends it is flushed and renamed to `path`, on an exception removed."""
     part = beside(path)
     try:
         with open(part, "wb") as file:
@@ -135,13 +165,13 @@ def _placed(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
-        part.unlink(missing_ok=True)  # a full disk is not kept full by what was not finished
+        part.unlink(missing_ok=True)  # so that an unfinished file does not keep a full disk full
         raise
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes the names in a folder to the disk."""
+    """Flushes a folder's entries (new and renamed files) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -150,20 +180,37 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_batches(path: Path, schema: pa.Schema | None = None) -> tuple[list[pa.RecordBatch], Mapping[bytes, bytes]]:
-    """The record batches of an Arrow file, every buffer of them checked, and the schema's metadata.
+    """Reads an Arrow file, memory-mapped, and validates every buffer of it.
 
-    Raises InputError where it is none, or its columns are not those of `schema`.
+    Parameters
+    ----------
+    path : Path
+        The file.
+    schema : pyarrow.Schema, optional
+        The expected columns, none of which may have empty cells; None accepts any table.
+
+    Returns
+    -------
+    batches : list of pyarrow.RecordBatch
+        At least one.
+    metadata : Mapping of bytes to bytes
+        Of the schema.
+
+    Raises
+    ------
+    UnreadableError
+        If it is not a readable Arrow file, or its columns are not those of `schema`.
     """
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(regular_file(path))))
-        found = reader.schema
-        if schema is not None and not found.equals(schema):
+        file_schema = reader.schema
+        if schema is not None and not file_schema.equals(schema):
             raise UnreadableError(f"{path}: its columns are not those of the model in run.json")
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         for batch in batches:
             batch.validate(full=True)
             if any(column.null_count for column in batch.columns) and schema is not None:
-                raise UnreadableError(f"{path}: every cell must be filled, found empty ones")
+                raise UnreadableError(f"{path}: every cell must have a value, found empty ones")
     except UnreadableError:
         raise
     except InputError as error:
@@ -172,8 +219,8 @@ def read_batches(path: Path, schema: pa.Schema | None = None) -> tuple[list[pa.R
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise UnreadableError(f"{path}: not a readable Arrow file: {reason}") from error
     if not batches:
-        raise UnreadableError(f"{path}: a file of a run holds at least one record batch, found none")
-    return batches, found.metadata or {}
+        raise UnreadableError(f"{path}: expected at least one record batch, found none")
+    return batches, file_schema.metadata or {}
 
 
 def _updates_schema(model: ModelSpec, summed: tuple[str, ...]) -> pa.Schema:
@@ -183,7 +230,7 @@ def _updates_schema(model: ModelSpec, summed: tuple[str, ...]) -> pa.Schema:
 
 
 def _moments(layer: str) -> Layer:
-    """The column of a layer's moments."""
+    """The column that holds a layer's moments."""
     return Layer(f"moments of {layer}", (POWERS,), "float64", "buffer")
 
 
@@ -196,13 +243,13 @@ def _tensor_type(layer: Layer) -> pa.FixedShapeTensorType:
 
 
 def _tensor(layer: Layer, rows: np.ndarray) -> pa.Array:
-    """A column of tensors from an array [row, *shape], in C order; from parts, since an empty cohort is one too."""
+    """A tensor column from an array [row, *shape], in C order; built from its storage, which allows zero rows."""
     numbers = pa.array(np.ascontiguousarray(rows, dtype=layer.dtype).reshape(-1))
     return pa.ExtensionArray.from_storage(_tensor_type(layer), pa.FixedSizeListArray.from_arrays(numbers, layer.size))
 
 
 def _numbers(column: pa.Array, layer: Layer) -> np.ndarray:
-    """A view [row, *shape] of a column of tensors."""
+    """The values of a tensor column as an array [row, *shape], without a copy."""
     storage = column.storage
     numbers = storage.values.to_numpy(zero_copy_only=True)
     start = storage.offset * layer.size

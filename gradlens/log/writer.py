@@ -1,4 +1,4 @@
-"""Recording: `LogWriter` commits one round at a time, whole or not at all."""
+"""Writing a run to disk: `LogWriter` commits each round atomically, whole or not at all."""
 
 import fcntl
 import json
@@ -55,13 +55,40 @@ VERDICT_COLUMNS = ("round", "client", "detector", "score", "flag", "kept", "abst
 
 
 class LogWriter:
-    """Records a run: `commit` a round at a time, `add_truth`, `close`; as a context manager it closes by itself.
+    """Writes a run to a folder, one round per `commit`; start one with `create` or `resume`.
 
-    A round is written beside its place, flushed, renamed, and exists when its line stands in the manifest: a
-    writer that is killed leaves every committed round intact. One writer at a time holds a folder. A block that
-    is left through an exception leaves the run open, to be resumed.
-    model: of what clients send; log: the committed rounds, of what `evidence` records of it; global_model: layer ->
-    array, after the last of them, whole.
+    Attributes
+    ----------
+    folder : Path
+        The folder of the run.
+    model : ModelSpec
+        The layers as clients send them.
+    evidence : Evidence
+        The evidence level: how much of each update is recorded.
+    log : UpdateLog
+        The committed rounds, as the evidence level records them.
+    global_model : Mapping of str to ndarray
+        Layer -> array, the global model after the last committed round; in full at every evidence level.
+
+    Notes
+    -----
+    Each file is written under a temporary name, flushed to the disk and renamed. A round exists once its line is in the
+    manifest, so a writer that is killed leaves every committed round intact. Only one writer at a time can hold a
+    folder.
+
+    Used as a context manager, the writer closes the run when the block ends. If the block ends with an exception, the
+    run stays open and can be resumed.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from gradlens.examples import example_log
+    >>> log = example_log(rounds=2)
+    >>> with TemporaryDirectory() as folder:
+    ...     with LogWriter.create(folder, log.model, log[0].global_model) as writer:
+    ...         writer.commit(log[0], next_global=log[1].global_model)
+    ...     len(writer.log), bool((writer.log[0].updates["fc2.bias"] == log[0].updates["fc2.bias"]).all())
+    (1, True)
     """
 
     def __init__(self, folder: Path, reduction: Reduction, manifest: Manifest, file: Any, lock: "FolderLock") -> None:
@@ -83,11 +110,30 @@ class LogWriter:
         evidence: Evidence = FULL,
         lock: "FolderLock | None" = None,
     ) -> Self:
-        """Starts a run in a new or empty folder; raises InputError where something lies there already.
+        """Starts a new run.
 
-        evidence: what of each update is recorded; the global models always are whole.
-        What a writer left that was stopped before its first commit is cleared away. A start that fails leaves nothing.
-        lock: of the folder, where the caller holds it already; the writer lets go of it in the end.
+        Parameters
+        ----------
+        path : Path or str
+            A folder that is new, empty, or holds only what a writer left that was stopped before its first commit;
+            such leftovers are removed.
+        model : ModelSpec
+            The layers as clients send them.
+        global_model : Mapping of str to ndarray
+            Layer -> array, the global model before the first round.
+        scenario, source : Mapping, optional
+            JSON values for `run.json`: the settings of a simulation, or where the updates come from. `source` is
+            ignored if there is a scenario.
+        evidence : Evidence, default full
+            How much of each update is recorded. Global models are always recorded in full.
+        lock : FolderLock, optional
+            The lock of the folder, if the caller already holds it; the writer releases it when it ends.
+
+        Raises
+        ------
+        InputError
+            If the folder holds something else, another writer holds it, it cannot be created, or the layers of the
+            global model differ from the specification's. A start that fails leaves no files behind.
         """
         folder = Path(path)
         _check_state(model, global_model)
@@ -123,17 +169,27 @@ class LogWriter:
 
     @classmethod
     def resume(cls, path: Path | str, *, lock: "FolderLock | None" = None) -> Self:
-        """Goes on with an open run after its last committed round; what was in flight is dropped.
+        """Continues an open run after its last committed round.
 
-        Raises InputError where there is no run, it is closed, its chain is broken, or another writer holds it.
+        Parameters
+        ----------
+        path : Path or str
+            The folder of the run. The files of a round that was never committed are deleted.
+        lock : FolderLock, optional
+            The lock of the folder, if the caller already holds it; the writer releases it when it ends.
+
+        Raises
+        ------
+        InputError
+            If there is no run, it is closed, its hash chain is broken, or another writer holds it.
         """
         folder = Path(path)
-        read_manifest(folder)  # says in one line where there is none
+        read_manifest(folder)  # raises a clear error if there is no run
         held = lock or FolderLock.of(folder)
         file = None
         try:
             file = _locked(folder / MANIFEST)
-            manifest = read_manifest(folder)  # only now: whoever held the lock may have committed
+            manifest = read_manifest(folder)  # again, under the lock: another writer may have committed in between
             fault = (*manifest.faults, "" if manifest.lines else "no line was committed")[0]
             if manifest.closed and not fault:
                 fault = f"the run is closed with {len(manifest.rounds)} rounds"
@@ -157,11 +213,26 @@ class LogWriter:
         verdict: pd.DataFrame | None = None,
         metrics: Mapping[str, Any] | None = None,
     ) -> None:
-        """Records what was sent, what was decided and what came of it; on the disk when the call returns.
+        """Records the next round; when the call returns, it is on the disk.
 
-        round_: of whole updates, or as the evidence level records them.
-        Raises InputError where the round is not the next one or its layers are not the model's, OSError where the
-        disk does not take it; then nothing of it stays, and the next commit is of the same round.
+        Parameters
+        ----------
+        round_ : Round
+            The updates, in full or as the evidence level records them.
+        next_global : Mapping of str to ndarray
+            Layer -> array, the global model after the round.
+        verdict : DataFrame, optional
+            What a filter decided, with the columns of `Run.verdicts`.
+        metrics : Mapping, optional
+            Name -> number; numbers that are not finite are recorded as null.
+
+        Raises
+        ------
+        InputError
+            If the round is not the next one, or its layers or those of `next_global` differ from the model's.
+        OSError
+            If the disk does not take the round, or the manifest was removed or replaced. Nothing of the round is kept,
+            and the next commit must be of the same round.
         """
         number = len(self.log)
         if round_.index != number:
@@ -186,11 +257,22 @@ class LogWriter:
         self.global_model = read_state(self.folder / names[1], self.model)
 
     def add_truth(self, table: pd.DataFrame) -> None:
-        """Records once who was compromised and which updates were poisoned: round, client, compromised, poisoned."""
+        """Records the ground truth, once per run.
+
+        Parameters
+        ----------
+        table : DataFrame
+            The columns round, client, compromised (bool) and poisoned (bool).
+
+        Raises
+        ------
+        InputError
+            If the run already has a ground truth, or a column is missing.
+        """
         add_truth(self.folder, self._chain, table)
 
     def close(self) -> None:
-        """Ends the run with its closing line; the head is then noted in the file `closed`."""
+        """Ends the run: writes the closing line, and the hash of that line into the file `closed`."""
         if self._chain.file.closed:
             return
         self._chain.append({"closed": len(self.log)})
@@ -198,7 +280,7 @@ class LogWriter:
         self.leave_open()
 
     def leave_open(self) -> None:
-        """Lets go of the folder without a closing line: the run can be resumed."""
+        """Releases the folder without closing the run, which can be resumed."""
         self._chain.file.close()
         self._lock.release()
 
@@ -215,12 +297,12 @@ class LogWriter:
 
 
 def sources(folder: Path, reduction: Reduction, count: int) -> list[Callable[[], Round]]:
-    """One reader for each of the committed rounds."""
+    """Functions without arguments that read the committed rounds, one per round."""
     return [partial(read_round, folder, reduction, number) for number in range(count)]
 
 
 def read_round(folder: Path, reduction: Reduction, number: int) -> Round:
-    """One committed round, mapped; raises InputError where its files are not what was recorded."""
+    """Reads one committed round, memory-mapped; raises InputError if its files are not what was recorded."""
     path = folder / "updates" / stem(number)
     state = reduction.state(read_state(folder / "globals" / stem(number), reduction.sent))
     round_ = read_updates(path, reduction.model, state, reduction.summed)
@@ -230,7 +312,13 @@ def read_round(folder: Path, reduction: Reduction, number: int) -> Round:
 
 
 def read_header(folder: Path) -> tuple[Reduction, dict[str, Any]]:
-    """What is recorded of which model, and all of `run.json`; raises InputError where it is unreadable or too new."""
+    """Reads `run.json`: what is recorded of which model, and the whole content.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, unreadable or of a newer format.
+    """
     path = folder / RUN
     try:
         header = json.loads(regular_file(path, LARGEST_TEXT).read_bytes())
@@ -238,63 +326,70 @@ def read_header(folder: Path) -> tuple[Reduction, dict[str, Any]]:
         raise InputError(f"{folder}: expected a run with a {RUN}: {error}") from error
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
-    found = header.get("format") if isinstance(header, dict) else None
-    if not isinstance(found, int) or found > REDUCED or found < 1:
-        reads = f"this version reads run formats {FORMAT} and {REDUCED}"
-        raise InputError(f"{path}: {reads}, found {found!r}; a newer gradlens wrote it?")
-    if found == REDUCED and "evidence" not in header:
-        raise InputError(f"{path}: a run of format {REDUCED} says what of each update is recorded, this one does not")
+    version_ = header.get("format") if isinstance(header, dict) else None
+    if not isinstance(version_, int) or version_ > REDUCED or version_ < 1:
+        expected = f"this version reads run formats {FORMAT} and {REDUCED}"
+        raise InputError(f"{path}: {expected}, found {version_!r}; was it written by a newer gradlens?")
+    if version_ == REDUCED and "evidence" not in header:
+        raise InputError(f"{path}: a run of format {REDUCED} must have the key 'evidence', found none")
     if not isinstance(header.get("model"), dict):
-        raise InputError(f"{path}: it names no model")
+        raise InputError(f"{path}: expected a JSON object under the key 'model', found none")
     return Evidence.from_json(header.get("evidence")).on(ModelSpec.from_json(header["model"])), header
 
 
 def add_truth(folder: Path, chain: Chain, table: pd.DataFrame) -> None:
-    """Writes `truth.arrow` and its line; raises InputError where there is one or a column is missing."""
+    """Writes `truth.arrow` and its manifest line; raises InputError if there is one or a column is missing."""
     if missing := [name for name in TRUTH_COLUMNS if name not in table.columns]:
-        raise InputError(f"truth needs the columns {', '.join(TRUTH_COLUMNS)}; {missing[0]!r} is missing")
+        raise InputError(f"the ground truth needs the columns {', '.join(TRUTH_COLUMNS)}; {missing[0]!r} is missing")
     if TRUTH in read_manifest(folder).named():
-        raise InputError(f"{folder}: the truth is written once, and this run has one")
+        raise InputError(f"{folder}: the ground truth is written once, and this run already has one")
     types = {"round": np.int64, "client": str, "compromised": bool, "poisoned": bool}
     write_table(folder / TRUTH, table[list(TRUTH_COLUMNS)].astype(types))
     chain.append({"truth": len(table), "files": _digests(folder, [TRUTH])})
 
 
 def record_truth(folder: Path, table: pd.DataFrame) -> None:
-    """Adds the truth to a run that nobody is writing, open or closed, as one more commit."""
-    read_manifest(folder)  # says in one line where there is none
+    """Adds the ground truth, as `LogWriter.add_truth` does, to a run that no writer holds, open or closed.
+
+    Raises
+    ------
+    InputError
+        If there is no run, its manifest is broken or cut, another writer holds it, it already has a ground truth, or a
+        column is missing.
+    """
+    read_manifest(folder)  # raises a clear error if there is no run
     with FolderLock.of(folder), _locked(folder / MANIFEST) as file:
         manifest = read_manifest(folder)
-        if fault := (*manifest.faults, "its last line is cut; go on with the run first" if manifest.torn else "")[0]:
+        if fault := (*manifest.faults, "its last line is cut; resume the run first" if manifest.torn else "")[0]:
             raise InputError(f"{folder}: {fault}")
         add_truth(folder, Chain(file, manifest.head), table)
 
 
 @dataclass(eq=False)
 class FolderLock:
-    """The right to write into a folder, held before anybody looks at what lies there.
+    """The exclusive right to write into a folder, taken before its content is read.
 
     The folder itself is locked: it is never removed, and the lock ends with the process that holds it.
     """
 
     folder: Path
-    descriptor: int
+    descriptor: int  # of the open folder, -1 once it is released
 
     @classmethod
     def of(cls, folder: Path, patience: float = 0.0) -> Self:
-        """Takes the lock, and makes the folder where there is none.
+        """Takes the lock, and creates the folder if it does not exist.
 
         Parameters
         ----------
         folder : Path
             The folder of a run.
-        patience : float
-            Seconds for which a writer that is about to end is waited for.
+        patience : float, default 0
+            Seconds to wait for another writer to release the folder.
 
         Raises
         ------
         InputError
-            Where another writer holds the folder, or it cannot be made or opened.
+            If another writer holds the folder, or it cannot be created or opened.
         """
         until = time.monotonic() + patience
         while True:
@@ -311,7 +406,7 @@ class FolderLock:
             time.sleep(0.05)
 
     def release(self) -> None:
-        """Lets go of the folder; a second call does nothing."""
+        """Releases the folder; a second call does nothing."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -324,7 +419,7 @@ class FolderLock:
 
 
 def check_free(folder: Path) -> None:
-    """Raises InputError where something lies that is no remainder of a start that was stopped."""
+    """Raises InputError if a folder holds anything but what a writer left that was stopped before its first commit."""
     if not folder.exists() or is_stillborn(folder):
         return
     if not folder.is_dir() or any(folder.iterdir()):
@@ -332,11 +427,11 @@ def check_free(folder: Path) -> None:
 
 
 def is_stillborn(folder: Path) -> bool:
-    """Whether all that a folder holds is what a writer leaves that was stopped before its first commit."""
+    """Whether a folder holds only what a writer left that was stopped before its first commit."""
     if not (folder / RUN).exists() and not any((folder / name).is_dir() for name in FOLDERS):
         return False
     state = Path("globals") / stem(0)
-    first = {str(path) for each in (Path(RUN), state) for path in (each, beside(each))} | {MANIFEST}
+    first = {str(written) for path in (Path(RUN), state) for written in (path, beside(path))} | {MANIFEST}
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     folders = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
     if not files <= first or not folders <= set(FOLDERS):
@@ -345,7 +440,7 @@ def is_stillborn(folder: Path) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what a start left in the folder, which stays."""
+    """Deletes the files of a start that failed or was stopped; the folder itself stays."""
     for name in (RUN, beside(Path(RUN)), MANIFEST):
         (folder / name).unlink(missing_ok=True)
     for name in FOLDERS:
@@ -354,7 +449,7 @@ def _clear(folder: Path) -> None:
 
 def _check_state(model: ModelSpec, state: Mapping[str, np.ndarray]) -> None:
     if difference := sorted(set(state) ^ set(model)):
-        raise InputError(f"the global model and the specification differ in layer {difference[0]!r}")
+        raise InputError(f"layer {difference[0]!r} is not in both the global model and its specification")
     for layer in model.layers:
         if (shape := np.shape(state[layer.name])) != layer.shape:
             raise InputError(f"layer {layer.name!r} of the global model must have shape {layer.shape}, found {shape}")
@@ -365,7 +460,7 @@ def _digests(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def _locked(path: Path) -> Any:
-    file = open(path, "ab", buffering=0)  # noqa: SIM115 - the writer holds it, and its lock, until it is closed
+    file = open(path, "ab", buffering=0)  # noqa: SIM115 - stays open, and locked, until the writer closes it
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -375,13 +470,13 @@ def _locked(path: Path) -> Any:
 
 
 def _release(held: FolderLock, given: FolderLock | None) -> None:
-    """Lets go of a lock that was taken here; one that was given stays the caller's."""
+    """Releases a lock that was taken here; one that the caller gave stays with the caller."""
     if given is None:
         held.release()
 
 
 def _is_locked_by_us(descriptor: int, folder: Path) -> bool:
-    """Whether the lock could be taken, of the folder that is still the one at this path."""
+    """Takes the lock; False if another process holds it, or the path no longer leads to the same folder."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(descriptor), os.stat(folder))
@@ -390,16 +485,16 @@ def _is_locked_by_us(descriptor: int, folder: Path) -> bool:
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, float | int | None]:
-    """Metrics as JSON numbers; what is not finite is null."""
+    """Converts metrics to JSON numbers; None for those that are not finite."""
     values = {name: value.item() if isinstance(value, np.generic) else value for name, value in metrics.items()}
-    return {name: None if v is None or not np.isfinite(v) else v for name, v in values.items()}
+    return {name: None if value is None or not np.isfinite(value) else value for name, value in values.items()}
 
 
 def _software() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in ("gradlens-forensics", "numpy", "pyarrow", "torch"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
