@@ -51,7 +51,7 @@ class Replay:
         lines.append(
             "the updates are as they were sent: given another global model, clients would have sent others, so that"
         )
-        lines.append("accuracy and ASR say less the farther both models are apart (distance)")
+        lines.append("all figures say less the farther both models are apart (distance)")
         return "\n".join(lines)
 
 

@@ -273,7 +273,8 @@ class Recorder:
             If `strict` is set and the round cannot be recorded.
         """
         if self._waiting is None:
-            raise InputError("there is no round to commit; log_round comes first")
+            reason = "the run is closed" if self._closed else "log_round comes first"
+            raise InputError(f"there is no round to commit; {reason}")
         for name, value in (metrics or {}).items():
             if not isinstance(value, Real | np.number | np.bool_):
                 raise InputError(f"metrics are numbers, found {name!r:.80}: {value!r:.80}")

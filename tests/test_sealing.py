@@ -129,5 +129,5 @@ def test_going_on_with_a_sweep_breaks_its_seal_until_it_is_finished(folder, monk
 @pytest.mark.parametrize("name", ["..", "", "a\0b", "a/b"])
 def test_a_sweep_names_no_folder_but_its_own(folder, name):
     changed_index(folder, lambda index: index["runs"].update({name: {}}))
-    with pytest.raises(InputError, match="no name of a run's folder"):
+    with pytest.raises(InputError, match="not the name of a run's folder"):
         read_index(folder / "sweep.json")
