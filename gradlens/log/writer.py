@@ -148,7 +148,7 @@ class LogWriter:
         header = {"format": FORMAT, "model": model.to_json(), "software": _software()}
         if evidence != FULL:
             header |= {"format": REDUCED, "evidence": evidence.to_json()}
-        header["scenario" if scenario is not None else "source"] = dict((scenario if scenario is not None else source) or {})
+        header |= {"source": dict(source or {})} if scenario is None else {"scenario": dict(scenario)}
         file = None
         try:
             for name in FOLDERS:
