@@ -1,4 +1,4 @@
-"""`gradlens verify`: whether the evidence is what was committed."""
+"""`gradlens verify`: checks that the evidence is what was committed."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,9 @@ HEAD = re.compile(r"[0-9a-f]{64}")
 
 def verify(
     run: Folder,
-    head: Annotated[str | None, typer.Option(help="The head that was noted when the run was recorded.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="The head of the chain that was noted when the run was recorded.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Checks every committed byte of a run (of each run of a sweep) against its chain of hashes."""
@@ -26,10 +28,10 @@ def verify(
         raise typer.BadParameter(f"--head: expected 64 hexadecimal digits, found {head!r:.80}")
     verifications = _verified(run, head)
     if as_json:
-        say_json({name: {**vars(each), "intact": each.intact} for name, each in verifications.items()})
+        say_json({name: {**vars(result), "intact": result.intact} for name, result in verifications.items()})
     else:
-        say(*(line for name, each in verifications.items() for line in _verification_lines(name, each)))
-    if not all(each.intact for each in verifications.values()):
+        say(*(line for name, result in verifications.items() for line in _verification_lines(name, result)))
+    if not all(result.intact for result in verifications.values()):
         raise typer.Exit(1)
 
 
