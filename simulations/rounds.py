@@ -174,7 +174,7 @@ def _sent(federation: Federation, start: Start) -> Updates:
 
 
 def _trained(federation: Federation, start: Start) -> Updates:
-    """The updates that the cohort trains: attackers on their poisoned data, and by their own training if they have it."""
+    """The cohort's trained updates: attackers use their poisoned data, and their own training if they have one."""
     cohort, training = federation.cohorts[start.index], federation.attack.train
     attacking = cohort.clients[cohort.attacking]
     data = {client: federation.poisoned[client] for client in attacking.tolist()}
