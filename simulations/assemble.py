@@ -1,4 +1,4 @@
-"""What a scenario is made of before its first round: data, model, clients, attackers, engine and server rule."""
+"""Assembles a scenario before its first round: data, model, clients, attackers, engine and server rule."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ VISIBILITY_SAMPLES = 64  # test samples on which a trigger is tried before the r
 
 @dataclass(frozen=True, eq=False)
 class Federation:
-    """What a scenario is made of once its data are loaded; nothing in it changes from round to round.
+    """A scenario once its data are loaded: everything that stays the same from round to round.
 
     Parameters
     ----------
@@ -36,25 +36,25 @@ class Federation:
     task : Task
         The data.
     model : torch.nn.Module
-        The model that measures; its numbers are overwritten.
+        The model on which global models are evaluated; its weights are overwritten.
     spec : ModelSpec
         Its layers.
     engine : callable
         Trains clients; see `simulations.training.engine_for`.
     honest : list of (x, y) tensors
-        The data that each client holds, [client].
+        The clean data of each client, [client].
     attack : Attack
         What malicious clients do.
     goal : tuple of array
         Held-out attacked samples and the label that each should get.
     poisoned : Mapping of int to (x, y) tensors
-        Malicious client -> what it trains on when it attacks.
+        Malicious client -> the data that it trains on when it attacks.
     chosen : Mapping of int to array
         Malicious client -> positions of its poisoned samples.
     deviants : frozenset of int
         The malicious clients whose update differs from an honest one when they attack.
     cohorts : list of Cohort
-        Who takes part, [round].
+        The clients that take part, [round].
     aggregate : callable
         The server's rule, behind the live filter where there is one.
 
@@ -82,20 +82,31 @@ class Federation:
 
 
 def assemble(scenario: Scenario, workers: int = 1) -> Federation:
-    """Loads and shares out the data, poisons those of the malicious clients, and initializes the model.
+    """Loads and partitions the data, poisons those of the malicious clients, and initializes the model.
 
     Parameters
     ----------
     scenario : Scenario
         The settings.
     workers : int
-        Threads that train clients; they change no bit.
+        Threads that train clients; the number does not change any result.
+
+    Returns
+    -------
+    Federation
+        The assembled scenario.
 
     Raises
     ------
     InputError
-        If the task is unknown or too small; if the attack does not fit it, changes no sample, or cannot be seen by the
-        model; or if the engine cannot train the model.
+        If the task is unknown or too small; if the attack does not fit it, changes no sample, or changes no output of
+        the model; or if the engine cannot train the model.
+
+    Examples
+    --------
+    >>> from simulations import Scenario
+    >>> len(assemble(Scenario(num_clients=10, rounds=3)).cohorts)
+    3
     """
     task, attack = task_of(scenario), build_attack(scenario.attack)
     split = split_of(task, scenario)
@@ -128,7 +139,14 @@ def assemble(scenario: Scenario, workers: int = 1) -> Federation:
 
 
 def task_of(scenario: Scenario) -> Task:
-    """Returns the scenario's task with the training samples that its clients share out."""
+    """Returns the scenario's task, with the training samples that are partitioned among its clients.
+
+    Examples
+    --------
+    >>> from simulations import Scenario
+    >>> len(task_of(Scenario(num_clients=10, samples_per_client=50)).y_train)
+    500
+    """
     share = scenario.samples_per_client
     return load_task(scenario.task, share and share * scenario.num_clients, scenario.seed)
 
@@ -136,10 +154,29 @@ def task_of(scenario: Scenario) -> Task:
 def split_of(task: Task, scenario: Scenario) -> Split:
     """Returns which training samples each client holds.
 
+    Parameters
+    ----------
+    task : Task
+        The data.
+    scenario : Scenario
+        Names the partition, the number of clients and the seed.
+
+    Returns
+    -------
+    Split
+        Positions of training samples of every client.
+
     Raises
     ------
     InputError
-        If the partition cannot share out the task, or one from outside leaves a client without samples.
+        If the partition does not fit the task, or a partition of the user's own leaves a client without samples.
+
+    Examples
+    --------
+    >>> from simulations import Scenario
+    >>> scenario = Scenario(num_clients=10)
+    >>> len(split_of(task_of(scenario), scenario).train)
+    10
     """
     partition = build("partition", scenario.partition)
     split = partition(task, scenario.num_clients, address(scenario.seed, Stream.PARTITION))
@@ -152,14 +189,14 @@ def split_of(task: Task, scenario: Scenario) -> Split:
 
 
 def pool_of(task: Task, split: Split, attack: Attack, scenario: Scenario) -> Pool | None:
-    """Returns the samples that the attackers bring; None where they bring none."""
+    """Returns the additional samples that the attackers bring; None if the attack needs none."""
     return None if attack.pool is None else attack.pool(task, split, address(scenario.seed, Stream.POOL))
 
 
 def _poisoned(
     scenario: Scenario, task: Task, attack: Attack, parts: Sequence[np.ndarray], pool: Pool | None
 ) -> tuple[dict[int, Dataset], dict[int, np.ndarray]]:
-    """What each malicious client trains on when it attacks, and which of those samples are poisoned."""
+    """The data that each malicious client trains on when it attacks, and which of those samples are poisoned."""
     poisoned, chosen = {}, {}
     for number, client in enumerate(malicious_clients(scenario).tolist()):
         x, y, chosen[client] = attack.poison(
@@ -176,7 +213,7 @@ def _poisoned(
 
 
 def _deviants(scenario: Scenario, attack: Attack, chosen: Mapping[int, np.ndarray]) -> frozenset[int]:
-    """The malicious clients whose update the attack changes; raises InputError where there are none of them."""
+    """The malicious clients whose update the attack changes; raises InputError if it changes nobody's."""
     always = attack.send is not None or attack.train is not None
     deviants = frozenset(client for client, positions in chosen.items() if always or len(positions))
     if chosen and not deviants:
@@ -188,7 +225,7 @@ def _deviants(scenario: Scenario, attack: Attack, chosen: Mapping[int, np.ndarra
 
 
 def _check_visible(model: nn.Module, task: Task, attack: Attack) -> None:
-    """Raises InputError where a trigger changes no sample, or no output of the model for any sample."""
+    """Raises InputError if a trigger changes no sample, or no output of the model for any sample."""
     if attack.stamp is unchanged:
         return
     x = task.x_test[attack.eligible(task, task.x_test, task.y_test)][:VISIBILITY_SAMPLES]

@@ -1,4 +1,4 @@
-"""Who takes part in each round, who of them attacks, and whose update is lost or arrives broken."""
+"""Which clients take part in each round, which of them attack, and whose update is lost or arrives broken."""
 
 from typing import NamedTuple
 
@@ -16,11 +16,11 @@ class Cohort(NamedTuple):
     Parameters
     ----------
     clients : array
-        Their numbers, int64 [client], sorted.
+        Numbers of the clients, int64 [client], sorted.
     attacking : array
-        bool [client], the malicious clients that attack in this round.
+        bool [client], whether each is a malicious client that attacks in this round.
     broken : array
-        bool [client], those whose update arrives as NaN.
+        bool [client], whether its update arrives as NaN.
 
     Examples
     --------
@@ -36,25 +36,32 @@ class Cohort(NamedTuple):
 
 
 def client_names(scenario: Scenario) -> np.ndarray:
-    """Returns the names of the clients, str [client]: client-00, client-01, ..."""
+    """Returns the names of the clients, str [client]: client-00, client-01, ...
+
+    Examples
+    --------
+    >>> from simulations import Scenario
+    >>> client_names(Scenario(num_clients=3)).tolist()
+    ['client-00', 'client-01', 'client-02']
+    """
     width = max(2, len(str(scenario.num_clients - 1)))
     return np.array([f"client-{number:0{width}d}" for number in range(scenario.num_clients)], dtype=np.str_)
 
 
 def malicious_clients(scenario: Scenario) -> np.ndarray:
-    """Returns the numbers of the malicious clients, drawn at random.
+    """Draws the malicious clients.
 
-    They depend on the seed and the number of clients alone; those of a smaller number are among those of a larger one.
+    They depend only on the seed and the number of clients; a smaller set of malicious clients is part of a larger one.
 
     Parameters
     ----------
     scenario : Scenario
-        Its `num_malicious` is how many there are.
+        Gives the seed, the number of clients, and the number of malicious ones.
 
     Returns
     -------
     array
-        int64, sorted.
+        Their numbers, int64, sorted.
 
     Examples
     --------
@@ -67,10 +74,30 @@ def malicious_clients(scenario: Scenario) -> np.ndarray:
 
 
 def participants(scenario: Scenario, index: int) -> np.ndarray:
-    """Returns the numbers of the clients that are drawn for a round, int64, sorted.
+    """Draws the clients of a round.
 
-    Where the schedule decides which malicious clients take part, the other places go to benign clients, and if those
-    are too few, to malicious clients that do not attack in this round.
+    Parameters
+    ----------
+    scenario : Scenario
+        Gives the seed, the numbers of clients and the schedule.
+    index : int
+        Number of the round, from 0.
+
+    Returns
+    -------
+    array
+        Their numbers, int64, sorted.
+
+    Notes
+    -----
+    If the schedule decides which malicious clients take part, the other places go to benign clients, and if these are
+    too few, to malicious clients that do not attack in this round.
+
+    Examples
+    --------
+    >>> from simulations import Scenario
+    >>> len(participants(Scenario(num_clients=10, clients_per_round=4), index=0))
+    4
     """
     order = address(scenario.seed, Stream.PARTICIPANTS, index).permutation(scenario.num_clients)
     places, schedule = scenario.clients_per_round or scenario.num_clients, _schedule(scenario)
@@ -88,7 +115,24 @@ def participants(scenario: Scenario, index: int) -> np.ndarray:
 
 
 def cohorts(scenario: Scenario) -> list[Cohort]:
-    """Returns the cohort of every round; at least one update of those that are drawn arrives."""
+    """Draws the cohorts of all rounds.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        Gives the seed, the numbers of clients, the schedule, and the rates of missing and broken updates.
+
+    Returns
+    -------
+    list of Cohort
+        One per round, of the clients whose update arrives; at least one does in every round.
+
+    Examples
+    --------
+    >>> from simulations import Scenario
+    >>> [len(cohort.clients) for cohort in cohorts(Scenario(rounds=3, num_clients=5))]
+    [5, 5, 5]
+    """
     malicious, schedule = malicious_clients(scenario).tolist(), _schedule(scenario)
     taken_part, rounds = dict.fromkeys(malicious, 0), []
     for index in range(scenario.rounds):

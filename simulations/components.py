@@ -1,6 +1,7 @@
 """The components of a scenario: partition, attack, schedule, aggregator, detector and filter, each with its settings.
 
-A component is a name or a table name -> settings. A name is built in, of an installed package, or `module:function`.
+A component is a name, or a table name -> settings. A name is built in, added by an installed package, or
+`module:function`.
 """
 
 import inspect
@@ -28,8 +29,8 @@ COMPONENTS: Mapping[str, Mapping[str, Builder]] = {
     "aggregator": AGGREGATORS,
     "detector": DETECTORS,
 }
-OPTIONAL = ("attack", "detector")  # they may be "none"
-UNTIL_CLEARED = "until_cleared"  # in TOML, which has no None
+OPTIONAL = ("attack", "detector")  # components that may be "none"
+UNTIL_CLEARED = "until_cleared"  # stands for None in TOML, which has no None
 CALIBRATION: dict[str, Any] = {"clean_rounds": 0, "fpr": 0.05}
 FILTER: dict[str, Any] = {  # the settings of a filter, and their defaults
     name: list(p.default) if name == "cleared" else p.default
@@ -46,12 +47,17 @@ def normalized(kind: str, value: Any) -> Component:
     kind : str
         One of `COMPONENTS`.
     value : str, Mapping or None
-        A name, or a table name -> settings; of an attack with any number of names.
+        A name, or a table name -> settings. Only an attack may have several names.
+
+    Returns
+    -------
+    dict
+        Name -> (setting -> value).
 
     Raises
     ------
     InputError
-        If a name or a setting is unknown (it says what it resembles), or a value is refused.
+        If a name or a setting is unknown (the message suggests similar ones), or a value is invalid.
 
     Examples
     --------
@@ -76,7 +82,19 @@ def normalized(kind: str, value: Any) -> Component:
 
 
 def build(kind: str, component: Component) -> Any:
-    """Returns what the one name of a normalized component builds with its settings.
+    """Builds a component from its name and settings.
+
+    Parameters
+    ----------
+    kind : str
+        One of `COMPONENTS`.
+    component : dict
+        A normalized component with one name.
+
+    Returns
+    -------
+    object
+        What the named builder returns, such as an `Attack` or an aggregator.
 
     Examples
     --------
@@ -88,7 +106,7 @@ def build(kind: str, component: Component) -> Any:
 
 
 def component_label(kind: str, component: Component) -> str:
-    """Returns a component in short: its names, with the settings that are not at their defaults.
+    """Returns a short label of a component: its names, with the settings that differ from their defaults.
 
     Examples
     --------
@@ -99,19 +117,24 @@ def component_label(kind: str, component: Component) -> str:
 
 
 def filter_settings(value: Any) -> dict[str, Any]:
-    """Returns the settings of a live filter, all written out, {} where all are at their defaults.
+    """Returns the settings of a live filter, all written out; {} if all are at their defaults.
 
     Parameters
     ----------
     value : Mapping
-        Settings of `gradlens.filtered`, where `out_for` may be "until_cleared" in place of None. `clean_rounds`: how
-        many first rounds are declared clean, on which the detector is calibrated to flag a share `fpr` of benign
-        updates (see `gradlens.calibrate`); 0, the default, leaves it uncalibrated.
+        Settings of `gradlens.filtered`, where `out_for` may be "until_cleared" in place of None. `clean_rounds` is the
+        number of first rounds that are declared clean, on which the detector is calibrated to flag a share `fpr` of
+        benign updates (see `gradlens.calibrate`); 0, the default, leaves it uncalibrated.
+
+    Returns
+    -------
+    dict
+        Setting -> value, without `clean_rounds` and `fpr` if the detector is not calibrated.
 
     Raises
     ------
     InputError
-        If a setting is unknown or its value refused.
+        If a setting is unknown or its value is invalid.
 
     Examples
     --------
@@ -134,18 +157,58 @@ def filter_settings(value: Any) -> dict[str, Any]:
         live_filter(mean(), {"layer_norms": {}}, written)
     except InputError as error:
         raise InputError(f"filter: {error}") from None
-    if not written["clean_rounds"]:  # left out, so that digests stay those of runs from before there was a choice
+    if not written["clean_rounds"]:  # left out, so that runs from before these settings keep their digests
         written = {name: setting for name, setting in written.items() if name not in CALIBRATION}
     return {} if FILTER | written == FILTER else written
 
 
 def live_filter(rule: Aggregator, detector: Component, settings: Mapping[str, Any]) -> FilteredAggregator:
-    """Returns the filter of a scenario around its rule; raises InputError for settings out of their range."""
+    """Puts a scenario's live filter around its aggregation rule.
+
+    Parameters
+    ----------
+    rule : Aggregator
+        The rule for the clients that enter.
+    detector : dict
+        The normalized component of the detector.
+    settings : Mapping
+        Settings of the filter, as from `filter_settings`.
+
+    Returns
+    -------
+    FilteredAggregator
+        The rule behind the filter.
+
+    Raises
+    ------
+    InputError
+        If a setting is out of its range.
+
+    Examples
+    --------
+    >>> live_filter(mean(), {"layer_norms": {}}, {"action": "clip"}).action
+    'clip'
+    """
     return calibrated_filter(rule, build("detector", detector), **(FILTER | dict(settings)))
 
 
 def one_line(error: ValidationError, where: str, known: Iterable[str] = ()) -> InputError:
-    """Returns what pydantic refused in one line: where, which setting, what was expected and what was found."""
+    """Turns pydantic's error into one line: where, which setting, what was expected and what was found.
+
+    Parameters
+    ----------
+    error : pydantic.ValidationError
+        Its first fault is described, the others are counted.
+    where : str
+        What the settings belong to, with which the message begins.
+    known : iterable of str
+        Names of the settings, from which similar ones are suggested for an unknown one.
+
+    Returns
+    -------
+    InputError
+        To be raised by the caller.
+    """
     first, *others = error.errors(include_url=False)
     cause = first.get("ctx", {}).get("error")
     name = ".".join(str(part) for part in first["loc"])
@@ -159,14 +222,20 @@ def one_line(error: ValidationError, where: str, known: Iterable[str] = ()) -> I
 
 
 def no_setting(name: str, known: Iterable[str]) -> str:
-    """Returns the end of an error about an unknown setting: what it resembles, or else all that there are."""
+    """Returns the end of an error message about an unknown setting: similar settings, or else all of them.
+
+    Examples
+    --------
+    >>> no_setting("alhpa", ["alpha", "minimum"])
+    "'alhpa' is no setting; did you mean alpha?"
+    """
     known = list(known)
     everything = f"; expected one of {', '.join(known)}" if known else "; there are none"
     return f"{name!r:.80} is no setting{hint(name, known) or everything}"
 
 
 def _written_out(kind: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of one name, all written out and checked by building what it names."""
+    """The settings of one name, all written out, and checked by building the component."""
     builder = named(f"{kind}s", COMPONENTS[kind], name)
     known = _defaults(kind, name, builder)
     if unknown := [key for key in settings if key not in known]:
@@ -195,7 +264,7 @@ def _defaults(kind: str, name: str, builder: Builder) -> dict[str, Any]:
 
 
 def _checked(where: str, value: Any, default: Any) -> Any:
-    """A plain value of the default's type (a whole number will do for a real one)."""
+    """The value as a plain one of the default's type; an integer is accepted as a float."""
     value = _plain(value)
     if isinstance(default, float) and type(value) is int:
         value = float(value)
@@ -217,5 +286,11 @@ def _part_label(kind: str, name: str, settings: Mapping[str, Any]) -> str:
 
 
 def short(value: Any) -> str:
-    """Returns a value as it stands in labels."""
+    """Returns a value as labels show it.
+
+    Examples
+    --------
+    >>> short(0.5), short("all")
+    ('0.5', 'all')
+    """
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What is measured of a simulated run: main accuracy, attack success, and which labels each client holds."""
+"""Measures of a simulated run: main accuracy, attack success rate (ASR), and the labels that each client holds."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def measure_of(scenario: Scenario) -> Callable[[State], dict[str, float]]:
     Returns
     -------
     callable
-        layer -> array, to `{"main_accuracy": ..., "asr": ...}`, both shares of test samples; asr is NaN without an
+        (layer -> array) -> `{"main_accuracy": ..., "asr": ...}`, both shares of test samples; asr is NaN without an
         attack on data.
 
     Raises
@@ -55,27 +55,51 @@ def measure_of(scenario: Scenario) -> Callable[[State], dict[str, float]]:
 
 
 def main_accuracy(task: Task, model: nn.Module, state: State) -> float:
-    """Returns the share of test samples that a state of the model classifies correctly."""
-    load_state(model, state)
-    return float((predict(model, torch.tensor(task.x_test)) == task.y_test).mean())
-
-
-def attack_success(goal: Goal, model: nn.Module, state: State) -> float:
-    """Returns the attack success rate of a state of the model.
+    """Returns the accuracy of a global model on the task's test samples.
 
     Parameters
     ----------
-    goal : tuple of array
-        Held-out attacked samples and the label that each should get; from `attack_goal`.
+    task : Task
+        Gives the test samples.
     model : torch.nn.Module
-        Its numbers are overwritten by the state's.
+        Its weights are overwritten by the state's.
     state : Mapping of str to array
         Layer -> array.
 
     Returns
     -------
     float
-        The share of these samples that get the label; NaN where there are none.
+        The share of test samples that are classified correctly.
+
+    Examples
+    --------
+    >>> from simulations.tasks import build_model
+    >>> from simulations.training import state_of
+    >>> task = load_task("digits")
+    >>> model = build_model(task, "mlp")
+    >>> 0.0 <= main_accuracy(task, model, state_of(model)) <= 1.0
+    True
+    """
+    load_state(model, state)
+    return float((predict(model, torch.tensor(task.x_test)) == task.y_test).mean())
+
+
+def attack_success(goal: Goal, model: nn.Module, state: State) -> float:
+    """Returns the attack success rate (ASR) on a global model.
+
+    Parameters
+    ----------
+    goal : tuple of array
+        Held-out attacked samples, and the label that the attacker wants for each; from `attack_goal`.
+    model : torch.nn.Module
+        Its weights are overwritten by the state's.
+    state : Mapping of str to array
+        Layer -> array.
+
+    Returns
+    -------
+    float
+        The share of these samples that get the label; NaN without samples.
 
     Examples
     --------
@@ -95,7 +119,25 @@ def attack_success(goal: Goal, model: nn.Module, state: State) -> float:
 
 
 def attack_goal(scenario: Scenario) -> Goal:
-    """Returns what the success of a scenario's attack is measured on; no samples without an attack on data."""
+    """Returns the samples on which the success of a scenario's attack is measured.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        Names the task and the attack.
+
+    Returns
+    -------
+    tuple of array
+        Held-out attacked samples, and the label that the attacker wants for each; none without an attack on data.
+
+    Examples
+    --------
+    >>> from simulations import Scenario
+    >>> x, labels = attack_goal(Scenario(attack="label_flip", num_malicious=2))
+    >>> len(x) == len(labels), set(labels.tolist())
+    (True, {5})
+    """
     attack = build_attack(scenario.attack)
     task = measuring_task(scenario) if attack.pool is None else task_of(scenario)
     pool = None if attack.pool is None else pool_of(task, split_of(task, scenario), attack, scenario)
@@ -103,8 +145,8 @@ def attack_goal(scenario: Scenario) -> Goal:
 
 
 def measuring_task(scenario: Scenario) -> Task:
-    """Returns the scenario's task with all its test samples and as few training samples as it can have."""
-    # a function of the user's own decides itself how many samples it gives
+    """Returns the scenario's task with all its test samples and as few training samples as possible."""
+    # a task that is a function of the user's decides itself how many samples it has
     return load_task(scenario.task, None if FUNCTION.fullmatch(scenario.task) else 1)
 
 

@@ -33,7 +33,22 @@ SUCCESS_SAMPLES = 1_000  # samples at most on which attackers measure their own 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Where a round starts: its number, the global model, and the one before the last round (None in the first)."""
+    """The start of a round.
+
+    Attributes
+    ----------
+    index : int
+        Number of the round, from 0.
+    global_model : Mapping of str to array
+        Layer -> array, before the round.
+    before : Mapping of str to array or None
+        The global model before the last round; None in the first round.
+
+    Examples
+    --------
+    >>> Start(1, {"fc.bias": np.array([3.0])}, {"fc.bias": np.array([1.0])}).change
+    {'fc.bias': array([2.])}
+    """
 
     index: int
     global_model: State
@@ -49,8 +64,8 @@ class Start:
 def run(scenario: Scenario, path: Path | str, *, workers: int = 1, progress: bool = False) -> Run:
     """Simulates a scenario into a folder and returns the closed run.
 
-    An open run of the same scenario goes on after its last committed round, to the same bits as one that was never
-    stopped; a closed one is returned as it is. The truth is written at the end.
+    An open run of the same scenario is continued after its last committed round and ends with the same bits as one that
+    was never interrupted; a closed one is returned as it is. The ground truth is written at the end.
 
     Parameters
     ----------
@@ -59,23 +74,23 @@ def run(scenario: Scenario, path: Path | str, *, workers: int = 1, progress: boo
     path : Path or str
         The folder of the run.
     workers : int
-        Threads that train clients; they change no bit.
+        Threads that train clients; the number does not change any result.
     progress : bool
-        Whether to show a bar.
+        Whether to show a progress bar.
 
     Returns
     -------
     Run
-        Its metrics of a round are main_accuracy and asr after the aggregation (asr only under an attack on data);
+        Its metrics of a round are main_accuracy and asr after the aggregation (asr only under an attack on data), and
         seconds, of which train_seconds were local training and log_seconds the wait for the disk.
 
     Raises
     ------
     InputError
-        If the folder holds anything else, or task, model and attack do not fit.
+        If the folder holds anything else, or task, model and attack do not fit together.
     FilterStopped
-        If the filter is told to stop. That round is recorded, its global model stays, and a further call goes on
-        after it.
+        If the filter is set to stop in such a round. The round is recorded, the global model stays as it was before it,
+        and a further call continues after it.
 
     Examples
     --------
@@ -108,7 +123,10 @@ def run(scenario: Scenario, path: Path | str, *, workers: int = 1, progress: boo
 def _play(
     federation: Federation, writer: LogWriter, start: Start, committed: Future[None]
 ) -> tuple[dict[str, np.ndarray], Callable[[], None]]:
-    """One round: the next global model, and what commits the round. The round before is on the disk by then."""
+    """Plays one round, and waits until the round before is committed.
+
+    Returns the next global model, and a function that commits this round.
+    """
     scenario, cohort, started = federation.scenario, federation.cohorts[start.index], time.perf_counter()
     updates = _sent(federation, start)
     trained = time.perf_counter()
@@ -138,7 +156,7 @@ def _play(
 
 
 def _sent(federation: Federation, start: Start) -> Updates:
-    """What arrives at the server in a round, layer -> [client, *shape]."""
+    """The updates that arrive at the server in a round, layer -> [client, *shape]."""
     cohort = federation.cohorts[start.index]
     updates = _trained(federation, start)
     if federation.attack.send is not None and cohort.attacking.any():
@@ -156,7 +174,7 @@ def _sent(federation: Federation, start: Start) -> Updates:
 
 
 def _trained(federation: Federation, start: Start) -> Updates:
-    """What the cohort's training gives: attackers on their poisoned data, and in their own way if they have one."""
+    """The cohort's trained updates: attackers use their poisoned data, and their own training if they have one."""
     cohort, training = federation.cohorts[start.index], federation.attack.train
     attacking = cohort.clients[cohort.attacking]
     data = {client: federation.poisoned[client] for client in attacking.tolist()}
@@ -173,7 +191,7 @@ def _trained(federation: Federation, start: Start) -> Updates:
 def _learned(
     federation: Federation, start: Start, clients: np.ndarray, data: Mapping[int, Dataset], **adaptation: object
 ) -> Updates:
-    """The updates of some clients, trained on their own data, or on what `data` has for them."""
+    """The updates of some clients, trained on the data that `data` holds for them, or else on their clean data."""
     return federation.engine(
         start.global_model,
         [data.get(client, federation.honest[client]) for client in clients.tolist()],
@@ -187,12 +205,12 @@ def _reference(federation: Federation, start: Start, honest: Updates | None, row
     names = federation.spec.parameters
     change = start.change or {name: np.zeros_like(start.global_model[name]) for name in names}
     previous = {name: torch.tensor(change[name]) for name in names}
-    own = {} if honest is None else {name: torch.from_numpy(honest[name][row]) for name in names}
-    return torch_reference(previous, own, federation.spec.final_weight, federation.spec.final_bias, federation.model)
+    benign = {} if honest is None else {name: torch.from_numpy(honest[name][row]) for name in names}
+    return torch_reference(previous, benign, federation.spec.final_weight, federation.spec.final_bias, federation.model)
 
 
 def _situation(federation: Federation, start: Start) -> Situation:
-    """What the attackers of a round know when they send."""
+    """What the attackers of a round know when they craft their updates."""
     scenario, cohort = federation.scenario, federation.cohorts[start.index]
     attacking = cohort.clients[cohort.attacking]
     poisoned = [(federation.poisoned[client], federation.chosen[client]) for client in attacking.tolist()]
@@ -216,7 +234,7 @@ def _situation(federation: Federation, start: Start) -> Situation:
 
 
 def _decision(federation: Federation, log: UpdateLog) -> pd.DataFrame | None:
-    """What the live filter, if there is one, decided in the last round."""
+    """The live filter's decision in the last round, as a table; None without a filter."""
     if not isinstance(federation.aggregate, FilteredAggregator):
         return None
     decision = federation.aggregate.decision(log)
@@ -224,7 +242,7 @@ def _decision(federation: Federation, log: UpdateLog) -> pd.DataFrame | None:
 
 
 def _truth(federation: Federation) -> pd.DataFrame:
-    """Who was compromised, and which updates were poisoned: a row per round and client whose update arrived."""
+    """The ground truth, who was compromised and which updates were poisoned: a row per round and recorded client."""
     names = client_names(federation.scenario)
     rows = [
         (index, names[client], client in federation.poisoned, bool(attacks) and client in federation.deviants)
@@ -242,13 +260,13 @@ def _writer(federation: Federation, folder: Path, *, resume: bool) -> LogWriter:
 
 
 def _recorded(scenario: Scenario, folder: Path) -> Run | None:
-    """The run of this scenario that lies in the folder, if any was begun; what it names is not imported."""
+    """The run of this scenario that was begun in the folder; None without one. Code that it names is not imported."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())) or is_stillborn(folder):
         return None
     recorded = Run.open(folder)
     if recorded.scenario != scenario.settings:
-        settings = Scenario().settings | recorded.scenario if recorded.scenario else {}
-        wanted = scenario.settings
-        differing = [name for name in Scenario.model_fields if settings.get(name) != wanted.get(name)]
+        recorded_settings = Scenario().settings | recorded.scenario if recorded.scenario else {}
+        settings = scenario.settings
+        differing = [name for name in Scenario.model_fields if recorded_settings.get(name) != settings.get(name)]
         raise InputError(f"{folder}: holds the run of another scenario, which differs in {', '.join(differing)}")
     return recorded

@@ -1,8 +1,8 @@
-"""A scenario: the plain, validated settings of one simulated run; and sweeps, products of settings.
+"""A scenario: the validated settings of one simulated run; and sweeps: combinations of settings.
 
-A component (partition, attack, schedule, aggregator, detector) is a name or a table name -> settings: `"iid"`,
+A component (partition, attack, schedule, aggregator, detector) is a name, or a table name -> settings: `"iid"`,
 `{"dirichlet": {"alpha": 0.5}}`. An attack may name several parts, which compose. Validation writes out every setting,
-so a scenario says everything that ran.
+so that a scenario describes a run completely.
 """
 
 import hashlib
@@ -37,8 +37,8 @@ from simulations.tasks import MODELS
 
 Made = TypeVar("Made")
 
-SCENARIOS = Path(__file__).parent / "scenarios"  # the demo and the reproduced experiments, in TOML
-ATTACK_SETTINGS = ("attack", "num_malicious", "poison_rate", "schedule")  # what a control does not have
+SCENARIOS = Path(__file__).parent / "scenarios"  # TOML files of the demo and the reproduced experiments
+ATTACK_SETTINGS = ("attack", "num_malicious", "poison_rate", "schedule")  # settings that a control has at defaults
 
 
 def _component(kind: str) -> BeforeValidator:
@@ -54,16 +54,17 @@ Filter = Annotated[dict[str, Any], BeforeValidator(lambda value: filter_settings
 
 
 class Scenario(BaseModel):
-    """Every setting of one simulated run; frozen and hashable.
+    """All settings of one simulated run; frozen and hashable.
 
-    Settings of an attack that nobody carries out, or that changes nothing, fall back to their defaults, so that an
-    attack-free run is one scenario whatever attack it is the control of. What each setting means is in its
-    description: `Scenario.model_fields["rounds"].description`.
+    Without malicious clients, or with an attack that changes nothing, the settings of the attack fall back to their
+    defaults, so that one attack-free run is the control of every attack. Each setting has a description:
+    `Scenario.model_fields["rounds"].description`.
 
     Raises
     ------
     InputError
-        If a setting is unknown or its value refused: which setting, what was expected and what was found.
+        If a setting is unknown or its value is invalid. The message names the setting, what was expected and what was
+        found.
 
     Examples
     --------
@@ -82,25 +83,27 @@ class Scenario(BaseModel):
     task: str = Field(
         "digits",
         min_length=1,
-        description="What is learned: a built-in task, a folder or hub name of images, or `module:function`.",
+        description="The learning task: a built-in one, a folder or hub name of images, or `module:function`.",
     )
     model: str = Field(
-        "mlp", description="The model that clients train; `own` is the task's own, `module:function` takes the task."
+        "mlp", description="The model that clients train; `own` is the task's own, `module:function` is given the task."
     )
     partition: Partition = Field("iid", description="Which client holds which training samples.")  # type: ignore[assignment]
     num_clients: int = Field(20, ge=1, description="Number of clients.")
-    clients_per_round: int | None = Field(None, ge=1, description="Clients drawn in each round; none: all of them.")
+    clients_per_round: int | None = Field(None, ge=1, description="Number of clients drawn in each round; none: all.")
     samples_per_client: int | None = Field(
-        None, ge=1, description="Training samples per client on average; none: the whole training set is shared out."
+        None, ge=1, description="Training samples per client on average; none: the whole training set is used."
     )
     rounds: int = Field(25, ge=1, description="Number of rounds.")
     local_epochs: int = Field(1, ge=1, description="Passes over a client's own data in each round.")
     batch_size: int = Field(16, ge=1, description="Samples per local step; a client's last batch may be smaller.")
     learning_rate: float = Field(0.1, gt=0, description="Learning rate of the clients' SGD.")
-    momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of the clients' SGD; starts afresh in each round.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of the clients' SGD; starts at zero in each round.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of the clients' SGD.")
-    server_learning_rate: float = Field(1.0, gt=0, description="What the server multiplies the aggregated update by.")
-    server_momentum: float = Field(0.0, ge=0, lt=1, description="Share of its last change that the server repeats.")
+    server_learning_rate: float = Field(1.0, gt=0, description="Factor of the aggregated update at the server.")
+    server_momentum: float = Field(
+        0.0, ge=0, lt=1, description="Factor of the global model's last change that is added."
+    )
     missing_rate: float = Field(0.0, ge=0, lt=1, description="Share of drawn clients whose update does not arrive.")
     nonfinite_rate: float = Field(0.0, ge=0, le=1, description="Share of updates that arrive as NaN.")
     attack: Attack = Field("none", description="What malicious clients do; several parts compose.")  # type: ignore[assignment]
@@ -116,11 +119,12 @@ class Scenario(BaseModel):
     )
     seed: int = Field(0, ge=0, description="Seed of all random numbers.")
     engine: Literal["auto", "plain", "stacked"] = Field(
-        "auto", description="How clients are trained: one by one, many at once, or the faster; they agree to rounding."
+        "auto",
+        description="How clients are trained: one by one, many at once, or the faster; results agree to rounding.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where clients are trained.")
 
-    _given: dict[str, Any] = PrivateAttr(default_factory=dict)  # before anything fell back to its default
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)  # as given, before settings fell back to defaults
 
     def __init__(self, **settings: Any) -> None:
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
@@ -168,21 +172,21 @@ class Scenario(BaseModel):
 
     @cached_property
     def digest(self) -> str:
-        """12 hexadecimal digits of the SHA-256 of all settings: the name of the run's folder."""
+        """First 12 hexadecimal digits of the SHA-256 hash of all settings: the name of the run's folder in a sweep."""
         canonical = json.dumps(self.settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings as plain values, as `run.json` holds them; `Scenario(**settings)` is the inverse.
+        """All settings as plain values, as in `run.json`; `Scenario(**settings)` is the inverse.
 
-        A filter at its defaults is not among them, so that digests stay those of runs from before there was a choice.
+        A filter at its defaults is left out, so that runs from before this setting keep their digests.
         """
         return self.model_dump(mode="json", exclude=None if self.filter else {"filter"})
 
     @property
     def is_control(self) -> bool:
-        """Whether nobody attacks."""
+        """Whether there are no malicious clients."""
         return self.num_malicious == 0
 
     @property
@@ -191,11 +195,53 @@ class Scenario(BaseModel):
         return Scenario(**{name: value for name, value in self.settings.items() if name not in ATTACK_SETTINGS})
 
     def replace(self, **changes: Any) -> "Scenario":
-        """Returns the scenario as it was written, with some settings changed; a misspelt one is an error."""
+        """Returns the scenario with some settings changed.
+
+        Parameters
+        ----------
+        **changes
+            Setting -> new value.
+
+        Returns
+        -------
+        Scenario
+            Built from the settings as they were given, before any of them fell back to its default.
+
+        Raises
+        ------
+        InputError
+            If a setting is unknown or its value is invalid.
+
+        Examples
+        --------
+        >>> Scenario(attack="trigger").replace(num_malicious=2).label("attack")
+        'trigger'
+        """
         return Scenario(**{**self._given, **changes})
 
     def label(self, name: str) -> str | int | float:
-        """Returns a setting as a short word or number for tables: `"trigger+scaling(factor=3)"`, `0.1`, `"all"`."""
+        """Returns a setting as a short word or number for tables.
+
+        Parameters
+        ----------
+        name : str
+            Name of the setting.
+
+        Returns
+        -------
+        str, int or float
+            Such as `"trigger+scaling(factor=3)"`, `0.1` or `"all"`.
+
+        Raises
+        ------
+        InputError
+            If there is no such setting.
+
+        Examples
+        --------
+        >>> Scenario(partition={"dirichlet": {"alpha": 0.1}}).label("partition")
+        'dirichlet(alpha=0.1)'
+        """
         if name not in type(self).model_fields:
             raise InputError(f"scenario: {no_setting(name, type(self).model_fields)}")
         value = getattr(self, name)
@@ -208,7 +254,22 @@ class Scenario(BaseModel):
 
     @classmethod
     def load(cls, path: Path | str) -> "Scenario":
-        """Reads the scenario of a TOML file; raises InputError that names the file."""
+        """Reads a scenario from a TOML file.
+
+        Parameters
+        ----------
+        path : Path or str
+            The file.
+
+        Returns
+        -------
+        Scenario
+
+        Raises
+        ------
+        InputError
+            If the file cannot be read, holds a sweep, or a setting is invalid; the message names the file.
+        """
         table = _read(path)
         if "sweep" in table:
             raise InputError(f"{path}: expected one scenario, found a sweep of them")
@@ -223,13 +284,17 @@ def stored_scenario(run: Run, trust_code: bool = False) -> Scenario:
     run : Run
         A simulated run.
     trust_code : bool
-        Whether what the run names as `module:function` may be imported, which runs its code. By default the scenario
-        names nothing but what is built in or installed, and so nothing that is built of it imports anything else.
+        Whether functions that the run names as `module:function` may be imported, which runs their code. By default a
+        run that names any is refused, so that only built-in and installed code runs.
+
+    Returns
+    -------
+    Scenario
 
     Raises
     ------
     InputError
-        If the run was recorded elsewhere; if its settings are refused; or if it names code and is not trusted.
+        If the run was recorded elsewhere; if its settings are invalid; or if it names code and is not trusted.
 
     Examples
     --------
@@ -254,19 +319,24 @@ def stored_scenario(run: Run, trust_code: bool = False) -> Scenario:
 
 
 def sweep(base: Scenario, **axes: Sequence[Any]) -> list[Scenario]:
-    """Returns every combination of the axes, each preceded by its attack-free control, every scenario once.
+    """Returns all combinations of settings, each preceded by its attack-free control.
 
     Parameters
     ----------
     base : Scenario
         The settings that no axis changes.
     **axes : sequence
-        Setting -> its values. Combinations come in the order of the axes, the last one varying fastest.
+        Setting -> its values. Combinations are in the order of the axes, the last axis varying fastest.
+
+    Returns
+    -------
+    list of Scenario
+        Each scenario once.
 
     Raises
     ------
     InputError
-        If an axis is no setting, or has no list of values.
+        If an axis is not a setting, or has no list of values.
 
     Examples
     --------
@@ -282,24 +352,37 @@ def sweep(base: Scenario, **axes: Sequence[Any]) -> list[Scenario]:
 
 
 class LoadedSweep(NamedTuple):
-    """The scenarios of a sweep, and the names of the settings that vary over them, the seed last."""
+    """A sweep as read from a file.
+
+    Attributes
+    ----------
+    scenarios : list of Scenario
+        All scenarios.
+    axes : list of str
+        Names of the settings that vary between them, the seed last.
+
+    Examples
+    --------
+    >>> LoadedSweep([Scenario()], []).axes
+    []
+    """
 
     scenarios: list[Scenario]
     axes: list[str]
 
 
 def load_sweep(path: Path | str, **changes: Any) -> LoadedSweep:
-    """Reads the sweep of a TOML file: settings at the top, then any number of `[[sweep]]` tables axis -> list.
+    """Reads a sweep from a TOML file: settings at the top, then any number of `[[sweep]]` tables axis -> list.
 
-    Each table is a product over the settings at the top, attack-free controls included; the tables are united. Without
-    a table it is the one scenario.
+    Each table stands for all combinations of its axes with the settings at the top, attack-free controls included; the
+    sweep is the union of its tables. Without a table it is a single scenario.
 
     Parameters
     ----------
     path : Path or str
         The file.
     **changes
-        Each replaces a setting or, where that is an axis, the whole list: `load_sweep(path, seed=0, rounds=3)`.
+        Each replaces a setting, or the whole list of an axis: `load_sweep(path, seed=0, rounds=3)`.
 
     Returns
     -------
@@ -309,7 +392,7 @@ def load_sweep(path: Path | str, **changes: Any) -> LoadedSweep:
     Raises
     ------
     InputError
-        If the file cannot be read or a setting is refused; it names the file.
+        If the file cannot be read or a setting is invalid; the message names the file.
 
     Examples
     --------
@@ -322,18 +405,35 @@ def load_sweep(path: Path | str, **changes: Any) -> LoadedSweep:
     if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
         raise InputError(f"{path}: expected [[sweep]] tables of axis = list of values")
     settings = {**table, **changes}
-    kept = [{name: values for name, values in block.items() if name not in changes} for block in blocks]
+    tables = [{name: values for name, values in block.items() if name not in changes} for block in blocks]
 
-    def united() -> list[Scenario]:
+    def union() -> list[Scenario]:
         base = Scenario(**settings)
-        return list(dict.fromkeys(cell for block in kept for cell in sweep(base, **block))) if kept else [base]
+        return list(dict.fromkeys(cell for axes in tables for cell in sweep(base, **axes))) if tables else [base]
 
-    scenarios = _at(path, united)
-    return LoadedSweep(scenarios, varied(scenarios, list(dict.fromkeys(name for block in kept for name in block))))
+    scenarios = _at(path, union)
+    return LoadedSweep(scenarios, varied(scenarios, list(dict.fromkeys(name for axes in tables for name in axes))))
 
 
 def varied(scenarios: Sequence[Scenario], names: Sequence[str] = ()) -> list[str]:
-    """Returns those of the named settings (by default all) that differ between scenarios, the seed last."""
+    """Returns the names of the settings that differ between scenarios, the seed last.
+
+    Parameters
+    ----------
+    scenarios : sequence of Scenario
+        The scenarios to compare.
+    names : sequence of str
+        The settings to compare; all by default. The seed is always compared.
+
+    Returns
+    -------
+    list of str
+
+    Examples
+    --------
+    >>> varied([Scenario(), Scenario(seed=1, rounds=3)])
+    ['rounds', 'seed']
+    """
     names = [*(name for name in names or Scenario.model_fields if name != "seed"), "seed"]
     return [name for name in names if len({str(scenario.label(name)) for scenario in scenarios}) > 1]
 

@@ -1,4 +1,4 @@
-"""Many scenarios into one folder, in this process or over an executor; a second call runs only what is missing."""
+"""Runs many scenarios into one folder, in this process or by an executor; a second call runs only what is missing."""
 
 import fcntl
 import json
@@ -30,7 +30,7 @@ from simulations.tasks import build_model
 from simulations.training import one_thread
 
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
-PATIENCE = 180.0  # seconds; the lock of a machine that fell out is held for up to 90 by a network file system
+PATIENCE = 180.0  # seconds; a network file system may hold the lock of a machine that crashed for up to 90
 
 
 def run_sweep(
@@ -42,9 +42,9 @@ def run_sweep(
     executor: Executor | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Runs every scenario into `folder`/digest, and measures each attack on the models of its control as well.
+    """Runs every scenario into `folder`/digest, and measures the success of each attack on its control's models too.
 
-    Closed runs are kept, open ones go on where they stopped: an interruption loses at most the rounds in flight.
+    Closed runs are kept and open ones continued where they stopped: an interruption loses at most the rounds in flight.
 
     Parameters
     ----------
@@ -53,20 +53,26 @@ def run_sweep(
     folder : Path or str
         The folder of the sweep.
     axes : sequence of str, optional
-        The settings that tell runs apart; None, the default, for those that vary.
+        Names of the settings that distinguish runs; None, the default: those that vary.
     workers : int
-        Processes, started afresh with one torch thread each; 1, the default, for this process. A script that asks for
-        more needs the usual `if __name__ == "__main__"`.
+        Number of new processes, each with one torch thread; 1, the default: this process. A script that asks for more
+        needs the usual `if __name__ == "__main__"`.
     executor : concurrent.futures.Executor, optional
-        Any other, as that of `dask_executor`, whose workers must see the same files under the same paths. A run that
-        another process still records is waited for while rounds arrive: a worker that was given up may still be on.
+        Runs the scenarios instead, such as that of `dask_executor`; its workers must see the same files under the same
+        paths. If another process still records a run, as may a worker that was believed lost, it is waited for while
+        rounds arrive.
     progress : bool
-        Whether to show bars.
+        Whether to show progress bars.
+
+    Returns
+    -------
+    Sweep
+        All runs, closed.
 
     Raises
     ------
     InputError
-        If a scenario cannot run, or the folder is that of a single run.
+        If there is no scenario, one of them cannot run, or the folder is that of a single run.
 
     Examples
     --------
@@ -119,7 +125,7 @@ def _is_done(path: Path) -> bool:
 
 
 def _executing(executor: Executor | None, workers: int) -> AbstractContextManager[Executor | None]:
-    """The executor to use, shut down at the end where it was made here; None for this process."""
+    """The executor to use, shut down at the end if it was created here; None: this process."""
     if executor is not None or workers <= 1:
         return nullcontext(executor)
     return processes(workers)
@@ -129,15 +135,20 @@ def _executing(executor: Executor | None, workers: int) -> AbstractContextManage
 def dask_executor(address: str, timeout: float = 10.0) -> Iterator[Executor]:
     """Yields the workers of a Dask scheduler as an executor, for `run_sweep`.
 
-    The workers need this package, and must see the same files under the same paths. A run whose worker is lost is done
-    again by another one, three times at most.
+    The workers need this package, and must see the same files under the same paths. A run whose worker is lost is
+    repeated by another one, at most three times.
 
     Parameters
     ----------
     address : str
-        Of the scheduler, "tcp://host:port".
-    timeout : float
-        Seconds within which it must answer; 10 is a plain choice.
+        Address of the scheduler, "tcp://host:port".
+    timeout : float, default 10.0
+        Seconds within which the scheduler must answer.
+
+    Yields
+    ------
+    concurrent.futures.Executor
+        The workers of the scheduler.
 
     Raises
     ------
@@ -165,7 +176,7 @@ def dask_executor(address: str, timeout: float = 10.0) -> Iterator[Executor]:
         try:
             if not client.scheduler_info()["workers"]:
                 tqdm.write(f"dask: the scheduler at {address} has no worker yet; waiting for one", file=sys.stderr)
-            yield client.get_executor(pure=False)  # each run is done, for the files that it leaves
+            yield client.get_executor(pure=False)  # dask must not skip equal calls, as runs are called to write files
         except KilledWorker as error:
             raise InputError(f"dask: several workers were lost with the same run, memory? ({error.task})") from error
         except CancelledError as error:
@@ -176,16 +187,16 @@ def dask_executor(address: str, timeout: float = 10.0) -> Iterator[Executor]:
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Silences what libraries log; what goes wrong is raised as an exception as well."""
-    logged = [log for log in logging.root.manager.loggerDict if any(f"{log}.".startswith(f"{name}.") for name in names)]
-    loggers = [logging.getLogger(log) for log in logged]
-    before = [logger.disabled for logger in loggers]
+    """Silences the loggers of libraries whose errors are raised as exceptions as well."""
+    known = [log for log in logging.root.manager.loggerDict if any(f"{log}.".startswith(f"{name}.") for name in names)]
+    loggers = [logging.getLogger(log) for log in known]
+    previous = [logger.disabled for logger in loggers]
     for logger in loggers:
         logger.disabled = True
     try:
         yield
     finally:
-        for logger, disabled in zip(loggers, before, strict=True):
+        for logger, disabled in zip(loggers, previous, strict=True):
             logger.disabled = disabled
 
 
@@ -194,7 +205,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _run(scenario: Scenario, path: Path, patience: float) -> None:
-    """Runs a scenario; another writer into its folder is waited for until no round arrives for `patience` seconds."""
+    """Runs a scenario, once no other writer into its folder has recorded a round for `patience` seconds."""
     manifest, size, deadline = path / MANIFEST, -1, 0.0
     while patience and _is_held(manifest):
         if (now := manifest.stat().st_size) != size:
@@ -206,7 +217,7 @@ def _run(scenario: Scenario, path: Path, patience: float) -> None:
 
 
 def _is_held(manifest: Path) -> bool:
-    """Whether a writer that is alive holds the lock of a run."""
+    """Whether a running writer holds the lock of a run."""
     try:
         with open(manifest, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -218,7 +229,7 @@ def _is_held(manifest: Path) -> bool:
 
 
 def _do(jobs: Sequence[Job], executor: Executor | None, name: str, progress: bool) -> list[Any]:
-    """The results of all jobs, in their order; the first failure cancels those that have not begun."""
+    """The results of all jobs, in their order; the first failure cancels jobs that have not started."""
     bar = tqdm(total=len(jobs), desc=name, unit="", disable=None if progress and jobs else True)
     with bar:
         if executor is None:
@@ -240,7 +251,7 @@ def _counted(bar: Any, result: Any) -> Any:
 
 
 def _measure_controls(scenarios: Sequence[Scenario], folder: Path, executor: Executor | None, progress: bool) -> None:
-    """Writes `controls.arrow`: run, control, round, asr of the run's attack on its control's global models."""
+    """Writes `controls.arrow`: run, control, round, and the ASR of the run's attack on its control's global models."""
     digests = {scenario.digest for scenario in scenarios}
     attacked = [s for s in scenarios if not s.is_control and s.control.digest in digests]
     pairs = dict.fromkeys((scenario.control, _poisoning(scenario)) for scenario in attacked)
@@ -258,7 +269,22 @@ def _measure_controls(scenarios: Sequence[Scenario], folder: Path, executor: Exe
 
 
 def control_success(control: Scenario, path: Path, attack: str) -> list[float]:
-    """Returns the success of an attack (the JSON of its parts) after each round of a run in which nobody attacked."""
+    """Measures an attack on the global models of a run in which nobody attacked.
+
+    Parameters
+    ----------
+    control : Scenario
+        The scenario of that run.
+    path : Path
+        Its folder.
+    attack : str
+        The attack's component as JSON.
+
+    Returns
+    -------
+    list of float
+        The attack success rate after each round.
+    """
     goal = attack_goal(control.replace(attack=json.loads(attack), num_malicious=1))
     model = build_model(measuring_task(control), control.model)
     with one_thread():
@@ -266,13 +292,13 @@ def control_success(control: Scenario, path: Path, attack: str) -> list[float]:
 
 
 def _poisoning(scenario: Scenario) -> str:
-    """The parts of an attack that decide its success on a given model, those that poison data, as JSON."""
+    """The parts of an attack that poison data, as JSON: they decide its success on a given model."""
     parts: Component = scenario.attack
     return json.dumps({name: settings for name, settings in parts.items() if build_part(name, settings).poisons})
 
 
 def _known(folder: Path, attacked: Sequence[Scenario]) -> dict[tuple[Scenario, str], list[float]]:
-    """What an earlier call has measured: (control, parts of the attack) -> success in each round."""
+    """Measurements of an earlier call: (control, parts of the attack) -> ASR after each round."""
     if not (folder / CONTROLS).is_file():
         return {}
     table = Sweep.open(folder).controls.sort_values("round")

@@ -1,8 +1,8 @@
-"""What is put around a rule: clipping, noise, mixing, buckets; `published_rules` has the published rules made of it.
+"""Wrappers of a rule: clipping, noise, mixing, buckets; `published_rules` has the published rules made of them.
 
 Clipped, mixed and bucketed clients are linear combinations of clients (`Round.combined`): nothing is copied. Noise and
-buckets have an address, seed, purpose and round, so that a replay gives the same bits. Buffers are averaged over the
-clients that enter, and never clipped or noised.
+buckets are drawn from a generator seeded by seed, purpose and round, so that a replay gives the same bits. Buffers are
+averaged over the clients that enter, and never clipped or noised.
 """
 
 from itertools import pairwise
@@ -173,9 +173,9 @@ def bucketing(rule: str | Aggregator = "mean", size: int = 2, seed: int = 0) -> 
 
     Notes
     -----
-    Algorithm 1 of [1]_. As many buckets as there are malicious clients may hold one of them.
+    Algorithm 1 of [1]_. In the worst case each malicious client lies in another bucket and spoils it.
 
-    **Fails when** those buckets are more than the rule inside tolerates.
+    **Fails when** more buckets hold a malicious client than the rule inside tolerates.
 
     References
     ----------
@@ -205,7 +205,7 @@ def _noised(aggregate: Aggregator, log: UpdateLog, std: float, seed: int) -> dic
 
 
 def _nearest_neighbour_mixing(rule: Aggregator, log: UpdateLog, num_malicious: int | None) -> dict[str, np.ndarray]:
-    distances = log[-1].squared_distances  # first: it finds the norms, by which who is finite is known
+    distances = log[-1].squared_distances  # first: it also computes the norms, which tell who is finite
     rows = rows_of(log[-1])
     if not len(rows):
         return rule(log.keep(rows))
@@ -231,12 +231,37 @@ def _bucketing(rule: Aggregator, log: UpdateLog, size: int, seed: int) -> dict[s
 
 
 def _weighing(aggregate: Aggregator) -> Weighing | None:
-    """What clients count in the mean inside a rule that is put around another, which changes nothing of that."""
+    """The weighing of the inner rule, which a rule around it does not change; None: all clients count alike."""
     return getattr(aggregate, "weighing", None)
 
 
 def with_noise(log: UpdateLog, update: dict[str, np.ndarray], std: float, seed: int) -> dict[str, np.ndarray]:
-    """The update with Gaussian noise on its parameters; the noise of a round has an address."""
+    """Adds Gaussian noise to the parameters of an update.
+
+    Parameters
+    ----------
+    log : UpdateLog
+        The index of its last round seeds the noise.
+    update : dict of str to array
+        Layer -> array [*shape].
+    std : float
+        Standard deviation of the noise, in units of the weights.
+    seed : int
+        The noise is drawn from default_rng([seed, 101, round]), layer after layer.
+
+    Returns
+    -------
+    dict of str to array
+        Layer -> array [*shape], float32 for parameters; buffers as they are.
+
+    Examples
+    --------
+    >>> from gradlens.aggregators import mean
+    >>> from gradlens.examples import example_log
+    >>> log = example_log()
+    >>> with_noise(log, mean()(log), std=0.01, seed=0)["fc2.bias"].dtype
+    dtype('float32')
+    """
     rng = np.random.default_rng([seed, NOISE, log[-1].index])
     parts = ((name, update[name]) for name in log.model.parameters)
     return update | {
@@ -253,14 +278,14 @@ def _rule(where: str, rule: str | Aggregator) -> Aggregator:
 
 
 def length_or_none(where: str, value: float | None, setting: str = "bound") -> float | None:
-    """The value as a length above 0, None left as it is; raises InputError for anything else."""
+    """Returns a length above 0 as a float, None as it is; raises InputError for any other value of the setting."""
     if value is not None and (not _is_number(value) or not 0 < value < np.inf):
         raise InputError(f"{where}: {setting} is a length above 0, or None, found {value!r:.80}")
     return None if value is None else float(value)
 
 
 def deviation(where: str, value: float, setting: str = "std") -> float:
-    """The value as a standard deviation; raises InputError unless it is a finite number of at least 0."""
+    """Returns a standard deviation as a float; raises InputError unless it is a finite number of at least 0."""
     if not _is_number(value) or not 0 <= value < np.inf:
         raise InputError(f"{where}: {setting} is a number of at least 0, found {value!r:.80}")
     return float(value)

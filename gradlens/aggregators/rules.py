@@ -1,4 +1,4 @@
-"""Rules that average: mean, median, trimmed mean, geometric median, RLR; and what every rule is made of: `Rule`."""
+"""Rules that average: mean, median, trimmed mean, geometric median, RLR; and their common class, `Rule`."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 Aggregator = Callable[[UpdateLog], dict[str, np.ndarray]]  # layer -> aggregated update [*shape]
-Weighing = Callable[[Round, np.ndarray], np.ndarray]  # (round, positions) -> what each client counts, float64 [client]
+Weighing = Callable[[Round, np.ndarray], np.ndarray]  # (round, positions) -> weight of each client, float64 [client]
 
 
 def mean(weighted: bool = False, cap: float = 10.0) -> Aggregator:
@@ -226,25 +226,56 @@ def step(
     before: Mapping[str, np.ndarray] | None = None,
     buffers: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
-    """The next global model, layer -> array: global + server learning rate x update + momentum x last change.
+    """Computes the next global model from the aggregated update.
 
-    before: the global model before the last round, None in the first one. Buffers take the update as it is. In
-    float64, then back to each layer's own dtype (integers rounded). Raises KeyError for a layer without update.
+    Parameters
+    ----------
+    global_model : Mapping of str to array
+        Layer -> array [*shape], before the round.
+    update : Mapping of str to array
+        Layer -> aggregated update [*shape], for every layer of the global model.
+    server_learning_rate : float, default 1.0
+        Factor of the update.
+    momentum : float, default 0.0
+        Factor of the global model's last change, which is added.
+    before : Mapping of str to array, optional
+        Layer -> array, the global model before the last round; None, in the first round: no momentum is added.
+    buffers : collection of str
+        Layers that are not trained; their update is added as it is.
+
+    Returns
+    -------
+    dict of str to array
+        Layer -> array [*shape], in the dtype of the global model's layer (integers rounded).
+
+    Raises
+    ------
+    KeyError
+        If the update, or `before` where it is needed, lacks a layer.
+
+    Notes
+    -----
+    A parameter w becomes w + server_learning_rate * update + momentum * (w - before), computed in float64.
+
+    Examples
+    --------
+    >>> step({"fc.bias": np.array([1.0, 2.0])}, {"fc.bias": np.array([0.5, -0.5])}, server_learning_rate=2.0)
+    {'fc.bias': array([2., 1.])}
     """
 
-    def moved(name: str, array: np.ndarray) -> np.ndarray:
-        now = np.asarray(array, np.float64)
+    def stepped(name: str, array: np.ndarray) -> np.ndarray:
+        weights = np.asarray(array, np.float64)
         if name in buffers:
-            return now + update[name]
-        pushed = momentum * (now - before[name]) if momentum and before is not None else 0.0
-        return np.float64(server_learning_rate) * update[name] + now + pushed
+            return weights + update[name]
+        velocity = momentum * (weights - before[name]) if momentum and before is not None else 0.0
+        return np.float64(server_learning_rate) * update[name] + weights + velocity
 
-    return {name: _cast(moved(name, array), array.dtype) for name, array in global_model.items()}
+    return {name: _cast(stepped(name, array), array.dtype) for name, array in global_model.items()}
 
 
 @dataclass(frozen=True, repr=False)
 class Rule:
-    """What every builder of a rule returns: a function of a log with its settings, which prints like the call.
+    """An aggregation rule with its settings: a function of a log that prints like the call that built it.
 
     Attributes
     ----------
@@ -253,8 +284,8 @@ class Rule:
     inner : Aggregator, optional
         The rule that this one is put around.
     weighing : callable, optional
-        (round, positions) -> what each of these clients counts in the mean that the rule ends in, float64 [client];
-        without one all clients count alike.
+        (round, positions) -> the weight of each of these clients in the mean that the rule ends in, float64 [client];
+        None: all weights are equal.
 
     Examples
     --------
@@ -269,7 +300,7 @@ class Rule:
     weighing: Weighing | None = field(default=None, compare=False)
 
     def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
-        """The aggregated update of the last round, layer -> array [*shape]."""
+        """Returns the aggregated update of the last round, layer -> array [*shape]."""
         return self.method(log) if self.inner is None else self.method(self.inner, log)
 
     def __repr__(self) -> str:
@@ -284,7 +315,7 @@ def _mean(log: UpdateLog, weighted: bool, cap: float) -> dict[str, np.ndarray]:
 
 
 def _shares(round_: Round, rows: np.ndarray, weighted: bool, cap: float) -> np.ndarray:
-    """What each of these clients counts in the mean, float64 [client]."""
+    """The weight of each of these clients in the mean, float64 [client]."""
     return capped(round_.num_examples[rows], cap) if weighted else np.ones(len(rows))
 
 
@@ -293,7 +324,7 @@ def _median(log: UpdateLog) -> dict[str, np.ndarray]:
 
 
 def _geometric_median(log: UpdateLog, smoothing: float, iterations: int) -> dict[str, np.ndarray]:
-    gram = log[-1].total_gram  # first: it finds the norms, by which who is finite is known
+    gram = log[-1].total_gram  # first: it also computes the norms, which tell who is finite
     rows = rows_of(log[-1])
     return averaged(log, rows, weiszfeld(gram[np.ix_(rows, rows)], smoothing, iterations))
 
@@ -314,20 +345,56 @@ def _rlr(log: UpdateLog, threshold: int | None) -> dict[str, np.ndarray]:
 
 
 def rows_of(round_: Round) -> np.ndarray:
-    """Positions of the clients whose numbers are all finite, in the order of their names."""
+    """Returns the positions of the clients whose numbers are all finite, int64 [client], in the order of their names.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> rows_of(example_log(num_clients=4)[-1]).tolist()
+    [0, 1, 2, 3]
+    """
     order = np.argsort(round_.clients)
     return order[round_.finite[order]]
 
 
 def capped(num_examples: np.ndarray, cap: float) -> np.ndarray:
-    """Weights [client] of the claimed numbers of examples; all alike where nobody claims any."""
+    """Returns claimed numbers of examples as weights, float64 [client], of at most `cap` times the median claim.
+
+    Negative claims count as 0. If all weights would be 0, all are 1.
+
+    Examples
+    --------
+    >>> capped(np.array([10, 20, 30, 1_000_000]), cap=10.0).tolist()
+    [10.0, 20.0, 30.0, 250.0]
+    """
     claims = np.maximum(num_examples, 0).astype(np.float64)
     weights = np.minimum(claims, cap * np.median(claims)) if len(claims) else claims
     return weights if weights.any() else np.ones(len(claims))
 
 
 def scaled(log: UpdateLog, rows: np.ndarray, factors: np.ndarray) -> UpdateLog:
-    """Returns the log whose last round holds only these clients, each times its factor [client]; 0 leaves it out."""
+    """Scales the updates of the last round.
+
+    Parameters
+    ----------
+    log : UpdateLog
+        Its last round is scaled.
+    rows : ndarray of int [client]
+        Positions of clients in the last round.
+    factors : ndarray of float64 [client]
+        What each client's update is multiplied by; 0 leaves the client out.
+
+    Returns
+    -------
+    UpdateLog
+        Its last round holds these clients only.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> len(scaled(example_log(), np.arange(3), np.array([1.0, 0.5, 0.0]))[-1])
+    2
+    """
     rows, factors = rows[factors > 0], factors[factors > 0]
     part = log.keep(rows)
     if (factors == 1).all():
@@ -336,17 +403,32 @@ def scaled(log: UpdateLog, rows: np.ndarray, factors: np.ndarray) -> UpdateLog:
 
 
 def clip_factors(norms: np.ndarray, bound: float) -> np.ndarray:
-    """Factors that bring each norm to at most the bound, [client]: 1 where it is not above it."""
+    """Returns the factors that clip norms to a bound, float64 [client]: 1 where a norm is at most the bound.
+
+    Examples
+    --------
+    >>> clip_factors(np.array([1.0, 2.0, 4.0]), bound=2.0).tolist()
+    [1.0, 1.0, 0.5]
+    """
     return bound / np.maximum(norms, bound) if bound > 0 else np.where(norms > 0, 0.0, 1.0)
 
 
 def averaged(log: UpdateLog, rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The weighted mean of these clients of the last round."""
+    """Returns the weighted mean of clients of the last round, layer -> array [*shape]; zeros without clients.
+
+    `rows` holds the positions of the clients, int [client], `weights` their weights, float64 [client].
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> averaged(example_log(), np.arange(3), np.ones(3))["fc2.bias"].shape
+    (4,)
+    """
     return {name: log[-1].weighted_mean(name, rows, weights) for name in log.model}
 
 
 def _trimmed_mean(log: UpdateLog, num_malicious: int | None) -> dict[str, np.ndarray]:
-    """The mean of each coordinate's middle values; None: of the one or two in the very middle."""
+    """The mean of each coordinate without the `num_malicious` smallest and largest values; None: the median."""
     round_, rows = log[-1], rows_of(log[-1])
     trimmed = tolerated_of(num_malicious, (len(rows) - 1) // 2)
     return {
@@ -358,13 +440,34 @@ def _trimmed_mean(log: UpdateLog, num_malicious: int | None) -> dict[str, np.nda
 
 
 def tolerated_of(num_malicious: int | None, most: int) -> int:
-    """How many malicious clients the rule tolerates: `num_malicious`, but at most `most`; None: `most`."""
+    """Returns how many malicious clients a rule tolerates: `num_malicious`, but at most `most`; None: `most`."""
     most = max(0, most)
     return most if num_malicious is None else min(num_malicious, most)
 
 
 def weiszfeld(gram: np.ndarray, smoothing: float, iterations: int) -> np.ndarray:
-    """Weights [client] of the geometric median, the largest 1, from inner products [client, client]."""
+    """Finds the clients' weights in the geometric median of their updates by the smoothed Weiszfeld algorithm.
+
+    Parameters
+    ----------
+    gram : ndarray of float64 [client, client]
+        Inner products of the updates.
+    smoothing : float
+        Smallest distance that a client is divided by.
+    iterations : int
+        Most iterations.
+
+    Returns
+    -------
+    ndarray of float64 [client]
+        Weights, the largest of which is 1.
+
+    Examples
+    --------
+    >>> updates = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [50.0, 50.0]])
+    >>> weiszfeld(updates @ updates.T, smoothing=1e-6, iterations=100).round(3).argmin().item()
+    3
+    """
     weights = np.ones(len(gram))
     for _ in range(iterations if len(gram) else 0):
         shares = weights / weights.sum()
@@ -378,6 +481,6 @@ def weiszfeld(gram: np.ndarray, smoothing: float, iterations: int) -> np.ndarray
 
 
 def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Float64 numbers as `dtype`: integers rounded, what is beyond float32 infinite."""
+    """Casts float64 numbers to `dtype`: integers are rounded, numbers beyond the range of float32 become infinite."""
     with np.errstate(over="ignore"):
         return np.asarray(np.rint(values) if np.issubdtype(dtype, np.integer) else values, dtype)

@@ -1,4 +1,4 @@
-"""Rules that select by distance, Krum, Multi-Krum and Bulyan; and the table of all plain rules."""
+"""Rules that select clients by distance: Krum, Multi-Krum and Bulyan; and the table of all plain rules, `RULES`."""
 
 from collections.abc import Callable, Mapping
 
@@ -63,7 +63,7 @@ def krum(num_malicious: int | None = None) -> Aggregator:
 
 
 def multi_krum(num_malicious: int | None = None, num_selected: int | None = None) -> Aggregator:
-    """Averages the updates of the smallest Krum scores.
+    """Averages the updates with the smallest Krum scores.
 
     Parameters
     ----------
@@ -105,15 +105,15 @@ def multi_krum(num_malicious: int | None = None, num_selected: int | None = None
 
 
 def bulyan(num_malicious: int | None = None, selection: str = "repeated") -> Aggregator:
-    """Averages, of each coordinate, the values nearest to the median among clients that Krum selects.
+    """Averages the values of each coordinate that are nearest to the median, among clients that Krum selects.
 
     Parameters
     ----------
     num_malicious : int, optional
         n >= 4 num_malicious + 3. None: the most that the cohort allows.
     selection : {"repeated", "once"}
-        "repeated", as in [1]_: Krum's choice is taken out and Krum asked again among the rest. "once": the smallest
-        scores of one Krum, as implementations that save the time have it.
+        "repeated", as in [1]_: Krum selects one client at a time from those that are left. "once": the clients with the
+        smallest scores of a single Krum, as in faster implementations.
 
     Returns
     -------
@@ -175,7 +175,7 @@ def _multi_krum(log: UpdateLog, num_malicious: int | None, num_selected: int | N
 
 def _bulyan(log: UpdateLog, num_malicious: int | None, selection: str) -> dict[str, np.ndarray]:
     round_ = log[-1]
-    distances = round_.squared_distances  # first: it finds the norms, by which who is finite is known
+    distances = round_.squared_distances  # first: it also computes the norms, which tell who is finite
     rows = rows_of(round_)
     tolerated = tolerated_of(num_malicious, (len(rows) - 3) // 4)
     rows = rows[np.sort(_selected_by_krum(distances[np.ix_(rows, rows)], tolerated, selection))]
@@ -188,21 +188,21 @@ def _bulyan(log: UpdateLog, num_malicious: int | None, selection: str) -> dict[s
 
 
 def _selected_by_krum(distances: np.ndarray, tolerated: int, selection: str) -> np.ndarray:
-    """The positions of all but twice `tolerated` clients that Krum selects, from squared distances."""
+    """Positions of the n - 2 `tolerated` clients that Krum selects, from squared distances [client, client]."""
     count = len(distances) - 2 * tolerated
     if selection == "once":
         return np.argsort(_krum_scores(distances, tolerated), kind="stable")[:count]
-    left, selected = np.arange(len(distances)), []
+    remaining, selected = np.arange(len(distances)), []
     for _ in range(count):
-        best = int(np.argmin(_krum_scores(distances[np.ix_(left, left)], tolerated)))
-        selected.append(left[best])
-        left = np.delete(left, best)
+        best = int(np.argmin(_krum_scores(distances[np.ix_(remaining, remaining)], tolerated)))
+        selected.append(remaining[best])
+        remaining = np.delete(remaining, best)
     return np.array(selected, np.int64)
 
 
 def _by_krum(round_: Round, num_malicious: int | None) -> tuple[np.ndarray, int]:
     """Positions of the finite clients by ascending Krum score, and how many malicious clients are tolerated."""
-    distances = round_.squared_distances  # before the question who is finite, which it answers on the way
+    distances = round_.squared_distances  # first: it also computes the norms, which tell who is finite
     rows = rows_of(round_)
     tolerated = tolerated_of(num_malicious, (len(rows) - 3) // 2)
     scores = _krum_scores(distances[np.ix_(rows, rows)], tolerated)
@@ -210,17 +210,17 @@ def _by_krum(round_: Round, num_malicious: int | None) -> tuple[np.ndarray, int]
 
 
 def _krum_scores(distances: np.ndarray, tolerated: int) -> np.ndarray:
-    """Sums of the squared distances [client, client] to the nearest others, all but tolerated + 2 of them, [client]."""
+    """Krum score [client]: sum of the squared distances to the n - `tolerated` - 2 nearest other clients."""
     others = distances.copy()
-    np.fill_diagonal(others, np.inf)  # nobody is its own neighbour
-    neighbours = max(1, len(others) - tolerated - 2) if len(others) > 1 else 0
-    return np.sort(others, axis=1)[:, :neighbours].sum(axis=1)
+    np.fill_diagonal(others, np.inf)  # no client is its own neighbor
+    neighbors = max(1, len(others) - tolerated - 2) if len(others) > 1 else 0
+    return np.sort(others, axis=1)[:, :neighbors].sum(axis=1)
 
 
 def _near_median(round_: Round, layer: str, rows: np.ndarray, count: int) -> np.ndarray:
-    """Of each number the mean of the `count` values nearest to these clients' median, float32 [*shape]; 0 without any.
+    """Mean of the `count` values of each coordinate nearest to these clients' median, float32 [*shape]; 0 without any.
 
-    Of values in ascending order those nearest to the median lie side by side; among equally near ones the smaller.
+    In ascending order the values nearest to the median form a window; among equally near ones the smaller enters.
     """
     round_.require_whole()
     shape = np.shape(round_.global_model[layer])
@@ -230,7 +230,7 @@ def _near_median(round_: Round, layer: str, rows: np.ndarray, count: int) -> np.
         values = kernels.sorted_columns(columns, rows, start, stop).astype(np.float64)
         middle = (values[:, (len(rows) - 1) // 2] + values[:, len(rows) // 2]) / 2
         first = np.zeros(stop - start, np.int64)
-        for place in range(len(rows) - count):  # a step up while what comes in above is nearer than what goes below
+        for place in range(len(rows) - count):  # move the window up while the value that enters it is nearer
             first += middle - values[:, place] > values[:, place + count] - middle
         window = np.take_along_axis(values, first[:, None] + np.arange(count), axis=1)
         out[start:stop] = window.sum(axis=1) / count

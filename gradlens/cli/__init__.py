@@ -1,7 +1,8 @@
-"""The command `gradlens`: every answer of the library from a shell.
+"""The command `gradlens`: the library's analyses from a shell.
 
-Exit status 0 is success, 1 a `verify` that found a fault, 2 bad input, which is one line on standard error, 130 and
-143 an interruption by Ctrl-C and by SIGTERM. A module here imports at its top only what its help page needs.
+The exit status is 0 on success, 1 if `verify` found a fault, 2 on bad input (one line on standard error says what is
+wrong), 130 after Ctrl-C and 143 after SIGTERM. Modules here import at their top only what the help pages need, so that
+these start fast.
 """
 
 from gradlens.cli.program import app, main

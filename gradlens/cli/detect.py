@@ -1,4 +1,4 @@
-"""`gradlens detect`: scores and flags, client by client and round by round."""
+"""`gradlens detect`: scores and flags of every client in every round."""
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
@@ -22,8 +22,8 @@ DetectorNames = Annotated[
     typer.Option(
         "--detector",
         "-d",
-        help="A detector by name, module:function, or all; repeatable. Without it, the usual ones: `gradlens list "
-        "detectors` marks them.",
+        help="Name of a detector, module:function, or all; repeatable. By default the usual ones, which `gradlens "
+        "list detectors` marks.",
         show_default=False,
     ),
 ]
@@ -33,14 +33,15 @@ def detect(
     run: Folder,
     detector: DetectorNames = None,
     fpr: Annotated[
-        float | None, typer.Option(help="Calibrate on each cohort itself to this nominal false-positive rate.")
+        float | None,
+        typer.Option(help="Calibrate each threshold on the cohort itself, to this nominal false-positive rate."),
     ] = None,
     workers: Workers = 1,
     executor: ExecutorAddress = "processes",
     as_csv: AsCsv = False,
     as_json: AsJson = False,
 ) -> None:
-    """Scores every client in every round, and says who was flagged how often."""
+    """Scores every client in every round, and counts how often each was flagged."""
     import pandas as pd
     from tqdm import tqdm
 
@@ -50,7 +51,7 @@ def detect(
     _detectors(names, fpr)  # bad settings are reported before any work
     runs = _runs(run)
     with executor_for(executor, min(workers, len(runs)), several=len(runs) > 1) as pool:
-        results = (pool.map if pool else map)(_detected, [each.path for each in runs], repeat(names), repeat(fpr))
+        results = (pool.map if pool else map)(_detected, [run.path for run in runs], repeat(names), repeat(fpr))
         tables = list(tqdm(results, "detect", len(runs), unit="run", disable=None, leave=False))
     table = pd.concat(tables, ignore_index=True)
     table = table[["run", *(c for c in table.columns if c != "run")]] if len(tables) > 1 else table.drop(columns="run")
@@ -73,7 +74,7 @@ def _runs(path: Path) -> "list[Run]":
 
 
 def _names(given: Sequence[str] | None) -> list[str]:
-    """The names of the detectors, each once; InputError for one that does not exist."""
+    """The names of the detectors, each once; raises InputError for one that does not exist."""
     from gradlens.detectors import DETECTORS, USUAL
     from gradlens.names import available, named
 
@@ -88,11 +89,11 @@ def _detectors(names: Sequence[str], fpr: float | None) -> "dict[str, Detector]"
     from gradlens.names import named
 
     detectors = {name: named("detectors", DETECTORS, name)() for name in names}
-    return detectors if fpr is None else {name: calibrate(each, None, fpr) for name, each in detectors.items()}
+    return detectors if fpr is None else {name: calibrate(detector, None, fpr) for name, detector in detectors.items()}
 
 
 def _flag_lines(table: "pd.DataFrame", fpr: float | None) -> Iterator[str]:
-    """Who was flagged in how many of its rounds, the most suspicious first."""
+    """Lines that count in how many of its rounds each client was flagged, the most suspicious client first."""
     answered = table[table["abstained"] == ""]
     keys = [name for name in ("run", "detector", "client") if name in table.columns]
     counts = answered.groupby(keys, sort=False)["flag"].agg(flagged="sum", rounds="count").reset_index()

@@ -1,4 +1,4 @@
-"""`gradlens ingest`: updates from elsewhere as a run."""
+"""`gradlens ingest`: turns updates that were saved elsewhere into a run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,51 +17,53 @@ SHOWN_FAULTS = 40
 Source = Annotated[
     Path,
     typer.Argument(
-        help="A folder with a .pt, .pth, .npz or .safetensors file per round and client, or an Arrow or Parquet "
-        "table; with --truth and without --out, a run.",
+        help="A folder with one .pt, .pth, .npz or .safetensors file per round and client, or an Arrow or Parquet "
+        "table; with --truth but without --out, an existing run.",
         show_default=False,
     ),
 ]
-RunFolder = Annotated[Path | None, typer.Option("--out", "-o", help="The folder of the run.", show_default=False)]
+RunFolder = Annotated[Path | None, typer.Option("--out", "-o", help="The folder of the new run.", show_default=False)]
 Pattern = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="How the clients' files are called, such as round_{round}/client_{client}."),
+    typer.Option(metavar="NAME", help="Naming pattern of the clients' files, such as round_{round}/client_{client}."),
 ]
 Globals = Annotated[
     str | None,
     typer.Option(
         "--globals",
         metavar="NAME",
-        help="How the global models before each round are called, such as global_{round}; for a table, the file of "
-        "the first one.",
+        help="Naming pattern of the files of the global models before each round, such as global_{round}; for a table, "
+        "the file of the first global model.",
     ),
 ]
-After = Annotated[bool, typer.Option("--globals-after", help="--globals are the models after each round.")]
-HoldUpdates = Annotated[bool, typer.Option("--updates", help="The files hold updates, not local models.")]
+After = Annotated[
+    bool, typer.Option("--globals-after", help="--globals names the models after each round, not before it.")
+]
+HoldUpdates = Annotated[bool, typer.Option("--updates", help="The files hold updates instead of local models.")]
 FinalLayer = Annotated[
     str | None,
-    typer.Option(metavar="LAYER", help="The weight of the model's final layer, where it is not recognized."),
+    typer.Option(metavar="LAYER", help="Name of the final layer's weight, if it is not recognized."),
 ]
 Buffers = Annotated[
-    str | None, typer.Option(metavar="LAYERS", help="Layers that are not trained, separated by commas.")
+    str | None, typer.Option(metavar="LAYERS", help="Names of layers that are not trained, separated by commas.")
 ]
 NumExamples = Annotated[
     Path | None,
     typer.Option(
         metavar="CSV",
-        help="Numbers of examples: columns client, num_examples, and round where they vary. [default: 1]",
+        help="Numbers of examples: columns client and num_examples, and round if they vary. [default: 1]",
     ),
 ]
 Truth = Annotated[
     Path | None,
     typer.Option(
-        metavar="CSV", help="Who was malicious: columns client, and round, compromised, poisoned where they vary."
+        metavar="CSV", help="Who was malicious: column client, and round, compromised and poisoned if they vary."
     ),
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first file with a fault.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first file that cannot be recorded.")]
 Level = Annotated[
     str,
-    typer.Option(metavar="LEVEL", help="What of each update is recorded: full, or sketch (512 numbers a layer)."),
+    typer.Option(metavar="LEVEL", help="How much of each update is recorded: full, or sketch (512 numbers per layer)."),
 ]
 
 
@@ -80,7 +82,7 @@ def ingest(
     evidence: Level = "full",
     as_json: AsJson = False,
 ) -> None:
-    """Records updates from elsewhere as a run; what cannot be recorded is refused with a reason. Unpickles nothing."""
+    """Records saved updates as a run, and refuses with a reason what cannot be recorded; nothing is unpickled."""
     from gradlens.ingestion import ingest as record
     from gradlens.ingestion import with_csv_truth
 
@@ -108,6 +110,7 @@ def ingest(
 
 
 def _ingested_lines(result: "Ingested") -> list[str]:
+    """The first faults, the notes, and what was recorded."""
     faults, log = result.faults, result.run.log
     lines = [*faults[:SHOWN_FAULTS]]
     if len(faults) > SHOWN_FAULTS:

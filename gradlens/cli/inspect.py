@@ -1,4 +1,4 @@
-"""`gradlens inspect`: what a run or a sweep holds."""
+"""`gradlens inspect`: the contents of a run or a sweep."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,11 +20,11 @@ def inspect(
     as_json: AsJson = False,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw how many samples of each label every client holds: .png, .svg, .pdf."),
+        typer.Option(metavar="FILE", help="Plot how many samples of each label every client holds: .png, .svg, .pdf."),
     ] = None,
     trust_code: TrustCode = False,
 ) -> None:
-    """Says what a run or a sweep holds."""
+    """Shows the contents of a run or a sweep."""
     import gradlens
 
     if plot is not None:
@@ -40,7 +40,7 @@ def inspect(
 
 
 def _draw_labels(run: "Run | Sweep", path: Path, trust_code: bool) -> None:
-    """Draws how many samples of each label every client of a simulated run holds."""
+    """Plots how many samples of each label every client of a simulated run holds."""
     from io import BytesIO
 
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""`gradlens list` and `gradlens doctor`: what there is, where it is from and what it needs."""
+"""`gradlens list` and `gradlens doctor`: available names, where they come from, and what is installed."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from gradlens.cli.output import say, say_json
 from gradlens.errors import InputError
 from gradlens.names import KINDS, available, hint, named
 
-TABLES = {  # kind -> module and name of the table of what is built in
+TABLES = {  # kind -> module and name of the table of its built-in entries
     "statistics": ("gradlens.statistics", "STATISTICS"),
     "scorers": ("gradlens.scorers", "SCORERS"),
     "detectors": ("gradlens.detectors", "DETECTORS"),
@@ -49,7 +49,7 @@ def list_names(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Lists detectors, attacks and all else that has a name: where it is from and what it needs."""
+    """Lists detectors, attacks and everything else that has a name, where it comes from and what it needs."""
     if kind is not None and kind not in TABLES:
         raise typer.BadParameter(f"KIND: there is no {kind!r:.80}{hint(kind, TABLES)}; one of {', '.join(TABLES)}")
     entries = {name: _entries(name) for name in ([kind] if kind else TABLES)}
@@ -61,7 +61,7 @@ def list_names(
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Says what is installed, which extras are missing and what they would bring."""
+    """Shows what is installed, which extras are missing and what they would add."""
     facts = {
         "gradlens": _version("gradlens-forensics"),
         "python": _python(),
@@ -72,9 +72,9 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         say_json(facts)
         return
-    missing = [name for name, found in facts["required"].items() if not found]
+    missing = [name for name, installed in facts["required"].items() if not installed]
     say(f"gradlens {facts['gradlens'] or '(not installed as a package)'}, Python {facts['python']}")
-    say("required: " + ", ".join(f"{name} {found or 'MISSING'}" for name, found in facts["required"].items()))
+    say("required: " + ", ".join(f"{name} {installed or 'MISSING'}" for name, installed in facts["required"].items()))
     say(*(_extra_line(extra, row) for extra, row in facts["extras"].items()))
     say(*(f"{kind}: {', '.join(names)}" for kind, names in facts["added by packages"].items()))
     if missing:
@@ -82,7 +82,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def _entries(kind: str) -> list[dict[str, str]]:
-    """A row per name of a kind: name, from, needs, summary."""
+    """One row per name of a kind: name, from, needs, summary."""
     module, table_name = TABLES[kind]
     try:
         table: Mapping[str, Any] = getattr(import_module(module), table_name)
@@ -104,7 +104,7 @@ def _row(kind: str, name: str, origin: str, entry: Any) -> dict[str, str]:
 
 
 def _functions_taken(entry: Any) -> list[str]:
-    """Settings that are functions and have no default."""
+    """Names of the settings that must be functions and have no default."""
     if isinstance(entry, partial):
         return []
     parameters = inspect.signature(entry).parameters.values()
@@ -112,7 +112,7 @@ def _functions_taken(entry: Any) -> list[str]:
 
 
 def _summary(kind: str, name: str, entry: Any) -> str:
-    """The first sentence of a docstring; of a statistic with a scorer, the statistic's."""
+    """First line of an entry's docstring; for a statistic combined with a scorer, of the statistic's docstring."""
     function: Callable[..., Any] = entry
     if isinstance(entry, partial):
         function = entry.args[0] if entry.args else entry.func
@@ -134,7 +134,7 @@ def _entry_lines(rows: list[dict[str, str]]) -> list[str]:
 
 
 def _added() -> dict[str, list[str]]:
-    """Kind -> the names that installed packages add, with the package."""
+    """Kind -> names that installed packages add, each with its package."""
     added = {kind: [f"{name} (from {origin})" for name, origin in available(kind, {}).items()] for kind in KINDS}
     return {kind: names for kind, names in added.items() if names}
 
@@ -147,7 +147,7 @@ def _extra_facts(extra: str) -> dict[str, Any]:
 def _extra_line(extra: str, facts: Mapping[str, Any]) -> str:
     installed = facts["installed"]
     if all(installed.values()):
-        return f"{extra}: {', '.join(f'{name} {found}' for name, found in installed.items())}"
+        return f"{extra}: {', '.join(f'{name} {release}' for name, release in installed.items())}"
     return f"{extra}: missing; pip install 'gradlens-forensics[{extra}]' brings {facts['brings']}"
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one exception that ends a command in order."""
+"""Ctrl-C and SIGTERM: both raise one exception, so that a command cleans up before it ends."""
 
 import signal
 from collections.abc import Iterator
@@ -10,14 +10,34 @@ from gradlens.errors import Stopped
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within, Ctrl-C and SIGTERM raise `Stopped`: files are let go of, and worker processes end."""
+    """Makes Ctrl-C and SIGTERM raise `Stopped` in a `with` block, so that files are closed and worker processes end.
+
+    Yields
+    ------
+    None
+        The handlers of both signals before the block are restored after it.
+
+    Raises
+    ------
+    Stopped
+        When one of these signals arrives; its argument is the number of the signal.
+
+    Examples
+    --------
+    >>> try:
+    ...     with stoppable():
+    ...         signal.raise_signal(signal.SIGTERM)
+    ... except Stopped as stopped:
+    ...     stopped.args[0] == signal.SIGTERM
+    True
+    """
 
     def stop(number: int, _: object) -> NoReturn:
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""`gradlens localize`: the layers, units and classes in which clients gave themselves away."""
+"""`gradlens localize`: the layers, units and classes in which poisoned updates differ from benign ones."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +22,8 @@ def localize(
         str | None,
         typer.Option(
             metavar="NAMES|CSV",
-            help="Whom to tell from the others instead of by the truth: clients, separated by commas, or the flags in "
-            "what `gradlens detect RUN -d NAME --csv` wrote.",
+            help="Compare these clients with the others instead of poisoned updates: names separated by commas, or a "
+            "file written by `gradlens detect RUN -d NAME --csv`, whose flags are used.",
             show_default=False,
         ),
     ] = None,
@@ -32,7 +32,7 @@ def localize(
     as_csv: AsCsv = False,
     as_json: AsJson = False,
 ) -> None:
-    """Ranks layers, units and classes by how well they tell poisoned updates, or those of suspects, from the others."""
+    """Ranks layers, units and classes by how well they separate poisoned updates, or those of suspects, from others."""
     import gradlens
     from gradlens.localization import localize_sweep
 
@@ -41,8 +41,8 @@ def localize(
     several = isinstance(opened, gradlens.Sweep)
     with executor_for(executor, workers if several else 1, several=several) as pool:
         if not isinstance(opened, gradlens.Sweep):
-            who = None if suspects is None else _suspects(suspects, opened)
-            table = gradlens.localize(opened, control=_control_of(opened), suspects=who)
+            clients = None if suspects is None else _suspects(suspects, opened)
+            table = gradlens.localize(opened, control=_control_of(opened), suspects=clients)
         elif suspects is None:
             table = localize_sweep(opened, executor=pool, progress=True)
         else:
@@ -52,7 +52,7 @@ def localize(
 
 
 def _suspects(text: str, run: "Run") -> "list[str] | pd.DataFrame":
-    """The clients that --suspects names, or the verdicts in its file, those on this run."""
+    """The clients that --suspects names, or the verdicts on this run in the file that it names."""
     import pandas as pd
 
     path = Path(text)
@@ -68,7 +68,7 @@ def _suspects(text: str, run: "Run") -> "list[str] | pd.DataFrame":
 
 
 def _control_of(run: "Run") -> "Run | None":
-    """The attack-free control of a run that lies in the folder of its sweep, None if there is none."""
+    """The attack-free control of a run in the folder of a sweep; None if there is none."""
     import gradlens
     from gradlens.run import SWEEP
 
@@ -80,7 +80,7 @@ def _control_of(run: "Run") -> "Run | None":
 
 
 def _ranking_lines(table: "pd.DataFrame") -> Iterator[str]:
-    """The layers that separate best; of suspects, what the figures mean."""
+    """Lines with the layers that separate best; for suspects, also what the numbers mean."""
     whole = table[table["unit"] == ""].drop(columns=["unit", "labels"]).dropna(axis="columns", how="all")
     yield from lines_of(whole.head(20))
     if table["labels"].eq("suspects").any():

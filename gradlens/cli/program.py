@@ -1,4 +1,4 @@
-"""The program: its commands, and what becomes of everything that can go wrong in one of them."""
+"""The program: its commands, and how errors in them become one line and an exit status."""
 
 import sys
 import warnings
@@ -20,9 +20,9 @@ from gradlens.cli.simulate import demo, simulate
 from gradlens.cli.verify import verify
 from gradlens.errors import InputError, Stopped
 
-UsageFault: type[Exception] = typer.BadParameter.__mro__[2]  # the parent of everything wrong on a command line
+UsageFault: type[Exception] = typer.BadParameter.__mro__[2]  # the base class of all usage errors
 
-typer.core.HAS_RICH = False  # with it, help pages print "\[required]" and take a third of a second longer
+typer.core.HAS_RICH = False  # with Rich, help pages print "\[required]" and take a third of a second longer
 
 app = typer.Typer(
     help="Finds the clients that poison a federated model, and shows where they gave themselves away.",
@@ -51,7 +51,7 @@ def options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Prints the version, or the help page where no command is given."""
+    """Prints the version, or the help page if no command is given."""
     if version:
         from gradlens import __version__
 
@@ -64,7 +64,7 @@ options.__doc__ = app.info.help
 
 
 def main() -> None:
-    """Runs the command line; what goes wrong is one line on standard error."""
+    """Runs the command line and exits with its status; an error is one line on standard error."""
     warnings.showwarning = _warn
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -73,6 +73,7 @@ def main() -> None:
 
 
 def _status() -> int:
+    """Runs the command and returns its exit status."""
     try:
         with stoppable():
             status = app(standalone_mode=False)
@@ -85,7 +86,7 @@ def _status() -> int:
     except Stopped as error:
         _fail(f"interrupted; {error.left}")
         return 128 + error.args[0]
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # whoever reads the output has closed it, as `head` does
         sys.stderr.close()
         return 0
     except OSError as error:

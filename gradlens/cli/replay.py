@@ -1,4 +1,4 @@
-"""`gradlens replay`: recorded updates aggregated anew."""
+"""`gradlens replay`: aggregates recorded updates again, by another rule or filter."""
 
 import sys
 from collections.abc import Callable
@@ -17,17 +17,23 @@ if TYPE_CHECKING:
 def replay(
     run: Folder,
     detector: Annotated[
-        str | None, typer.Option("--detector", "-d", help="The filter's detector; without it there is no filter.")
+        str | None, typer.Option("--detector", "-d", help="The filter's detector. By default there is no filter.")
     ] = None,
     aggregator: Annotated[str, typer.Option("--aggregator", "-a", help="The aggregation rule.")] = "mean",
-    action: Annotated[str, typer.Option(help="What becomes of a flagged client's update.")] = "drop",
-    clean_rounds: Annotated[int, typer.Option(min=0, help="Number of first rounds that calibrate the filter.")] = 0,
-    fpr: Annotated[float, typer.Option(help="The false-positive rate per update that it is calibrated to.")] = 0.05,
+    action: Annotated[
+        str, typer.Option(help="What happens to the update of a flagged client: drop, down_weight, clip or record.")
+    ] = "drop",
+    clean_rounds: Annotated[
+        int, typer.Option(min=0, help="Number of first rounds, declared clean, that calibrate the filter.")
+    ] = 0,
+    fpr: Annotated[
+        float, typer.Option(help="The false-positive rate per update to which clean rounds calibrate it.")
+    ] = 0.05,
     trust_code: TrustCode = False,
     as_csv: AsCsv = False,
     as_json: AsJson = False,
 ) -> None:
-    """Aggregates recorded updates anew by another rule or filter: what the server would have made of this evidence."""
+    """Aggregates recorded updates again by another rule or filter, as if the server had used that one."""
     import gradlens
     from gradlens.names import nothing_imported
     from gradlens.replays import rule_named
@@ -42,7 +48,7 @@ def replay(
 
 
 def _measure(run: "Run") -> Callable[[Any], dict[str, float]] | None:
-    """What measures the global models of a simulated run, where its data and torch are at hand."""
+    """A function that measures the global models of a simulated run; None where data or torch are missing."""
     if not run.scenario:
         return None
     try:

@@ -1,4 +1,4 @@
-"""`gradlens report`: what was found, on one page."""
+"""`gradlens report`: the analysis of a run or a sweep on one page."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 def report(
     run: Folder,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.", show_default=False)],
     workers: Workers = 2,
 ) -> None:
-    """Writes what was found as one self-contained HTML file."""
+    """Analyzes a run or a sweep and writes the report as one self-contained HTML file."""
     import gradlens
 
     ends_in(out, (".html", ".htm"), "--out")
@@ -25,7 +25,22 @@ def report(
 
 
 def write_report(run: "Run | Sweep", out: Path, workers: int) -> Path:
-    """Writes the report of a run, or of a sweep in several processes."""
+    """Writes the report of a run or a sweep.
+
+    Parameters
+    ----------
+    run : Run or Sweep
+        What to analyze.
+    out : Path
+        The HTML file.
+    workers : int
+        Number of processes that analyze the runs of a sweep.
+
+    Returns
+    -------
+    Path
+        The file.
+    """
     import gradlens
     from gradlens.processes import processes
 

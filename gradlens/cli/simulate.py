@@ -1,4 +1,4 @@
-"""`gradlens demo` and `gradlens simulate`."""
+"""`gradlens demo` and `gradlens simulate`: run scenarios and record them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("--runs", help="Where the runs go.")] = Path("runs/demo"),
-    out: Annotated[Path, typer.Option("--out", "-o", help="The report.")] = Path("reports/demo.html"),
+    folder: Annotated[Path, typer.Option("--runs", help="The folder of the runs.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file of the report.")] = Path("reports/demo.html"),
     workers: Workers = 2,
 ) -> None:
     """Simulates a sweep of attacks on scikit-learn's digits, analyzes it and writes a report."""
@@ -29,17 +29,19 @@ def demo(
 
 
 def simulate(
-    scenario: Annotated[Path, typer.Argument(help="A TOML file of one scenario or of a sweep.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the run or sweep.", show_default=False)],
+    scenario: Annotated[Path, typer.Argument(help="A TOML file with one scenario or a sweep.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the run or the sweep.", show_default=False)],
     workers: Annotated[
-        int, typer.Option("--workers", "-w", min=1, help="Processes of a sweep, or threads of a single run.")
+        int,
+        typer.Option("--workers", "-w", min=1, help="Number of processes for a sweep, or of threads for a single run."),
     ] = 2,
     executor: ExecutorAddress = "processes",
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Replace a setting or an axis; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Replace a setting or an axis of the file; repeatable."),
     ] = None,
 ) -> None:
-    """Simulates a scenario, or every scenario of a sweep; a second call runs only what is missing."""
+    """Simulates a scenario or all scenarios of a sweep; a second call runs only what is missing."""
     import_from_here()
     result = _simulated(scenario, out, workers, dict(_change(text) for text in changes or []), executor)
     say(*_summary(result))
@@ -63,7 +65,7 @@ def _simulated(
 
 
 def _change(text: str) -> tuple[str, Any]:
-    """`name=value`, the value as in TOML, or a bare word."""
+    """Splits `name=value`; the value is read as TOML, or as a bare word."""
     import tomllib
 
     name, equals, value = text.partition("=")
@@ -76,7 +78,7 @@ def _change(text: str) -> tuple[str, Any]:
 
 
 def _summary(result: "Run | Sweep") -> list[str]:
-    """The head of a run; of a sweep, each condition's main accuracy and ASR at the end, its control's beside it."""
+    """The head of a run; for a sweep, a table of final main accuracy and ASR by condition, with the control's ASR."""
     from gradlens import Run
 
     if isinstance(result, Run):

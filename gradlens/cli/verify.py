@@ -1,4 +1,4 @@
-"""`gradlens verify`: whether the evidence is what was committed."""
+"""`gradlens verify`: checks that the evidence is what was committed."""
 
 import re
 from pathlib import Path
@@ -29,12 +29,12 @@ def verify(
 
     verifications = _verified(run, head)
     if as_json:
-        say_json({name: {**vars(each), "intact": each.intact} for name, each in verifications.items()})
+        say_json({name: {**vars(result), "intact": result.intact} for name, result in verifications.items()})
     else:
-        for name, each in verifications.items():
+        for name, result in verifications.items():
             whole = is_sweep(run) and name == str(run)
-            say(*(_sweep_lines(name, each, len(verifications) - 1) if whole else _verification_lines(name, each)))
-    if not all(each.intact for each in verifications.values()):
+            say(*(_sweep_lines(name, result, len(verifications) - 1) if whole else _verification_lines(name, result)))
+    if not all(result.intact for result in verifications.values()):
         raise typer.Exit(1)
 
 

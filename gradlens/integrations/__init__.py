@@ -1,7 +1,8 @@
-"""One file per framework of federated learning, around the same `Recorder`; gradlens itself needs none of them.
+"""Integrations with federated learning frameworks: one module per framework, all built around `Recorder`.
 
-What they share: an `Answer` is what one client sent, `kept` says which answers go on to the framework's aggregation.
-A client of weight 0 does not; one of another weight w goes on as the global model + w x its update.
+gradlens itself needs none of the frameworks. Every integration turns the framework's messages into `Answer`s; `kept`
+records them and returns those that the framework aggregates. A client of weight 0 is left out; a client of another
+weight w is replaced by the global model + w x its update.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,16 +17,30 @@ from gradlens.server import Recorder
 
 __all__ = ["Answer", "Clients", "Kept", "kept", "numbers", "read_safely"]
 
-CAP = 10.0  # times the median claim of examples that one client counts at most
+CAP = 10.0  # a client's claimed number of examples is limited to this multiple of the median claim
 
 State = Mapping[str, np.ndarray]  # layer -> array
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What one client sent: the framework's own message, the client's name, what it holds, its number of examples.
+    """What one client sent in one round.
 
-    state: layer -> array, or why there is none.
+    Parameters
+    ----------
+    message : object
+        The framework's own message, which is passed on as it is.
+    client : str
+        The client's name.
+    state : Mapping of str to array, or Unfit
+        Layer -> array that the message holds, or the reason why it cannot be read.
+    num_examples : object, default None
+        The number of examples that the client claims. The recorder refuses an answer whose claim is not a count.
+
+    Examples
+    --------
+    >>> Answer("the message", "client-1", {"fc.bias": np.zeros(2, np.float32)}, num_examples=10).client
+    'client-1'
     """
 
     message: Any
@@ -36,9 +51,21 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """An answer that goes on: the framework's message, and what to put in place of what it holds.
+    """An answer that goes on to the framework's aggregation, and what to replace in it.
 
-    state: layer -> array, {} = its arrays stay; num_examples: None = its claim stays.
+    Parameters
+    ----------
+    message : object
+        The framework's own message.
+    state : dict of str to array
+        Layer -> array to put in place of the message's arrays; {}: they stay.
+    num_examples : int, optional
+        The number to put in place of the claimed number of examples; None: the claim stays.
+
+    Examples
+    --------
+    >>> Kept("the message", {}).num_examples is None
+    True
     """
 
     message: Any
@@ -47,54 +74,100 @@ class Kept:
 
 
 def kept(recorder: Recorder, global_model: State, answers: Sequence[Answer]) -> list[Kept]:
-    """The answers of the clients that are kept, and what a filter makes of them.
+    """Records and judges all answers of a round, and returns those of the clients that are kept.
 
-    All answers are recorded and judged. A client of weight 0 is left out; one of another weight w but 1 is replaced
-    by the global model + w x its update (w x its update, where clients send updates), its buffers as they are. A filter
-    that acts cuts claims of examples to ten times their median, as `mean(weighted=True)` does: else one client's word
-    is the whole mean. Where it weighs down, the weights are scaled to mean 1 by those claims. A client that sent the
-    same several times counts once.
+    Parameters
+    ----------
+    recorder : Recorder
+        Records the round; its filter, if it has one, decides.
+    global_model : Mapping of str to array
+        Layer -> array that the clients started from.
+    answers : sequence of Answer
+        What the clients sent.
+
+    Returns
+    -------
+    list of Kept
+        In the order of the answers. A client that sent the same several times is kept once.
+
+    Raises
+    ------
+    InputError
+        If the layers of the global model are not those of the rounds before, or the recorder is closed.
+    FilterStopped
+        If the filter is set to stop in such a round.
+
+    Notes
+    -----
+    A client of weight 0 is left out. A client whose weight w is neither 0 nor 1 is replaced by the global model + w x
+    its update (by w x its update if clients send updates); its buffers stay as they are.
+
+    If the filter's action is other than "record", claimed numbers of examples are limited to ten times their median, as
+    in `mean(weighted=True)`: otherwise a single client could claim enough examples to be the whole mean. Under
+    "down_weight" the weights are then scaled to mean 1, weighted by these claims.
+
+    Examples
+    --------
+    >>> state = {"fc.weight": np.zeros((2, 3), np.float32), "fc.bias": np.zeros(2, np.float32)}
+    >>> answers = [Answer(f"message {k}", f"client-{k}", {n: a + k for n, a in state.items()}, 10) for k in range(3)]
+    >>> [answer.message for answer in kept(Recorder(), state, [*answers, Answer("broken", "client-3", {}, 10)])]
+    ['message 0', 'message 1', 'message 2']
     """
     sent: list[tuple[str, Any]] = [(answer.client, answer.state) for answer in answers]
     decision = recorder.log_round(global_model, sent, {answer.client: answer.num_examples for answer in answers})
     weights = {c: w for c, w in zip(decision.clients.tolist(), decision.weights.tolist(), strict=True) if w > 0}
     cut: dict[str, int] = {}
     if recorder.filter and recorder.filter.action != "record":
-        said = zip(recorder.log[-1].clients.tolist(), recorder.log[-1].num_examples.tolist(), strict=True)
-        claims = {client: claim for client, claim in said if client in weights}
-        most = capped(np.array(list(claims.values())), CAP)  # 1 each where the median is 0
+        recorded = zip(recorder.log[-1].clients.tolist(), recorder.log[-1].num_examples.tolist(), strict=True)
+        claims = {client: claim for client, claim in recorded if client in weights}
+        limits = capped(np.array(list(claims.values())), CAP)  # 1 each where the median is 0
         cut = {
-            client: int(limit) for (client, claim), limit in zip(claims.items(), most, strict=True) if limit != claim
+            client: int(limit) for (client, claim), limit in zip(claims.items(), limits, strict=True) if limit != claim
         }
         if recorder.filter.action == "down_weight" and claims:  # a mean becomes the weighted one
-            share = float(most @ [weights[client] for client in claims] / most.sum())
-            weights = {client: weight / share for client, weight in weights.items()}
+            mean_weight = float(limits @ [weights[client] for client in claims] / limits.sum())
+            weights = {client: weight / mean_weight for client, weight in weights.items()}
     first: dict[str, Answer] = {}
     for answer in answers:
         first.setdefault(printable(answer.client), answer)
-    centre = global_model if recorder.sent == "models" else {}
+    origin = global_model if recorder.sent == "models" else {}  # what updates are measured from
 
     def scaled(state: State, weight: float) -> dict[str, np.ndarray]:
-        moved = {name: np.array(array) for name, array in state.items()}
+        layers = {name: np.array(array) for name, array in state.items()}
         for name in recorder.model.parameters:
-            start = centre.get(name, np.float32(0))
-            moved[name] = np.asarray(start + weight * (moved[name] - start), moved[name].dtype)
-        return moved
+            start = origin.get(name, np.float32(0))
+            layers[name] = np.asarray(start + weight * (layers[name] - start), layers[name].dtype)
+        return layers
 
     chosen = [(client, answer, weights[client]) for client, answer in first.items() if client in weights]
     return [
-        Kept(each.message, {} if weight == 1 else scaled(each.state, weight), cut.get(client))  # type: ignore[arg-type]
-        for client, each, weight in chosen
+        Kept(answer.message, {} if weight == 1 else scaled(answer.state, weight), cut.get(client))  # type: ignore[arg-type]
+        for client, answer, weight in chosen
     ]
 
 
 class Clients:
-    """Who is behind a node: the number that it first sent as the metric `key`, else "node-" and its id.
+    """Names the client behind each node by the number that the node first sent as a metric, or by the node's id.
 
-    The number is a claim. A node that has made one cannot take another name, and a name belongs to the node that first
-    claimed it alone: who claims it later, or in the same round as another, is called "node-7 claims 3". So nobody
-    writes into another client's record or has its answer refused, and the claim is in the record. Who comes first after
-    a server was started afresh is believed. key: None, nobody's claim counts.
+    Parameters
+    ----------
+    key : str or None
+        Name of the metric that holds the client's number. None: all clients are named by their nodes' ids.
+
+    Notes
+    -----
+    The number is a claim. Once a node has sent one, its name no longer changes, and a name belongs to the node that
+    first claimed it alone. A node that claims it later, or in the same round as another, is called "node-7 claims 3":
+    nobody writes into another client's record or has its answer refused, and the claim is in the record. After a server
+    is restarted, the first claim is believed again.
+
+    Examples
+    --------
+    >>> clients = Clients("partition-id")
+    >>> clients.name("71", {"partition-id": 3}), clients.name("71", {"partition-id": 5}), clients.name("72", {})
+    ('3', '3', 'node-72')
+    >>> clients.name("72", {"partition-id": 3})
+    'node-72 claims 3'
     """
 
     def __init__(self, key: str | None) -> None:
@@ -118,7 +191,20 @@ class Clients:
             self._owners.setdefault(claim, nodes.pop() if len(nodes) == 1 else None)
 
     def name(self, node: str, said: Mapping[str, Any]) -> str:
-        """The client's name; said: the metrics that came with the answer."""
+        """Returns the name of the client behind a node.
+
+        Parameters
+        ----------
+        node : str
+            The node's id.
+        said : Mapping of str to object
+            The metrics that came with the answer.
+
+        Returns
+        -------
+        str
+            The number that the node first claimed, if it is its own; "node-" and its id if it has claimed none.
+        """
         self.hear([(node, said)])
         claim = self._claims.get(node)
         if claim is None:
@@ -126,12 +212,30 @@ class Clients:
         return claim if self._owners[claim] == node else f"node-{node} claims {claim}"
 
     def without_claims(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of a round without the mean of its clients' numbers."""
+        """Returns a round's metrics without `key`, which after averaging is a meaningless mean of clients' numbers."""
         return {name: value for name, value in metrics.items() if name != self.key}
 
 
 def read_safely(read: Callable[[], State]) -> State | Unfit:
-    """What a client sent, or why it cannot be read: whatever its bytes make the reader do."""
+    """Reads what a client sent; any exception while reading becomes the reason for refusing it.
+
+    Parameters
+    ----------
+    read : callable
+        () -> (layer -> array), the framework's way of reading the message.
+
+    Returns
+    -------
+    Mapping of str to array, or Unfit
+        What was read, or why it cannot be read.
+
+    Examples
+    --------
+    >>> read_safely(lambda: {"fc.bias": [1, 2]})
+    {'fc.bias': [1, 2]}
+    >>> print(read_safely(lambda: {}["fc.bias"]))
+    what was sent cannot be read: KeyError('fc.bias')
+    """
     try:
         with refusing("what was sent cannot be read"):
             return read()
@@ -140,5 +244,20 @@ def read_safely(read: Callable[[], State]) -> State | Unfit:
 
 
 def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
-    """Those of a framework's metrics that a run records."""
+    """Returns those of a framework's metrics that are plain numbers, which a run can record.
+
+    Parameters
+    ----------
+    metrics : Mapping of str to object, or None
+        The framework's metrics; None: there are none.
+
+    Returns
+    -------
+    dict of str to float
+
+    Examples
+    --------
+    >>> numbers({"accuracy": 1, "model": "cnn", "losses": [0.1, 0.2]})
+    {'accuracy': 1.0}
+    """
     return {str(name): float(value) for name, value in (metrics or {}).items() if isinstance(value, int | float)}

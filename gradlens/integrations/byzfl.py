@@ -1,10 +1,10 @@
-"""ByzFL: our detectors in front of its aggregators, its aggregators inside our filter; nothing of byzfl is imported.
+"""ByzFL: gradlens detectors in front of its aggregators, its aggregators inside a gradlens filter.
 
     server.robust_aggregator.pre_agg_list.append(PreAggregator(Recorder(detector="krum", sent="updates"), state))
     filtered(wrapped(byzfl.TrMean(2)), DETECTORS["krum"]())
 
-Tested with byzfl 0.0.11. ByzFL hands over vectors without names: client i is the i-th of them, "0", "1", ..., in every
-round.
+Tested with byzfl 0.0.11; nothing of it is imported here. ByzFL passes vectors without names: client i is the i-th
+vector, "0", "1", ..., in every round.
 """
 
 from collections.abc import Callable
@@ -25,27 +25,62 @@ __all__ = ["PreAggregator", "wrapped"]
 
 
 class PreAggregator:
-    """Called with vectors, as a list of them or as rows [client, number], gives those that are kept, as it got them.
+    """A pre-aggregator of ByzFL that records and judges the clients' vectors and passes on those that are kept.
 
-    global_model: layer -> array, in the order in which the vectors hold the layers, or a function that gives it, as
-    `server.get_dict_parameters`; vectors are gradients for a recorder of `sent="updates"`, local models for one of
-    "models". Where nobody is kept, one vector is left that changes nothing: zero, or the global model. ByzFL's rules
-    with an f raise where 2f reaches the number of those who are kept: there our filter around `wrapped` is the way.
+    Parameters
+    ----------
+    recorder : Recorder
+        Records and judges. With `sent="updates"` the vectors are gradients, with `sent="models"` local models.
+    global_model : Mapping of str to array, or callable
+        Layer -> array, in the order in which the vectors hold the layers; or a function () -> such a mapping, such as
+        `server.get_dict_parameters`.
+
+    Notes
+    -----
+    If nobody is kept, a single vector is passed on that changes nothing: zero, or the global model.
+
+    **Fails when** one of ByzFL's rules with an f follows and 2f reaches the number of clients that are kept: the rule
+    then raises. Put a filter around `wrapped` instead.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> vectors = rng.normal(size=(10, 8)).astype(np.float32)
+    >>> vectors[3] *= 20
+    >>> before = PreAggregator(Recorder(detector="layer_norms", sent="updates"), {"fc.weight": np.zeros((2, 4))})
+    >>> before(vectors).shape
+    (9, 8)
     """
 
     def __init__(self, recorder: Recorder, global_model: State | Callable[[], State]) -> None:
         self.recorder, self.global_model = recorder, global_model
 
     def __call__(self, vectors: Any) -> Any:
-        """The vectors of the clients that are kept."""
+        """Records and judges the vectors, and returns those of the clients that are kept.
+
+        Parameters
+        ----------
+        vectors : list of vectors, array or tensor [client, number]
+            One vector per client.
+
+        Returns
+        -------
+        list of vectors, array or tensor [client, number]
+            Of the same kind as `vectors`.
+
+        Raises
+        ------
+        FilterStopped
+            If the recorder's filter is set to stop in such a round.
+        """
         state = self.global_model() if callable(self.global_model) else self.global_model
         start = {name: as_array(value)[0] for name, value in state.items()}
         answers = [Answer(vector, str(place), _read(vector, start), 1) for place, vector in enumerate(vectors)]
-        found = kept(self.recorder, start, answers)
-        rows = [_flat(each.state, each.message) if each.state else each.message for each in found]
+        chosen = kept(self.recorder, start, answers)
+        rows = [_flat(answer.state, answer.message) if answer.state else answer.message for answer in chosen]
         if not rows:
-            still = start if self.recorder.sent == "models" else {name: 0 * array for name, array in start.items()}
-            rows = [_flat(still, vectors[0])]
+            neutral = start if self.recorder.sent == "models" else {name: 0 * array for name, array in start.items()}
+            rows = [_flat(neutral, vectors[0])]
         if isinstance(vectors, list):
             return rows
         return np.stack(rows) if isinstance(vectors, np.ndarray) else vectors.new_tensor(np.stack(rows))
@@ -55,21 +90,58 @@ class PreAggregator:
 
 
 def wrapped(aggregate: Callable[[Any], Any]) -> Aggregator:
-    """One of ByzFL's aggregators as one of ours, over the clients whose numbers are finite, in the order of names.
+    """Turns one of ByzFL's aggregators into a gradlens aggregator.
 
-    Its f is lowered to the most that it stands, 2f < n, where fewer clients are left than it was made for. Buffers
-    are averaged; without clients the update is zero.
+    Parameters
+    ----------
+    aggregate : callable
+        One of ByzFL's aggregators: array [client, number] -> aggregate [number].
+
+    Returns
+    -------
+    Aggregator
+        It aggregates the clients whose numbers are all finite, in the order of their names. Buffers are averaged;
+        without clients the update is zero.
+
+    Notes
+    -----
+    If the aggregator has an f, it is lowered to the largest f with 2f < n where a filter leaves only n clients.
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> class Median:
+    ...     def __call__(self, vectors):
+    ...         return np.median(vectors, axis=0)
+    >>> rule = wrapped(Median())
+    >>> rule
+    wrapped(Median())
+    >>> rule(example_log())["fc2.bias"].shape
+    (4,)
     """
     return Wrapped(aggregate)
 
 
 @dataclass(frozen=True)
 class Wrapped:
-    """What `wrapped` builds."""
+    """One of ByzFL's aggregators as a gradlens aggregator, as `wrapped` builds it.
+
+    Attributes
+    ----------
+    aggregate : callable
+        ByzFL's aggregator: array [client, number] -> aggregate [number].
+
+    Examples
+    --------
+    >>> from gradlens.examples import example_log
+    >>> sorted(Wrapped(lambda vectors: vectors.mean(axis=0))(example_log()))
+    ['fc1.bias', 'fc1.weight', 'fc2.bias', 'fc2.weight']
+    """
 
     aggregate: Callable[[Any], Any]
 
     def __call__(self, log: UpdateLog) -> dict[str, np.ndarray]:
+        """Returns the aggregated update of the last round, layer -> array [*shape]."""
         round_, update = log[-1], mean()(log)
         rows = rows_of(round_)
         if not len(rows):
@@ -77,8 +149,8 @@ class Wrapped:
         rule, names = copy(self.aggregate), log.model.parameters
         if hasattr(rule, "f"):
             rule.f = min(rule.f, (len(rows) - 1) // 2)  # type: ignore[attr-defined]
-        found = np.asarray(rule(np.concatenate([round_.flat(name)[rows] for name in names], axis=1)))
-        return {**update, **_layers(found, {name: update[name] for name in names})}
+        aggregated = np.asarray(rule(np.concatenate([round_.flat(name)[rows] for name in names], axis=1)))
+        return {**update, **_layers(aggregated, {name: update[name] for name in names})}
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self.aggregate).items())
@@ -86,12 +158,12 @@ class Wrapped:
 
 
 def _read(vector: Any, like: State) -> State | Unfit:
-    """Layer -> array, or why the vector is none of this model."""
+    """The vector as layer -> array, or why it does not fit this model."""
     return read_safely(lambda: _layers(as_array(vector)[0].reshape(-1), like))
 
 
 def _layers(vector: np.ndarray, like: State) -> dict[str, np.ndarray]:
-    """The numbers of a vector [number] as layers of these shapes; raises Unfit for another number of them."""
+    """Splits a vector [number] into layers of these shapes; raises Unfit unless the numbers add up."""
     sizes = [array.size for array in like.values()]
     if len(vector) != sum(sizes):
         raise Unfit(f"a vector must hold {sum(sizes)} numbers, found {len(vector)}")
@@ -100,6 +172,6 @@ def _layers(vector: np.ndarray, like: State) -> dict[str, np.ndarray]:
 
 
 def _flat(state: State, like: Any) -> Any:
-    """Layers as one vector of the kind of `like`: an array, or a tensor of its library."""
+    """Concatenates layers into one vector of the kind of `like`: a numpy array, or a tensor."""
     vector = np.concatenate([np.ravel(array) for array in state.values()])
     return vector.astype(like.dtype) if isinstance(like, np.ndarray) else like.new_tensor(vector)

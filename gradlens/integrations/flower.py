@@ -1,4 +1,4 @@
-"""Flower: strategies that stand around another one, record every round and leave out whom the filter distrusts.
+"""Flower: a strategy that wraps another one, records every round and leaves out the clients that the filter flags.
 
     with Recorder("runs/live", detector="final_rows") as recorder:
         GradlensStrategy(FedAvg(), recorder).start(grid, initial_arrays)
@@ -24,11 +24,30 @@ __all__ = ["GradlensStrategy"]
 
 
 class GradlensStrategy(Strategy):
-    """Around any strategy of Flower's message API, which sees the replies of those who are kept.
+    """Wraps a strategy of Flower's message API, which then sees only the replies of the clients that are kept.
 
-    What it makes of them is recorded as the next global model; where nobody is kept, the model stays.
-    weighted_by_key: the metric that holds a client's number of examples; identity: the metric that tells who is
-    behind a node (`Clients`), None: the nodes' ids alone count.
+    Parameters
+    ----------
+    inner : flwr.serverapp.strategy.Strategy
+        The strategy that samples clients and aggregates their replies.
+    recorder : Recorder
+        Records every round, and judges it if it has a filter.
+    weighted_by_key : str, default "num-examples"
+        Name of the metric that holds a client's number of examples.
+    identity : str or None, default "partition-id"
+        Name of the metric that holds a client's number, by which the client is named (see `Clients`). None: clients are
+        named by the ids of their nodes.
+
+    Notes
+    -----
+    What the inner strategy aggregates is recorded as the next global model. If nobody is kept, the model stays.
+
+    Examples
+    --------
+    >>> from flwr.serverapp.strategy import FedAvg
+    >>> strategy = GradlensStrategy(FedAvg(), Recorder(detector="final_rows"))
+    >>> type(strategy.inner).__name__, strategy.weighted_by_key
+    ('FedAvg', 'num-examples')
     """
 
     def __init__(
@@ -45,40 +64,60 @@ class GradlensStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Keeps the global model, for replies are local models, and asks the inner strategy."""
+        """Remembers the global model that clients are sent, then configures training as the inner strategy does."""
         self._sent = arrays
         return self.inner.configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Records and judges the round; the inner strategy aggregates who is kept."""
+        """Records and judges a round, then lets the inner strategy aggregate the clients that are kept.
+
+        Parameters
+        ----------
+        server_round : int
+            Flower's number of the round.
+        replies : iterable of flwr.app.Message
+            What the clients sent, failures included.
+
+        Returns
+        -------
+        arrays : ArrayRecord
+            The next global model; the one before if nobody is kept.
+        metrics : MetricRecord or None
+            The inner strategy's; None if nobody is kept.
+
+        Raises
+        ------
+        FilterStopped
+            If the recorder's filter is set to stop in such a round.
+        """
         arrived = list(replies)
-        self._clients.hear((_node(reply), _said(reply)) for reply in arrived)
+        self._clients.hear((_node(reply), _claims(reply)) for reply in arrived)
         answers = _of_one_form([self._answer(reply) for reply in arrived])
-        found = [self._changed(each) for each in kept(self.recorder, _arrays(self._sent), answers)]
+        chosen = [self._changed(answer) for answer in kept(self.recorder, _arrays(self._sent), answers)]
         failed = [answer.message for answer in answers if answer.message.has_error()]  # for the inner strategy's log
-        arrays, metrics = self.inner.aggregate_train(server_round, found + failed) if found else (None, None)
-        arrays = arrays or self._sent  # a training without any arrays would end with an empty record
+        arrays, metrics = self.inner.aggregate_train(server_round, chosen + failed) if chosen else (None, None)
+        arrays = arrays or self._sent  # without arrays in any round, Flower would return an empty record
         self.recorder.commit(_arrays(arrays), self._clients.without_claims(numbers(metrics)))
         return arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As the inner strategy."""
+        """Configures evaluation as the inner strategy does."""
         return self.inner.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """As the inner strategy."""
+        """Aggregates evaluation metrics as the inner strategy does."""
         return self.inner.aggregate_evaluate(server_round, replies)
 
     def summary(self) -> None:
-        """As the inner strategy."""
+        """Logs the inner strategy's summary."""
         self.inner.summary()
 
     def _answer(self, reply: Message) -> Answer:
-        node, said = _node(reply), _said(reply)
+        node, claims = _node(reply), _claims(reply)
         if reply.has_error():
             return Answer(reply, self._clients.name(node, {}), Unfit(f"failed: {shown(reply.error.reason)}"))
         arrays, metrics = list(reply.content.array_records.values()), list(reply.content.metric_records.values())
@@ -86,10 +125,10 @@ class GradlensStrategy(Strategy):
             state = read_safely(lambda: _arrays(arrays[0]))
         else:
             state = Unfit(f"must send one ArrayRecord and one MetricRecord, found {len(arrays)} and {len(metrics)}")
-        return Answer(reply, self._clients.name(node, said), state, said.get(self.weighted_by_key))
+        return Answer(reply, self._clients.name(node, claims), state, claims.get(self.weighted_by_key))
 
     def _changed(self, answer: Kept) -> Message:
-        """The reply with what is put in place of its arrays and of its claim of examples."""
+        """The reply, with its arrays and its claimed number of examples replaced where the answer says so."""
         if not answer.state and answer.num_examples is None:
             return answer.message
         changed = copy(answer.message)
@@ -98,8 +137,8 @@ class GradlensStrategy(Strategy):
             record = ArrayRecord({layer: Array(array) for layer, array in answer.state.items()})
             content[next(iter(content.array_records))] = record
         if answer.num_examples is not None:
-            name, said = next(iter(content.metric_records.items()))
-            content[name] = MetricRecord({**said, self.weighted_by_key: answer.num_examples})
+            name, metrics = next(iter(content.metric_records.items()))
+            content[name] = MetricRecord({**metrics, self.weighted_by_key: answer.num_examples})
         changed.content = content
         return changed
 
@@ -108,27 +147,28 @@ def _node(reply: Message) -> str:
     return str(reply.metadata.src_node_id)
 
 
-def _said(reply: Message) -> Mapping[str, Any]:
+def _claims(reply: Message) -> Mapping[str, Any]:
     """The metrics that came with a reply."""
     records = [] if reply.has_error() else list(reply.content.metric_records.values())
     return records[0] if records else {}
 
 
 def _of_one_form(answers: list[Answer]) -> list[Answer]:
-    """Who names records and metrics otherwise than most is refused: Flower's strategies raise on a mixture."""
+    """Refuses answers whose records or metrics have other names than most: Flower's strategies raise on a mixture."""
     forms = [_form(answer.message) if not isinstance(answer.state, Unfit) else None for answer in answers]
     usual = next(iter(Counter(form for form in forms if form).most_common(1)), (None, 0))[0]
     odd = Unfit("its records or metrics are called otherwise than those of most")
     return [
-        replace(each, state=odd) if form and form != usual else each for each, form in zip(answers, forms, strict=True)
+        replace(answer, state=odd) if form and form != usual else answer
+        for answer, form in zip(answers, forms, strict=True)
     ]
 
 
 def _form(reply: Message) -> tuple:
-    """What must be alike: the names of the records, those of the metrics, and how many numbers each metric has."""
+    """What all replies must share: the names of their records and metrics, and the length of each metric."""
     records = *reply.content.array_records, *reply.content.metric_records
-    said = next(iter(reply.content.metric_records.values()))
-    return *records, frozenset((name, len(v) if isinstance(v, list) else -1) for name, v in said.items())
+    metrics = next(iter(reply.content.metric_records.values()))
+    return *records, frozenset((name, len(v) if isinstance(v, list) else -1) for name, v in metrics.items())
 
 
 def _arrays(record: ArrayRecord) -> State:

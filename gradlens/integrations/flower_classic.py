@@ -1,4 +1,4 @@
-"""Flower's older strategies: one that stands around another, records every round and leaves out whom it distrusts.
+"""Flower's older strategies: one that wraps another, records every round and leaves out the clients that are flagged.
 
     strategy = ClassicStrategy(FedAvg(), recorder, names=list(model.state_dict()))
 
@@ -23,11 +23,30 @@ __all__ = ["ClassicStrategy"]
 
 
 class ClassicStrategy(Strategy):
-    """Around any strategy of `flwr.server`, which sees the results of those who are kept.
+    """Wraps a strategy of `flwr.server`, which then sees only the results of the clients that are kept.
 
-    What it makes of them is recorded as the next global model; where nobody is kept, the model stays.
-    names: of the model's layers in their order, which are not sent here; identity: the metric that tells who is
-    behind a node (`Clients`), None: the nodes' ids alone count.
+    Parameters
+    ----------
+    inner : flwr.server.strategy.Strategy
+        The strategy that samples clients and aggregates their results.
+    recorder : Recorder
+        Records every round, and judges it if it has a filter.
+    names : sequence of str
+        Names of the model's layers in their order; these strategies exchange arrays without names.
+    identity : str or None, default "partition-id"
+        Name of the metric that holds a client's number, by which the client is named (see `Clients`). None: clients are
+        named by the ids of their nodes.
+
+    Notes
+    -----
+    What the inner strategy aggregates is recorded as the next global model. If nobody is kept, the model stays.
+
+    Examples
+    --------
+    >>> from flwr.server.strategy import FedAvg
+    >>> strategy = ClassicStrategy(FedAvg(), Recorder(detector="final_rows"), names=["fc.weight", "fc.bias"])
+    >>> strategy.names
+    ('fc.weight', 'fc.bias')
     """
 
     def __init__(
@@ -37,43 +56,71 @@ class ClassicStrategy(Strategy):
         self._clients = Clients(identity)
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
-        """As the inner strategy."""
+        """Returns the inner strategy's initial model."""
         return self.inner.initialize_parameters(client_manager)
 
     def configure_fit(self, server_round: int, parameters: Parameters, client_manager: ClientManager) -> list:
-        """Keeps the global model, for results are local models, and asks the inner strategy; raises InputError."""
-        if (found := len(parameters.tensors)) != len(self.names):
-            raise InputError(f"ClassicStrategy: names name {len(self.names)} layers, the model has {found}")
+        """Remembers the global model that clients are sent, then configures training as the inner strategy does.
+
+        Raises
+        ------
+        InputError
+            If `names` does not have one name per array of the model.
+        """
+        if (count := len(parameters.tensors)) != len(self.names):
+            raise InputError(f"ClassicStrategy: names name {len(self.names)} layers, the model has {count}")
         self._sent = parameters
         return self.inner.configure_fit(server_round, parameters, client_manager)
 
     def aggregate_fit(
         self, server_round: int, results: list[tuple[ClientProxy, FitRes]], failures: list
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
-        """Records and judges the round; the inner strategy aggregates who is kept. An exception names no client."""
-        told = [*results, *(each for each in failures if isinstance(each, tuple))]
-        self._clients.hear((client.cid, result.metrics) for client, result in told)
-        failed = [self._answer(*each, failed=True) for each in failures if isinstance(each, tuple)]
-        answers = [self._answer(*each) for each in results] + failed
-        found = [_changed(each) for each in kept(self.recorder, self._layers(self._sent), answers)]
-        parameters, metrics = self.inner.aggregate_fit(server_round, found, failures) if found else (None, {})
+        """Records and judges a round, then lets the inner strategy aggregate the clients that are kept.
+
+        Parameters
+        ----------
+        server_round : int
+            Flower's number of the round.
+        results : list of (ClientProxy, FitRes)
+            What the clients sent.
+        failures : list
+            (ClientProxy, FitRes) pairs are recorded as refused; exceptions are not, as they name no client.
+
+        Returns
+        -------
+        parameters : Parameters or None
+            What the inner strategy aggregated; None if nobody is kept, so that the model stays.
+        metrics : dict of str to Scalar
+            The inner strategy's; {} if nobody is kept.
+
+        Raises
+        ------
+        FilterStopped
+            If the recorder's filter is set to stop in such a round.
+        """
+        named = [failure for failure in failures if isinstance(failure, tuple)]
+        self._clients.hear((client.cid, result.metrics) for client, result in [*results, *named])
+        answers = [self._answer(*result) for result in results]
+        answers += [self._answer(*failure, failed=True) for failure in named]
+        chosen = [_changed(answer) for answer in kept(self.recorder, self._layers(self._sent), answers)]
+        parameters, metrics = self.inner.aggregate_fit(server_round, chosen, failures) if chosen else (None, {})
         self.recorder.commit(self._layers(parameters or self._sent), self._clients.without_claims(numbers(metrics)))
         return parameters, metrics
 
     def configure_evaluate(self, server_round: int, parameters: Parameters, client_manager: ClientManager) -> list:
-        """As the inner strategy."""
+        """Configures evaluation as the inner strategy does."""
         return self.inner.configure_evaluate(server_round, parameters, client_manager)
 
     def aggregate_evaluate(self, server_round: int, results: list, failures: list) -> tuple[float | None, dict]:
-        """As the inner strategy."""
+        """Aggregates evaluation results as the inner strategy does."""
         return self.inner.aggregate_evaluate(server_round, results, failures)
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
-        """As the inner strategy."""
+        """Evaluates the global model at the server as the inner strategy does."""
         return self.inner.evaluate(server_round, parameters)
 
     def _layers(self, parameters: Parameters) -> State:
-        """Layer -> array; a number of arrays that is not that of `names` shows in the names."""
+        """Layer -> array; one array too many is called "array 7" or so, which the recorder refuses as unknown."""
         named = zip_longest(self.names, parameters_to_ndarrays(parameters))
         return {name or f"array {place}": array for place, (name, array) in enumerate(named) if array is not None}
 
@@ -85,7 +132,7 @@ class ClassicStrategy(Strategy):
 
 
 def _changed(answer: Kept) -> tuple[ClientProxy, FitRes]:
-    """The result with what is put in place of its arrays and of its claim of examples."""
+    """The result, with its arrays and its claimed number of examples replaced where the answer says so."""
     client, result = answer.message
     if answer.state:
         result = replace(result, parameters=ndarrays_to_parameters(list(answer.state.values())))

@@ -1,10 +1,10 @@
-"""NVIDIA FLARE: an aggregator that records every round and leaves out whom the filter distrusts.
+"""NVIDIA FLARE: an aggregator that records every round and leaves out the clients that the filter flags.
 
     aggregator = GradlensAggregator("/runs/live", detector="final_rows")
     job.to_server(FedAvg(num_clients=10, num_rounds=5, model=state, aggregator=aggregator))
 
-Tested with nvflare 2.9, in its simulator. All settings are plain values, for FLARE writes a job's components down and
-builds them again at its server.
+Tested with nvflare 2.9, in its simulator. All settings are plain values, because FLARE writes a job's components to a
+file and builds them again at its server.
 """
 
 from collections import Counter
@@ -34,13 +34,35 @@ __all__ = ["GradlensAggregator"]
 
 
 class GradlensAggregator(ModelAggregator):
-    """A `ModelAggregator` that records, filters, or both, and aggregates by one of our own rules.
+    """A FLARE aggregator that records every round, filters it, or both, and aggregates by a gradlens rule.
 
-    path: the folder of the run, "" = only judge; detector: its name, "" = only record; aggregator: the name of the
-    rule; settings: of each, {"detector": {...}, "aggregator": {"weighted": True}, "filter": {...}}. A client's steps
-    are its number of examples. Clients send FULL models or a DIFF, as most of them do in the first round; the same
-    comes out. Where nobody is kept, the global model stays.
-    Raises: InputError for a name that is not known; in a round whose global model nothing told.
+    Parameters
+    ----------
+    path : str, default ""
+        The folder of the run; "": nothing is recorded.
+    detector : str, default ""
+        Name of the filter's detector; "": there is no filter.
+    aggregator : str, default "mean"
+        Name of the aggregation rule.
+    settings : dict, optional
+        Settings of each, such as {"detector": {...}, "aggregator": {"weighted": True}, "filter": {...}}.
+
+    Raises
+    ------
+    InputError
+        If a name or a table of settings is unknown, or a setting is out of its range.
+
+    Notes
+    -----
+    A client's number of local steps counts as its number of examples. Whether clients send FULL models or a DIFF is
+    decided by the majority in the first round, and the aggregate has the same form. If nobody is kept, the global model
+    stays.
+
+    Examples
+    --------
+    >>> aggregator = GradlensAggregator(detector="final_rows", aggregator="trimmed_mean")
+    >>> aggregator.detector, aggregator.aggregator
+    ('final_rows', 'trimmed_mean')
     """
 
     def __init__(
@@ -48,21 +70,31 @@ class GradlensAggregator(ModelAggregator):
     ) -> None:
         super().__init__()
         self.path, self.detector, self.aggregator, self.settings = path, detector, aggregator, settings
-        given: dict[str, Any] = {"detector": {}, "aggregator": {}, "filter": {}}
-        if unknown := [part for part in settings or {} if part not in given]:
-            raise InputError(f"settings: expected tables of {', '.join(given)}, found {unknown[0]!r:.80}")
-        given |= settings or {}
-        self._rule: Aggregator = named("aggregators", AGGREGATORS, aggregator)(**given["aggregator"])
+        tables: dict[str, Any] = {"detector": {}, "aggregator": {}, "filter": {}}
+        if unknown := [name for name in settings or {} if name not in tables]:
+            raise InputError(f"settings: expected tables of {', '.join(tables)}, found {unknown[0]!r:.80}")
+        tables |= settings or {}
+        self._rule: Aggregator = named("aggregators", AGGREGATORS, aggregator)(**tables["aggregator"])
         self._filter: FilteredAggregator | None = None
         if detector:
-            judge = named("detectors", DETECTORS, detector)(**given["detector"])
-            self._filter = filtered(self._rule, judge, **given["filter"])
+            judge = named("detectors", DETECTORS, detector)(**tables["detector"])
+            self._filter = filtered(self._rule, judge, **tables["filter"])
         self._recorder: Recorder | None = None
         self._global: Mapping[str, Any] = {}
         self._models: list[FLModel] = []
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Keeps the global model that the clients are sent, which no aggregator is told; ends the run."""
+        """Remembers the global model that clients are sent, and closes the run at its end.
+
+        FLARE gives an aggregator what the clients send, but not the model that they started from.
+
+        Parameters
+        ----------
+        event_type : str
+            FLARE's name of the event.
+        fl_ctx : FLContext
+            FLARE's context, which holds the model that is sent.
+        """
         super().handle_event(event_type, fl_ctx)
         if event_type == AppEventType.BEFORE_TRAIN_TASK:
             shareable: Any = fl_ctx.get_prop(AppConstants.TRAIN_SHAREABLE)
@@ -72,21 +104,35 @@ class GradlensAggregator(ModelAggregator):
 
     @property
     def log(self) -> UpdateLog:
-        """The rounds so far; raises InputError before the first."""
+        """The rounds recorded so far; raises InputError before the first."""
         if self._recorder is None:
             raise InputError("there is no log before the first round")
         return self._recorder.log
 
     def accept_model(self, model: FLModel) -> None:
-        """Keeps what one client sent until all have."""
+        """Stores what one client sent until the round is aggregated."""
         self._models.append(model)
 
     def reset_stats(self) -> None:
-        """Forgets what the clients of the last round sent."""
+        """Discards what clients have sent so far."""
         self._models = []
 
     def aggregate_model(self) -> FLModel:
-        """Records and judges the round, and aggregates who is kept."""
+        """Records and judges the round, and aggregates the clients that are kept.
+
+        Returns
+        -------
+        FLModel
+            A FULL model or a DIFF, as the clients send it, with the mean of the metrics that all clients that are kept
+            sent.
+
+        Raises
+        ------
+        InputError
+            If no global model was sent before this round, or its layers are not those of the rounds before.
+        FilterStopped
+            If the filter is set to stop in such a round.
+        """
         if not self._global:
             raise InputError(
                 "GradlensAggregator: no global model was sent before this round, found nothing to aggregate"
@@ -107,8 +153,8 @@ class GradlensAggregator(ModelAggregator):
             result, after = update, {name: start[name] + update[name] for name in start}  # as FLARE adds them
         else:
             result = after = step(start, update, buffers=recorder.log.model.buffers)
-        counted = set(decision.clients[decision.weights > 0].tolist())
-        metrics = _means([model for model in models if _name(model) in counted])
+        chosen = set(decision.kept)
+        metrics = _means([model for model in models if _name(model) in chosen])
         recorder.commit(after, metrics)
         params = {name: _like(result[name], value) for name, value in self._global.items()}
         return FLModel(params_type=kind, params=params, metrics=metrics or None)
@@ -123,7 +169,7 @@ def _usual(models: Sequence[FLModel]) -> ParamsType | None:
 
 
 def _state(model: FLModel, kind: ParamsType) -> Any:
-    """Layer -> array, or why there is none; what FLARE left on the disk is read."""
+    """Layer -> array, or why it cannot be read; arrays that FLARE left on the disk are loaded."""
     if model.params_type != kind:
         return Unfit(f"sent {model.params_type}, where {kind} is expected")
     params = model.params
@@ -134,11 +180,11 @@ def _state(model: FLModel, kind: ParamsType) -> Any:
 
 def _means(models: Sequence[FLModel]) -> dict[str, float]:
     """The mean of each metric that all of these clients sent."""
-    said = [numbers(model.metrics) for model in models]
-    shared = set.intersection(*map(set, said)) if said else set()
-    return {name: float(np.mean([each[name] for each in said])) for name in sorted(shared)}
+    metrics = [numbers(model.metrics) for model in models]
+    shared = set.intersection(*map(set, metrics)) if metrics else set()
+    return {name: float(np.mean([values[name] for values in metrics])) for name in sorted(shared)}
 
 
 def _like(array: np.ndarray, value: Any) -> Any:
-    """The array as what the global model is made of: a tensor of its own library, or numpy's."""
+    """The array in the type of the global model's layer: a tensor of its library, or a numpy array."""
     return value.new_tensor(array) if hasattr(value, "new_tensor") else array

@@ -1,12 +1,13 @@
-"""pfl: records what every user of a simulation sends.
+"""pfl: records the update of every user of a simulation.
 
     recording = PflRecorder(Recorder("runs/live", sent="updates"))
     backend = SimulatedBackend(train, val, postprocessors=[recording, ...])
     algorithm.run(..., callbacks=[recording, ...])
 
-Tested with pfl 0.6, which needs Python below 3.13. Put first among the postprocessors, it sees what a user trained; put
-last, what is sent after clipping and noise. pfl sums users as they finish, so there is nothing to filter: judge the
-recorded run with `gradlens detect`. Of several processes each records its own users, into a folder of its own.
+Tested with pfl 0.6, which needs Python below 3.13. As the first postprocessor it records what a user trained, as the
+last one what is sent after clipping and noise. pfl sums up users as they finish, so that there is nothing to filter:
+judge the recorded run with `gradlens detect`. Where pfl runs in several processes, each of them records its own users
+into a folder of its own.
 """
 
 from collections import Counter
@@ -28,10 +29,28 @@ __all__ = ["PflRecorder"]
 
 
 class PflRecorder(Postprocessor, TrainingProcessCallback):
-    """A postprocessor and a callback in one, to be given as both; a central iteration that trains is a round.
+    """Records every user's update and every global model; pass it to pfl as a postprocessor and as a callback.
 
-    A user who is drawn again in a round is another client of it: "7", "7 (2)", "7 (3)".
-    Raises: InputError where the recorder filters, or expects models; in a round with a user that has no id.
+    Parameters
+    ----------
+    recorder : Recorder
+        Made by `Recorder(path, sent="updates")`, without a detector or filter.
+
+    Raises
+    ------
+    InputError
+        If the recorder has a filter, or expects models.
+
+    Notes
+    -----
+    A central iteration in which users train is a round. A user who is drawn several times in a round is recorded as
+    several clients: "7", "7 (2)", "7 (3)".
+
+    Examples
+    --------
+    >>> recording = PflRecorder(Recorder(sent="updates"))
+    >>> recording.recorder
+    Recorder(in memory, 0 rounds, 0 lost, filter=None)
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -42,14 +61,45 @@ class PflRecorder(Postprocessor, TrainingProcessCallback):
         self._forget()
 
     def on_train_begin(self, *, model: Any) -> Metrics:
-        """Keeps the global model."""
+        """Remembers the global model before the first round.
+
+        Parameters
+        ----------
+        model : object
+            pfl's model, whose `get_parameters` are read.
+
+        Returns
+        -------
+        Metrics
+            Empty.
+        """
         self._global = _arrays(model.get_parameters())
         return Metrics()
 
     def postprocess_one_user(
         self, *, stats: MappedVectorStatistics, user_context: UserContext
     ) -> tuple[MappedVectorStatistics, Metrics]:
-        """Keeps a copy of the user's update, its weight taken out; what pfl goes on with stays as it is."""
+        """Stores a copy of the user's update, divided by its weight; pfl's own statistics stay as they are.
+
+        Parameters
+        ----------
+        stats : MappedVectorStatistics
+            The user's update, times its weight.
+        user_context : UserContext
+            Gives the user's id and number of examples.
+
+        Returns
+        -------
+        stats : MappedVectorStatistics
+            As given.
+        metrics : Metrics
+            Empty.
+
+        Raises
+        ------
+        InputError
+            If the user has no id.
+        """
         if user_context.user_id is None:
             raise InputError("PflRecorder: every user needs an id, found None; give the federated dataset user ids")
         user = str(user_context.user_id)
@@ -62,7 +112,24 @@ class PflRecorder(Postprocessor, TrainingProcessCallback):
     def after_central_iteration(
         self, aggregate_metrics: Metrics, model: Any, *, central_iteration: int
     ) -> tuple[bool, Metrics]:
-        """Records the round and the model that came of it; an iteration that trained nobody is none."""
+        """Records the round and the global model after it; an iteration in which no user trained is skipped.
+
+        Parameters
+        ----------
+        aggregate_metrics : Metrics
+            pfl's metrics, which are not recorded.
+        model : object
+            pfl's model after the iteration.
+        central_iteration : int
+            pfl's number of the iteration, which is not recorded.
+
+        Returns
+        -------
+        stop : bool
+            False: training goes on.
+        metrics : Metrics
+            Empty.
+        """
         if self._sent:
             self.recorder.log_round(self._global, self._sent, self._examples)
             self._global = _arrays(model.get_parameters())
@@ -77,5 +144,5 @@ class PflRecorder(Postprocessor, TrainingProcessCallback):
 
 
 def _arrays(stats: MappedVectorStatistics) -> dict[str, np.ndarray]:
-    """Layer -> array, copied: pfl writes the next user into the same memory."""
+    """Layer -> array, copied because pfl reuses the memory for the next user."""
     return {name: as_array(value)[0].copy() for name, value in stats.items()}

@@ -1,6 +1,7 @@
-"""Local training of the clients of one round, by one of two engines that agree to rounding.
+"""Local training of a round's clients, by one of two engines whose results agree to rounding.
 
-`plain` trains one client after another, `stacked` many at once; `engine_for` builds the one that a scenario names.
+The plain engine trains one client after another, the stacked one many at once; `engine_for` builds the one that a
+scenario names.
 """
 
 from simulations.training.engine import ENGINES, Engine, engine_for

@@ -17,11 +17,11 @@ Function = Callable[..., Tensors]  # (tensors) -> tensors, without side effects
 
 _LOCK = Lock()
 _STEPS: dict[object, Function] = {}  # compiled steps of this process, so that the runs of a sweep share one
-MOST_STEPS = 16  # that are remembered
+MOST_STEPS = 16  # compiled steps that are remembered
 
 
 def traced(function: Function, example: Sequence[torch.Tensor], key: object, *, compile: bool = False) -> Function:
-    """Returns the function as a trace for contiguous tensors of fixed shapes, compiled where that is wanted.
+    """Returns a function traced, and on request compiled, for contiguous tensors of fixed shapes.
 
     Tracing takes some 0.3 s, compiling 10 s the first time on a machine and 5 s from then on.
 
@@ -32,9 +32,14 @@ def traced(function: Function, example: Sequence[torch.Tensor], key: object, *, 
     example : sequence of torch.Tensor
         Tensors of these shapes.
     key : object
-        What makes two functions the same, so that this process traces them once.
+        Identifies the function, so that this process traces it only once.
     compile : bool
-        Whether to compile; where that fails the trace is used, with a warning.
+        Whether to compile; if that fails the trace is used, with a warning.
+
+    Returns
+    -------
+    callable
+        (tensors) -> tensors.
 
     Examples
     --------
@@ -52,7 +57,7 @@ def traced(function: Function, example: Sequence[torch.Tensor], key: object, *, 
 
 
 def has_compiler() -> bool:
-    """Returns whether there is a C++ compiler."""
+    """Returns whether a C++ compiler is installed."""
     return bool(shutil.which("g++") or shutil.which("clang++"))
 
 
@@ -61,9 +66,9 @@ def _compiled(function: Function, example: Sequence[torch.Tensor]) -> Function:
     if has_compiler():
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # torch's, about its own parts
+                warnings.simplefilter("ignore", DeprecationWarning)  # from torch, about itself
                 return _native(function, example)
-        except Exception as error:  # a compiler that does not work, or a torch that has moved what is called here
+        except Exception as error:  # a broken compiler, or a torch version without these internals
             reason = (str(error).splitlines() or [type(error).__name__])[0]
     warnings.warn(f"engine: steps are not compiled: {reason}", RuntimeWarning, stacklevel=4)
     return _graph(function, example)
@@ -83,5 +88,5 @@ def _native(function: Function, example: Sequence[torch.Tensor]) -> Function:
 def _graph(function: Function, example: Sequence[torch.Tensor], decompositions: Any = None) -> Any:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    function(*example)  # fills caches on the way, which must not be traced
+    function(*example)  # fills caches first, because filling them must not be traced
     return make_fx(function, decomposition_table=decompositions)(*example)

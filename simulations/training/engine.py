@@ -1,4 +1,4 @@
-"""Which engine trains: the one that the scenario names, or the one that is expected to be faster."""
+"""Chooses the engine that trains: the one that the scenario names, or the one that is expected to be faster."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,11 +20,11 @@ Engine = Callable[..., dict[str, np.ndarray]]
 # (global model, datasets, generators, training=, references=) -> updates, as of `train_clients`
 
 ENGINES = ("auto", "plain", "stacked")
-STEPS_TO_COMPILE = 10_000  # steps of a run from which compiling, some 10 s the first time, costs less than it saves
+STEPS_TO_COMPILE = 10_000  # steps of a run above which compiling, some 10 s the first time, saves more than it costs
 
 
 class PlainEngine:
-    """Trains as `train_clients` does, one client after another, in workspaces that are kept from round to round.
+    """Trains one client after another, as `train_clients` does, in workspaces that are reused in every round.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class PlainEngine:
     device : str
         Where it trains.
     workers : int
-        Threads; they change no bit.
+        Number of threads, which does not change any result.
 
     Examples
     --------
@@ -72,7 +72,18 @@ class PlainEngine:
         training: Training = AS_EVERYBODY,
         references: Sequence[Reference] = (),
     ) -> dict[str, np.ndarray]:
-        """Returns the clients' updates, layer -> [client, *shape]."""
+        """Trains clients from the same global model.
+
+        Parameters
+        ----------
+        global_model, datasets, rngs, training, references
+            As for `train_clients`.
+
+        Returns
+        -------
+        dict of str to array
+            Layer -> updates [client, *shape].
+        """
         for space in self.spaces:
             space.load(global_model)
         return train_on(self.spaces, datasets, rngs, self.settings, self.loss, training, references)
@@ -91,7 +102,7 @@ def engine_for(
     largest: int | None = None,
     key: object = None,
 ) -> Engine:
-    """Returns the engine of a name; for "auto" the one that is expected to be faster.
+    """Builds the engine of a name; for "auto" the one that is expected to be faster.
 
     Parameters
     ----------
@@ -100,13 +111,13 @@ def engine_for(
     model, loss, settings, device, workers
         As for `PlainEngine`.
     datasets : sequence of (x, y) tensors
-        Of all clients.
+        The data of all clients.
     rounds : int
-        How many there are, which decides whether compiling pays.
+        Number of rounds, which decides whether compiling pays.
     largest : int, optional
-        How many clients a round has at most; None: all.
+        Largest number of clients in a round; None: all.
     key : object, optional
-        Names task and model, so that runs of one process share what is compiled.
+        Identifies task and model, so that runs in one process share compiled steps.
 
     Returns
     -------
@@ -120,9 +131,18 @@ def engine_for(
 
     Notes
     -----
-    "auto", as the figures of `reports/bench.csv` justify: dense layers are stacked, by far the faster way, and compiled
-    where the run makes `STEPS_TO_COMPILE` steps or more; small convolutions are compiled from there on, and plain
-    below; all else is plain (batch norm, recurrent layers, and large convolutions, which libraries do best).
+    "auto" follows the measurements in `reports/bench.csv`. Models with dense layers are stacked, by far the fastest
+    way, and compiled if the run has at least `STEPS_TO_COMPILE` steps. Models with small convolutions are compiled from
+    that number of steps on, and trained by the plain engine below it. All others are trained by the plain engine: batch
+    norm, recurrent layers, and large convolutions, for which libraries are fastest.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from simulations.tasks import cross_entropy
+    >>> data = [(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))]
+    >>> type(engine_for("plain", torch.nn.Linear(3, 2), cross_entropy, LocalSGD(), data)).__name__
+    'PlainEngine'
     """
     one_of("engine", name, *ENGINES)
     x = datasets[0][0]
@@ -150,7 +170,7 @@ def _plan(model: nn.Module, settings: LocalSGD, datasets: Sequence[Dataset], rou
 
 
 def _patches_are_small(model: nn.Module, x: torch.Tensor) -> bool:
-    """Whether the patches of a batch that each convolution reads stay in a core's cache."""
+    """Whether the patches of a batch that each convolution reads fit into a core's cache."""
     sizes = []
 
     def measure(layer: nn.Module, _: object, out: torch.Tensor) -> None:

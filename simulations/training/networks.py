@@ -1,4 +1,4 @@
-"""What simulations do with a torch model: copy its numbers in and out, evaluate it, and draw its dropout masks."""
+"""Operations on a torch model: copying its weights in and out, evaluation, and reproducible dropout masks."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,27 +19,34 @@ State = Mapping[str, np.ndarray]  # layer -> array, buffers included
 Module = TypeVar("Module", bound=nn.Module)
 
 _LOCK = Lock()
-_THREADS: list[int] = []  # per run in progress: how many torch threads there were before the first of them
+_THREADS: list[int] = []  # one entry per run in progress: the number of torch threads before the first of them
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the model's own tensors, parameters and buffers, layer -> tensor, in the model's order."""
+    """Returns the model's tensors (not copies), parameters and buffers, layer -> tensor, in the model's order."""
     return dict(model.state_dict(keep_vars=True))
 
 
 def buffers(model: nn.Module) -> list[str]:
-    """Returns the names of the layers that are not trained."""
+    """Returns the names of the model's buffers, list of str.
+
+    Examples
+    --------
+    >>> import torch
+    >>> buffers(torch.nn.BatchNorm1d(3))
+    ['running_mean', 'running_var', 'num_batches_tracked']
+    """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return [name for name in model.state_dict() if name not in parameters]
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that are trained, name -> parameter."""
+    """Returns the parameters that require a gradient, name -> parameter."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def state_of(model: nn.Module) -> dict[str, np.ndarray]:
-    """Returns a copy of the model's numbers, layer -> array.
+    """Returns a copy of the model's parameters and buffers, layer -> array.
 
     Examples
     --------
@@ -51,14 +58,29 @@ def state_of(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def load_state(model: nn.Module, state: State) -> None:
-    """Copies a state into the model, which then shares no memory with the arrays."""
+    """Copies a state, layer -> array, into the model; they share no memory afterwards."""
     with torch.no_grad():
         for name, tensor in tensors(model).items():
             tensor.copy_(torch.tensor(state[name]))
 
 
 def outputs(model: nn.Module, x: torch.Tensor, batch_size: int = 1_000) -> Iterator[torch.Tensor]:
-    """Yields the model's outputs in evaluation mode, batch by batch."""
+    """Yields the model's outputs in evaluation mode, batch by batch.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It is left in evaluation mode.
+    x : torch.Tensor
+        Samples [sample, ...].
+    batch_size : int, default 1000
+        Samples per batch.
+
+    Yields
+    ------
+    torch.Tensor
+        Outputs of a batch [sample, ...], on the CPU.
+    """
     device = next(model.parameters(), torch.empty(0)).device
     model.eval()
     with torch.inference_mode():
@@ -67,13 +89,40 @@ def outputs(model: nn.Module, x: torch.Tensor, batch_size: int = 1_000) -> Itera
 
 
 def predict(model: nn.Module, x: torch.Tensor, batch_size: int = 1_000) -> np.ndarray:
-    """Returns the most likely class of each sample, int64 [sample]."""
+    """Returns the most likely class of each sample, int64 [sample].
+
+    Examples
+    --------
+    >>> import torch
+    >>> predict(torch.nn.Identity(), torch.tensor([[0.1, 0.9], [0.8, 0.2]]))
+    array([1, 0])
+    """
     classes = [logits.argmax(1) for logits in outputs(model, x, batch_size)]
     return torch.cat(classes).numpy() if classes else np.zeros(0, np.int64)
 
 
 def device_for(name: str) -> torch.device:
-    """Returns the device "cpu" or "cuda", or for "auto" a CUDA device where there is one; raises InputError without."""
+    """Returns the device of a setting.
+
+    Parameters
+    ----------
+    name : {"auto", "cpu", "cuda"}
+        "auto": a CUDA device if there is one.
+
+    Returns
+    -------
+    torch.device
+
+    Raises
+    ------
+    InputError
+        For "cuda", if torch sees no such device.
+
+    Examples
+    --------
+    >>> device_for("cpu")
+    device(type='cpu')
+    """
     present = torch.cuda.is_available()
     if name == "cuda" and not present:
         raise InputError("device: expected cpu or auto, found cuda, which torch does not see on this machine")
@@ -81,14 +130,14 @@ def device_for(name: str) -> torch.device:
 
 
 class MaskedDropout(nn.Module):
-    """Dropout with masks from outside, one for each use in a forward pass: x times 0 or 1 / (1 - rate).
+    """Dropout with given masks, one for each use in a forward pass: x times 0 or 1 / (1 - rate).
 
     Parameters
     ----------
     rate : float
         Share of numbers that are masked.
     shapes : sequence of tuple, optional
-        Per sample, of what it masks in each use; None: to be found out by a forward pass.
+        Shape per sample of its input in each use; None: a forward pass collects the shapes in `seen`.
 
     Examples
     --------
@@ -102,12 +151,12 @@ class MaskedDropout(nn.Module):
     def __init__(self, rate: float, shapes: Sequence[tuple[int, ...]] | None = None) -> None:
         super().__init__()
         self.rate, self.shapes, self.time = rate, shapes, 0
-        self.seen: list[tuple[int, ...]] = []  # shapes of inputs while those of the masks are not known
+        self.seen: list[tuple[int, ...]] = []  # shapes of inputs, while the shapes of masks are unknown
         for number in range(len(shapes or ())):
             self.register_buffer(f"mask{number}", torch.ones(()), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Masks x of any shape; in evaluation mode x is left as it is."""
+        """Returns x, of any shape, masked; in evaluation mode unchanged."""
         if not self.training:
             return x
         if self.shapes is None:
@@ -119,7 +168,24 @@ class MaskedDropout(nn.Module):
 
 
 class Slot(NamedTuple):
-    """One mask of a dropout: its module, its name there, the rate and the shape per sample."""
+    """One mask of a dropout.
+
+    Attributes
+    ----------
+    layer : MaskedDropout
+        The module that applies the mask.
+    name : str
+        Name of the mask's buffer in the module.
+    rate : float
+        Share of numbers that are masked.
+    shape : tuple of int
+        Shape of the mask per sample.
+
+    Examples
+    --------
+    >>> Slot(MaskedDropout(0.5, [(4,)]), "mask0", 0.5, (4,)).shape
+    (4,)
+    """
 
     layer: MaskedDropout
     name: str
@@ -128,7 +194,7 @@ class Slot(NamedTuple):
 
 
 def prepared(model: nn.Module, x: torch.Tensor, device: torch.device | str = "cpu") -> nn.Module:
-    """Returns a copy of a model to train: on the device, convolutions channels-last, dropouts with masks from outside.
+    """Returns a copy of a model to train: on the device, convolutions channels-last, dropouts with given masks.
 
     Parameters
     ----------
@@ -138,6 +204,11 @@ def prepared(model: nn.Module, x: torch.Tensor, device: torch.device | str = "cp
         A few samples, on which it is tried.
     device : torch.device or str
         Where it trains.
+
+    Returns
+    -------
+    torch.nn.Module
+        Every `nn.Dropout` of it, except one of rate 1, is a `MaskedDropout`.
 
     Raises
     ------
@@ -165,7 +236,7 @@ def prepared(model: nn.Module, x: torch.Tensor, device: torch.device | str = "cp
 
 
 def dropouts(model: nn.Module) -> dict[str, Slot]:
-    """Returns the masks of a prepared model, name of their buffer -> slot, in the model's order."""
+    """Returns the dropout masks of a prepared model, name of the mask's buffer -> slot, in the model's order."""
     return {
         f"{name}.mask{number}": Slot(module, f"mask{number}", module.rate, shape)
         for name, module in model.named_modules()
@@ -175,7 +246,7 @@ def dropouts(model: nn.Module) -> dict[str, Slot]:
 
 
 def _replace(model: nn.Module, kind: type[Module], made: Callable[[str, Module], nn.Module]) -> None:
-    """Replaces each module of a kind, wherever it is."""
+    """Replaces every module of a kind, at any depth."""
     new = {id(module): made(name, module) for name, module in model.named_modules() if isinstance(module, kind)}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -184,7 +255,10 @@ def _replace(model: nn.Module, kind: type[Module], made: Callable[[str, Module],
 
 
 def _tried(probe: nn.Module, x: torch.Tensor) -> nn.Module:
-    """The model after one forward pass in training mode, which shows what its dropouts mask and what else happens."""
+    """The model after a forward pass in training mode, in which its dropouts note the shapes of their inputs.
+
+    Raises InputError if the pass draws random numbers or replaces buffers.
+    """
     probe, before = probe.cpu().train(), {name: id(tensor) for name, tensor in tensors(probe).items()}
     with GENERATOR, torch.no_grad():
         state = torch.get_rng_state()
@@ -209,7 +283,14 @@ def _per_sample(name: str, seen: Sequence[tuple[int, ...]]) -> list[tuple[int, .
 
 
 class Masks:
-    """Draws one client's dropout masks from a child of its generator, so that its other draws stay as they are.
+    """Draws one client's dropout masks from a child of its generator, so that its other draws do not change.
+
+    Parameters
+    ----------
+    layers : sequence of Slot
+        The masks to draw.
+    rng : numpy.random.Generator
+        The client's generator.
 
     Examples
     --------
@@ -226,21 +307,31 @@ class Masks:
             self.generator = torch.Generator().manual_seed(int(rng.spawn(1)[0].integers(2**63)))
 
     def draw(self, batch: int) -> list[torch.Tensor]:
-        """Returns a mask for each dropout, float32 [batch, *shape]."""
+        """Draws a mask for each dropout, float32 [batch, *shape]."""
         kept = [torch.rand((batch, *layer.shape), generator=self.generator) >= layer.rate for layer in self.layers]
         return [keeps / (1 - layer.rate) for keeps, layer in zip(kept, self.layers, strict=True)]
 
 
 def worker_threads(workers: int) -> ThreadPoolExecutor:
-    """Returns threads that compute with as many torch threads as the caller, where new ones start with OpenMP's own."""
+    """Returns a pool of threads with the caller's number of torch threads; by default new ones would take OpenMP's."""
     return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Computes with one torch thread, because two give other bits than one, and restores their number.
+    """Limits torch to one thread in a `with` block, because other numbers of threads give other bits.
 
-    The setting is the process's, so that the last of several runs in one process restores it.
+    The setting belongs to the process: of several blocks in one process, the last to end restores it.
+
+    Yields
+    ------
+    None
+
+    Examples
+    --------
+    >>> with one_thread():
+    ...     torch.get_num_threads()
+    1
     """
     with _LOCK:
         _THREADS.append(_THREADS[0] if _THREADS else torch.get_num_threads())

@@ -1,7 +1,7 @@
-"""The plain engine trains one client after another, or several on threads, one client per thread.
+"""The plain engine: trains one client after another, or several at once, each on a thread of its own.
 
-For small models a step costs more in calls than in arithmetic. So an epoch's data are gathered once and cut into views,
-and gradients are applied without an optimizer object.
+In small models a step spends more time on calls than on arithmetic. Therefore an epoch's data are gathered once and
+split into views, and gradients are applied without an optimizer object.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,16 +26,16 @@ NOTHING = Reference({}, {}, None, None)
 
 @dataclass(frozen=True)
 class LocalSGD:
-    """How a client trains: by plain SGD over its own data.
+    """Settings of local training by SGD; the defaults are those of a scenario.
 
     Parameters
     ----------
     epochs : int
-        Passes over the data; the order is drawn anew in each. These defaults are those of a scenario.
+        Passes over the data, each in a new random order.
     batch_size : int
         Samples per step; the last batch of an epoch may be smaller.
     learning_rate, momentum, weight_decay : float
-        As in torch.optim.SGD; momentum starts afresh in each round.
+        As in torch.optim.SGD; the momentum starts at zero in each round.
 
     Examples
     --------
@@ -50,7 +50,22 @@ class LocalSGD:
     weight_decay: float = 0.0
 
     def of(self, training: Training) -> "LocalSGD":
-        """Returns the settings of clients that train differently."""
+        """Returns these settings with the epochs and the learning rate of an attack's training, if it has its own.
+
+        Parameters
+        ----------
+        training : Training
+            How attackers train.
+
+        Returns
+        -------
+        LocalSGD
+
+        Examples
+        --------
+        >>> LocalSGD().of(Training(epochs=3)).epochs
+        3
+        """
         return replace(
             self, epochs=training.epochs or self.epochs, learning_rate=training.learning_rate or self.learning_rate
         )
@@ -74,7 +89,7 @@ def train_clients(
     Parameters
     ----------
     model : torch.nn.Module
-        It stays as it is; its dtype (float32, or float64 in tests) is that of the training and the updates.
+        It is not changed; training and updates have its dtype.
     global_model : Mapping of str to array
         Layer -> array, buffers included.
     datasets : sequence of (x, y) tensors
@@ -86,13 +101,13 @@ def train_clients(
     loss : callable
         (outputs, labels) -> loss of each sample.
     training : Training
-        How these clients train differently.
+        Changes of an attack to the training of these clients; none by default.
     references : sequence of Reference
-        What the hooks of each client may look at.
+        One per client: what the hooks of `training` may use.
     workers : int
-        Threads; they change no bit.
+        Number of threads, which does not change any result.
     observe : callable, optional
-        Called in every step with the outputs before it and the labels.
+        Called in every step with (outputs before the step, labels).
 
     Returns
     -------
@@ -116,7 +131,14 @@ def train_clients(
 
 
 class Workspace:
-    """A model that one thread trains, and the global model that each client starts from.
+    """A model that one thread trains, and the global model from which each client starts.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model as from `prepared`; it is trained in place.
+    global_model : Mapping of str to array
+        Layer -> array, buffers included.
 
     Examples
     --------
@@ -136,19 +158,19 @@ class Workspace:
         self.load(global_model)
 
     def load(self, global_model: State) -> None:
-        """Takes another global model to start from."""
+        """Replaces the global model, layer -> array."""
         for name, layer in self.start.items():
             layer.copy_(torch.tensor(global_model[name]))
 
     def restart(self) -> None:
-        """Resets the model to the global one."""
+        """Resets the model to the global model, in training mode."""
         self.model.train()
         with torch.no_grad():
             for name, layer in self.layers.items():
                 layer.copy_(self.start[name])
 
     def update(self, name: str) -> torch.Tensor:
-        """Returns local - global of one layer."""
+        """Returns the update of one layer, local minus global model, on the CPU."""
         return (self.layers[name].detach() - self.start[name]).cpu()
 
 
@@ -162,7 +184,20 @@ def train_on(
     references: Sequence[Reference] = (),
     observe: Observer | None = None,
 ) -> dict[str, np.ndarray]:
-    """Trains as `train_clients` does, in workspaces that exist already, one per thread."""
+    """Trains clients as `train_clients` does, in given workspaces.
+
+    Parameters
+    ----------
+    spaces : sequence of Workspace
+        One per thread.
+    datasets, rngs, settings, loss, training, references, observe
+        As for `train_clients`.
+
+    Returns
+    -------
+    dict of str to array
+        Layer -> updates [client, *shape].
+    """
     layers = spaces[0].layers
     updates = {
         name: np.empty((len(datasets), *layer.shape), torch.empty(0, dtype=layer.dtype).numpy().dtype)
@@ -194,7 +229,23 @@ def train_on(
 def torch_reference(
     previous: Tensors, honest: Tensors, final_weight: str | None, final_bias: str | None, like: nn.Module
 ) -> Reference:
-    """Returns what a training hook may look at, in the model's dtype and on its device."""
+    """Returns what the hooks of an attack's training may use, in a model's dtype and on its device.
+
+    Parameters
+    ----------
+    previous : dict of str to torch.Tensor
+        Layer -> last change of the global model.
+    honest : dict of str to torch.Tensor
+        Layer -> update that the client would send if it were benign; {} if the training does not need it.
+    final_weight, final_bias : str or None
+        Names of the final layer's parameters.
+    like : torch.nn.Module
+        Gives dtype and device.
+
+    Returns
+    -------
+    Reference
+    """
     one = next(like.parameters())
 
     def cast(tensors: Tensors) -> Tensors:
@@ -213,7 +264,7 @@ def _train(
     reference: Reference,
     observe: Observer | None,
 ) -> None:
-    """Trains the workspace's model, from the global one, on one client's data."""
+    """Trains the workspace's model on one client's data, starting from the global model."""
     space.restart()
     masks, names = Masks(space.dropouts, rng), list(space.parameters)
     parameters = list(space.parameters.values())
@@ -227,8 +278,8 @@ def _train(
             observe(out.detach(), y)
         value = loss(out, y).mean()
         if training.penalty is not None:
-            so_far = {name: parameter - space.start[name] for name, parameter in space.parameters.items()}
-            value = training.alpha * value + (1 - training.alpha) * training.penalty(so_far, reference)
+            update = {name: parameter - space.start[name] for name, parameter in space.parameters.items()}
+            value = training.alpha * value + (1 - training.alpha) * training.penalty(update, reference)
         gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             if settings.weight_decay:
@@ -260,14 +311,39 @@ def _outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _project(space: Workspace, project: Callable[[Tensors, Reference], Tensors], reference: Reference) -> None:
-    so_far = {name: parameter - space.start[name] for name, parameter in space.parameters.items()}
-    projected = project(so_far, reference)
+    update = {name: parameter - space.start[name] for name, parameter in space.parameters.items()}
+    projected = project(update, reference)
     for name, parameter in space.parameters.items():
         parameter.copy_(space.start[name] + projected[name])
 
 
 def batches(dataset: Dataset, rng: np.random.Generator, settings: LocalSGD, device: torch.device) -> Iterator[Dataset]:
-    """Yields the batches of a client's local training, in their order."""
+    """Yields the batches of a client's local training in their order.
+
+    Parameters
+    ----------
+    dataset : (x, y) tensors
+        The client's data.
+    rng : numpy.random.Generator
+        Draws the order of the samples in each epoch.
+    settings : LocalSGD
+        Gives the number of epochs and the batch size.
+    device : torch.device
+        Where the batches are.
+
+    Yields
+    ------
+    (x, y) tensors
+        Images are channels-last in memory.
+
+    Examples
+    --------
+    >>> import torch
+    >>> data = (torch.ones(5, 3), torch.arange(5))
+    >>> found = batches(data, np.random.default_rng(0), LocalSGD(batch_size=2), torch.device("cpu"))
+    >>> [len(y) for _, y in found]
+    [2, 2, 1]
+    """
     x, y = (part.to(device) for part in dataset)
     if not len(y):
         return

@@ -1,9 +1,9 @@
-"""The stacked engine trains many clients at once, their parameters stacked along a first axis.
+"""The stacked engine: trains many clients at once, with their parameters stacked along a first axis.
 
-A step of all clients is `torch.func.vmap` over the gradient of one client, traced, and compiled where that pays. A
-client without a batch left, and the samples that a smaller last batch lacks, have weight 0, so that every client makes
-the steps of the plain engine, up to the order of sums. A compiled model with convolutions trains one client per stack,
-on several threads, so that its patches stay in a core's cache.
+A step of all clients is `torch.func.vmap` over the gradient of one client, traced, and compiled if that pays off.
+Clients without batches left, and padding that fills up smaller batches, have weight 0, so that every client makes the
+same steps as in the plain engine, up to the order of sums. A compiled model with convolutions trains one client per
+stack, on several threads, so that its patches fit into a core's cache.
 """
 
 import copy
@@ -22,19 +22,19 @@ from simulations.training.convolution import with_patches
 from simulations.training.networks import Masks, Slot, State, dropouts, prepared, tensors, trained, worker_threads
 from simulations.training.plain import AS_EVERYBODY, NOTHING, Dataset, LocalSGD
 
-STACK_SIZE = 2**24  # parameters in one stack at most; more clients train in several stacks
-BLOCK_SIZE = 2**22  # numbers in the samples that are gathered at once
+STACK_SIZE = 2**24  # most parameters in one stack; further clients train in further stacks
+BLOCK_SIZE = 2**22  # most numbers in the samples that are gathered at once
 Stack = dict[str, torch.Tensor]  # layer -> [client, *shape]
 Step = Callable[[Stack, Stack, Stack, "Batch"], tuple[Stack, Stack, Stack]]  # parameters, velocities, buffers
 
 
 class StackedEngine:
-    """Trains clients as `train_clients` does, many at once.
+    """Trains many clients at once, to the same updates as `train_clients` up to rounding.
 
     Parameters
     ----------
     model : torch.nn.Module
-        It stays as it is.
+        It is not changed.
     loss : callable
         (outputs, labels) -> loss of each sample.
     settings : LocalSGD
@@ -44,13 +44,13 @@ class StackedEngine:
     device : str
         Where it trains.
     compile : bool
-        Whether a step is compiled; where that fails it is not, with a warning.
+        Whether a step is compiled; if that fails it is only traced, with a warning.
     largest : int
-        Clients of a round at most; smaller stacks are filled up to it, so that one shape is traced.
+        Largest number of clients in a round; smaller stacks are padded to it, so that only one shape is traced.
     key : object, optional
-        Names task and model, so that runs of one process share what is compiled.
+        Identifies task and model, so that runs in one process share compiled steps.
     workers : int
-        Threads that train stacks side by side, to the same bits.
+        Threads that train stacks side by side; the number does not change any result.
 
     Raises
     ------
@@ -96,11 +96,11 @@ class StackedEngine:
         if compile and has_convolutions(model):
             self.width = 1
         self._try(x[:2])
-        # what is compiled has its convolutions as products of patches, which torch cannot map over clients
+        # a compiled model computes convolutions as products of patches, which torch cannot map over clients
         self.alone = with_patches(copy.deepcopy(self.model)) if self.width == 1 and compile else self.model
 
     def _try(self, x: torch.Tensor) -> None:
-        """Raises InputError where torch cannot map the model or its loss over clients."""
+        """Raises InputError if torch cannot map the model or its loss over clients."""
         state = {name: tensor.detach()[None] for name, tensor in tensors(self.model).items()}
         parameters, y = {name: state.pop(name) for name in self.names}, torch.zeros((1, len(x)), dtype=torch.int64)
         masks = {name: torch.ones((1, len(x), *slot.shape)).to(self.one) for name, slot in self.dropouts.items()}
@@ -120,7 +120,23 @@ class StackedEngine:
         training: Training = AS_EVERYBODY,
         references: Sequence[Reference] = (),
     ) -> dict[str, np.ndarray]:
-        """Returns the clients' updates, layer -> [client, *shape]."""
+        """Trains clients from the same global model.
+
+        Parameters
+        ----------
+        global_model, datasets, rngs, training, references
+            As for `train_clients`.
+
+        Returns
+        -------
+        dict of str to array
+            Layer -> updates [client, *shape].
+
+        Raises
+        ------
+        InputError
+            If the model has batch norm and batches differ in size.
+        """
         start = {name: torch.tensor(global_model[name], device=self.one.device) for name in tensors(self.model)}
         if not datasets:
             return {name: np.zeros((0, *layer.shape), layer.cpu().numpy().dtype) for name, layer in start.items()}
@@ -141,7 +157,7 @@ class StackedEngine:
         return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in start}
 
     def _is_traced(self, training: Training) -> bool:
-        """Whether clients train as everybody does, and the model has parameters only."""
+        """Whether steps are traced: clients train without an attack, and the model has no buffers."""
         return training is AS_EVERYBODY and len(self.names) == len(tensors(self.model))
 
     def _train(
@@ -175,15 +191,15 @@ class StackedEngine:
         return {name: (parameters | stacked)[name].detach() - start[name] for name in start}
 
     def _adapted(self, settings: LocalSGD, training: Training, start: Stack, references: Sequence[Reference]) -> Step:
-        """One step of a stack of clients, with what an attacker changes in it."""
+        """Builds a step of a stack of clients, with the changes that an attack makes to it."""
 
         def objective(parameters: Tensors, others: Tensors, batch: "Batch", reference: Reference) -> torch.Tensor:
             x, y, weights = batch[:3]
             value = (self.loss(functional_call(self.model, {**parameters, **others}, (x,)), y) * weights).sum()
             if training.penalty is None:
                 return value
-            so_far = {name: layer - start[name] for name, layer in parameters.items()}
-            return training.alpha * value + (1 - training.alpha) * training.penalty(so_far, reference)
+            update = {name: layer - start[name] for name, layer in parameters.items()}
+            return training.alpha * value + (1 - training.alpha) * training.penalty(update, reference)
 
         def of_one(
             parameters: Stack, velocities: Stack, state: Stack, batch: "Batch", honest: Stack
@@ -200,8 +216,8 @@ class StackedEngine:
                 gradients = {name: settings.momentum * velocities[name] + g for name, g in gradients.items()}
             after = {name: layer - settings.learning_rate * gradients[name] for name, layer in parameters.items()}
             if training.project is not None:
-                so_far = training.project({name: layer - start[name] for name, layer in after.items()}, reference)
-                after = {name: torch.where(projects, start[name] + so_far[name], after[name]) for name in after}
+                projected = training.project({name: layer - start[name] for name, layer in after.items()}, reference)
+                after = {name: torch.where(projects, start[name] + projected[name], after[name]) for name in after}
             kept = {name: torch.where(active, layer, parameters[name]) for name, layer in after.items()}
             buffered = {name: torch.where(active, layer, state[name]) for name, layer in after_buffers.items()}
             return kept, dict(gradients) if velocities else {}, buffered
@@ -212,7 +228,7 @@ class StackedEngine:
         return lambda parameters, velocities, state, batch: many(parameters, velocities, state, batch, honest)
 
     def _as_one(self, start: Stack, plan: "Plan", x: torch.Tensor, y: torch.Tensor) -> Stack:
-        """The updates of clients that train as everybody does; the parameters of one are a single row of numbers."""
+        """The updates of clients that train without an attack; a client's parameters are one flat row of numbers."""
         sizes = [start[name].numel() for name in self.names]
         first = torch.cat([start[name].flatten() for name in self.names])
         parameters = first.expand(len(plan.steps_of), -1).clone()
@@ -229,7 +245,7 @@ class StackedEngine:
         return {name: update.reshape(-1, *start[name].shape) for name, update in zip(self.names, updates, strict=True)}
 
     def _flat_step(self, start: Stack) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """A step of a stack, from tensors to tensors; it returns parameters and velocities, both [client, number]."""
+        """Builds a step from tensors to tensors that returns parameters and velocities, both [client, number]."""
         settings, names, masked = self.settings, self.names, list(self.dropouts)
         shapes = [start[name].shape for name in names]
         sizes = [shape.numel() for shape in shapes]
@@ -265,24 +281,24 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tens
 
 
 class Plan:
-    """Which samples each client of a stack sees in each step, and with which weight.
+    """The samples that each client of a stack sees in each step, and their weights.
 
     Parameters
     ----------
     datasets : sequence of (x, y) tensors
-        Of the clients of the stack.
+        The data of each client of the stack.
     rngs : sequence of numpy.random.Generator
         One per client: it draws orders and masks as for `train_clients`.
     settings : LocalSGD
         How they train.
     layers : dict of str to Slot
-        The dropouts of the model.
+        The dropout masks of the model.
     like : torch.Tensor
-        Of the device and dtype of the weights.
+        Gives device and dtype of the weights.
     size : int
         Samples per step.
     idle : int
-        Places without a client, at the end.
+        Number of places at the end of the stack without a client.
 
     Examples
     --------
@@ -316,11 +332,11 @@ class Plan:
             orders = np.full((settings.epochs, padded), first)  # padding repeats the client's first sample
             for order in orders:
                 order[:count] += rng.permutation(count)
-            mine = orders.reshape(-1, self.size)
-            chosen[: len(mine), client] = mine
-            if count:  # the steps of a client without samples show sample 0, at weight 0
-                chosen[len(mine) :, client] = first
-                self.counts[padded // self.size - 1 : len(mine) : padded // self.size, client] -= padded - count
+            steps = orders.reshape(-1, self.size)
+            chosen[: len(steps), client] = steps
+            if count:  # a client without samples is given sample 0 in all steps, at weight 0
+                chosen[len(steps) :, client] = first
+                self.counts[padded // self.size - 1 : len(steps) : padded // self.size, client] -= padded - count
         self.chosen = torch.from_numpy(chosen).to(like.device)
         if self.is_ragged or self.steps_of.min() < self.steps:
             weights = (np.arange(self.size) < self.counts[:, :, None]) / self.counts[:, :, None]
@@ -332,15 +348,31 @@ class Plan:
             self.active = torch.ones((1, len(sizes)), dtype=torch.bool, device=like.device).expand(self.steps, -1)
 
     def batches(self, x: torch.Tensor, y: torch.Tensor, training: Training) -> "Iterator[Batch]":
-        """Yields what all clients see in each step; gathered for many steps at once, as one large copy is faster."""
+        """Yields what all clients see in each step.
+
+        Samples are gathered for many steps at once, because one large copy is faster than many small ones.
+
+        Parameters
+        ----------
+        x, y : torch.Tensor
+            The data of all clients, one client after another.
+        training : Training
+            Its `every` decides in which steps updates are projected.
+
+        Yields
+        ------
+        tuple of torch.Tensor
+            x [client, sample, ...], labels and weights [client, sample], bool [client] who has a batch, bool [client]
+            whose update is projected, and the dropout masks.
+        """
         block = max(1, BLOCK_SIZE // (len(self.steps_of) * self.size * max(1, x[0].numel())))
         for first in range(0, self.steps, block):
             chosen = self.chosen[first : first + block]
             shape, places = chosen.shape, chosen.flatten()
             xs, ys = (data.index_select(0, places).view(*shape, *data.shape[1:]) for data in (x, y))
             for number in range(first, first + len(chosen)):
-                now = (xs[number - first], ys[number - first], self.weights[number], self.active[number])
-                yield *now, self._projects(number, training), self._masks(number)
+                batch = (xs[number - first], ys[number - first], self.weights[number], self.active[number])
+                yield *batch, self._projects(number, training), self._masks(number)
 
     def _projects(self, number: int, training: Training) -> torch.Tensor:
         if training.project is None:
@@ -359,17 +391,23 @@ class Plan:
 
 
 def unstackable(model: nn.Module) -> str:
-    """Returns why a model cannot be stacked, "" where it can."""
+    """Returns why a model cannot be stacked, "" if it can.
+
+    Examples
+    --------
+    >>> unstackable(torch.nn.GRU(3, 2))
+    'torch cannot map recurrent layers over clients'
+    """
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         return "torch cannot map recurrent layers over clients"
     return ""
 
 
 def has_convolutions(model: nn.Module) -> bool:
-    """Returns whether any module is a convolution."""
+    """Returns whether a model has convolutions."""
     return any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Returns whether any module is a batch norm."""
+    """Returns whether a model has batch normalization."""
     return any(isinstance(module, nn.modules.batchnorm._NormBase) for module in model.modules())
