@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import HDBSCAN
 
@@ -120,6 +120,7 @@ def test_rlr_is_its_definition(clients, seed, threshold):
 
 @settings(deadline=None)
 @given(st.integers(1, 13), st.integers(0, 9_999), st.sampled_from([None, 0.5, 2.0, 1e9]))
+@example(4, 613, 0.5)  # a buffer whose mean is 1.5
 def test_norm_clipping_is_its_definition(clients, seed, bound):
     x = drawn(clients, seed).astype(float)
     norms = np.array([np.sqrt(sum(row**2)) for row in x])

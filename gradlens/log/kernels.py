@@ -99,7 +99,9 @@ def weighted_mean(
     with np.errstate(all="ignore"), one_blas_thread(len(rows) * size):
         for start, numbers in _float64(columns, rows, size, len(rows)):
             mean = weights @ numbers / total
-            out[start : start + len(mean)] = np.rint(mean) if np.issubdtype(out.dtype, np.integer) else mean
+            if np.issubdtype(out.dtype, np.integer):
+                mean = np.rint(mean.round(6))  # 1.5, or the last digit below it, become the same integer
+            out[start : start + len(mean)] = mean
     return out
 
 
