@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Executor, Future, as_completed
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, as_completed
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -238,6 +238,8 @@ def _do(jobs: Sequence[Job], executor: Executor | None, name: str, progress: boo
         try:
             for future in as_completed(futures):
                 _counted(bar, future.result())
+        except BrokenExecutor:  # the pool is setting this on all of them, and must not meet a cancelled one
+            raise
         except BaseException:
             for future in futures:
                 future.cancel()
