@@ -1,8 +1,11 @@
-"""A small made-up log to try things on; every example of the documentation starts from it."""
+"""A small made-up log to try things on, and its recording; the examples of the documentation start from them."""
+
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from gradlens.log import ModelSpec, Round, UpdateLog
+from gradlens.log import LogWriter, ModelSpec, Round, UpdateLog
 
 SHAPES = {"fc1.weight": (8, 16), "fc1.bias": (8,), "fc2.weight": (4, 8), "fc2.bias": (4,)}
 SOURCE, TARGET = 3, 1  # the labels between which the attackers flip
@@ -59,3 +62,42 @@ def example_log(rounds: int = 4, num_clients: int = 10, num_malicious: int = 1, 
         log = log.append(Round(index, clients, np.full(num_clients, 100), updates, model))
         model = {name: model[name] + updates[name].mean(axis=0) for name in SHAPES}
     return log
+
+
+def example_run(
+    folder: Path | str, rounds: int = 4, num_clients: int = 10, num_malicious: int = 1, seed: int = 0
+) -> Path:
+    """Records the log of `example_log` with its ground truth, and closes the run.
+
+    Parameters
+    ----------
+    folder : Path or str
+        The folder of the run, which must not exist.
+    rounds, num_clients, num_malicious, seed
+        As for `example_log`.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Examples
+    --------
+    >>> import tempfile, gradlens
+    >>> from gradlens.examples import example_run
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = gradlens.open(example_run(f"{folder}/run"))
+    ...     print(len(run.log), run.truth["poisoned"].sum())
+    4 4
+    """
+    log = example_log(rounds, num_clients, num_malicious, seed)
+    rows = [(round_.index, str(client)) for round_ in log for client in round_.clients]
+    truth = pd.DataFrame(rows, columns=["round", "client"])
+    last = {f"client-{number}" for number in range(num_clients - num_malicious, num_clients)}
+    truth["compromised"] = truth["poisoned"] = truth["client"].isin(last)
+    with LogWriter.create(folder, log.model, log[0].global_model) as writer:
+        for round_ in log:
+            mean = {name: update.mean(axis=0) for name, update in round_.updates.items()}
+            writer.commit(round_, {name: round_.global_model[name] + mean[name] for name in mean})
+        writer.add_truth(truth)
+    return Path(folder)

@@ -34,6 +34,15 @@ class Replay:
         Of a filter, the rows that a live one writes (`Run.verdicts`); empty for a rule.
     state : Mapping of str to ndarray
         The global model after the last round, layer -> array.
+
+    Examples
+    --------
+    >>> import tempfile, gradlens
+    >>> from gradlens.examples import example_run
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = replay(gradlens.open(example_run(f"{folder}/run")), gradlens.AGGREGATORS["median"]())
+    >>> result.rounds["clients"].tolist(), len(result.decisions)
+    ([10, 10, 10, 10], 0)
     """
 
     rounds: pd.DataFrame

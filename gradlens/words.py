@@ -14,7 +14,19 @@ SHORT = {
 
 
 def plain(name: Any, most: int = 24) -> str:
-    """A name from outside, safe to draw: printable ASCII, other characters as escapes, the middle of long ones cut."""
+    """A name from outside, safe to draw: printable ASCII, other characters as escapes, the middle of long ones cut.
+
+    Parameters
+    ----------
+    name : Any
+    most : int, default 24
+        Number of characters from which it is cut.
+
+    Examples
+    --------
+    >>> plain("client-\\u2028")
+    'client-\\\\u2028'
+    """
     text = str(name).encode("ascii", "backslashreplace").decode()
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2 - 3) :]}"
@@ -23,7 +35,16 @@ def plain(name: Any, most: int = 24) -> str:
 def conditions(settings: Sequence[Mapping[Any, Any]]) -> list[str]:
     """A short line per condition, "trigger, 2 malicious, lr 0.1", of its varied settings; unset ones are left out.
 
-    The settings of a component, as in "trigger(size=3)", are left out where its name alone tells it apart.
+    Parameters
+    ----------
+    settings : sequence of Mapping
+        For each condition, the name and value of every varied setting. The settings of a component, as in
+        "trigger(size=3)", are left out where its name alone tells it apart.
+
+    Examples
+    --------
+    >>> conditions([{"attack": "trigger(size=3)", "num_malicious": 2}, {"attack": "none", "num_malicious": 0}])
+    ['trigger, 2 malicious', '0 malicious']
     """
     names = list(dict.fromkeys(name for row in settings for name in row))
     columns = {name: _short_values([row.get(name) for row in settings]) for name in names}
@@ -32,7 +53,20 @@ def conditions(settings: Sequence[Mapping[Any, Any]]) -> list[str]:
 
 
 def phrase(name: Any, value: Any) -> str:
-    """One setting in words, "lr 0.1"; "" for none."""
+    """One setting in words; "" for one that is not set.
+
+    Parameters
+    ----------
+    name : Any
+        The setting's name.
+    value : Any
+        Its value.
+
+    Examples
+    --------
+    >>> phrase("learning_rate", 0.1), phrase("aggregator", None)
+    ('lr 0.1', '')
+    """
     if value is None or value in ("", "none") or (isinstance(value, float) and np.isnan(value)):
         return ""
     text = f"{value:g}" if isinstance(value, int | float | np.number) else plain(value, 60)
@@ -45,17 +79,52 @@ def _short_values(values: Sequence[Any]) -> list[Any]:
 
 
 def count(number: int, what: str) -> str:
-    """ "1 seed", "3 seeds"."""
+    """A number of things, with an s where there is not just one.
+
+    Parameters
+    ----------
+    number : int
+    what : str
+        One of them.
+
+    Examples
+    --------
+    >>> count(1, "seed"), count(3, "seed")
+    ('1 seed', '3 seeds')
+    """
     return f"{number} {what}" + ("s" if number != 1 else "")
 
 
 def percent(share: float) -> str:
-    """A share as a percentage with the digits that matter: 0.4 %, 12 %."""
+    """A share as a percentage with the digits that matter.
+
+    Parameters
+    ----------
+    share : float
+        From 0 to 1.
+
+    Examples
+    --------
+    >>> percent(0.004).replace("\N{NO-BREAK SPACE}", " "), percent(0.12).replace("\N{NO-BREAK SPACE}", " ")
+    ('0.4 %', '12 %')
+    """
     value = round(100 * share, 1)
     digits = 0 if value >= 10 or value == round(value) else 1
     return f"{value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def with_interval(value: float, low: float, high: float) -> str:
-    """A figure with its interval, "0.97 [0.93, 1.00]"; without one where there is a single seed."""
+    """A figure with its interval, or without one where there is a single seed.
+
+    Parameters
+    ----------
+    value : float
+    low, high : float
+        Ends of the interval; NaN where there is none.
+
+    Examples
+    --------
+    >>> with_interval(0.97, 0.93, 1.0).replace("\N{NO-BREAK SPACE}", " "), with_interval(0.97, np.nan, np.nan)
+    ('0.97 [0.93, 1.00]', '0.97')
+    """
     return f"{value:.2f}" if np.isnan(low) else f"{value:.2f} [{low:.2f},\N{NO-BREAK SPACE}{high:.2f}]"

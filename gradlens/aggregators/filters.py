@@ -226,7 +226,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class FilteredAggregator:
-    """A rule behind a detector, as `filtered` builds it; the attributes are its settings.
+    """A rule behind a detector, as `filtered` builds it.
+
+    Parameters
+    ----------
+    aggregate, detector, action, ...
+        The settings of `filtered`.
 
     Examples
     --------

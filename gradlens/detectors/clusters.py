@@ -347,7 +347,16 @@ def _rflbat(log: UpdateLog, eps1: float, eps2: float, most_clusters: int, sample
 
 
 def principal_plane(gram: np.ndarray) -> np.ndarray:
-    """Coordinates along the second and the first principal component, from inner products: -> float64 [client, 2].
+    """Coordinates of clients along the second and the first principal component.
+
+    Parameters
+    ----------
+    gram : ndarray, float64 [client, client]
+        Inner products of the clients' vectors.
+
+    Returns
+    -------
+    ndarray, float64 [client, 2]
 
     Examples
     --------

@@ -362,6 +362,14 @@ def verdict_on(round_: Round, scores: np.ndarray, threshold: float, **fields: An
         Clients above it are flagged.
     **fields
         The other fields of the `Verdict`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gradlens.examples import example_log
+    >>> round_ = example_log()[-1]
+    >>> verdict_on(round_, np.arange(len(round_)), threshold=8.5).flags.sum().item()
+    1
     """
     refused = sorted(round_.refused)
     clients = np.concatenate([round_.clients, np.array(refused, dtype=np.str_)])

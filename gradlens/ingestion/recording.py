@@ -38,6 +38,16 @@ class Ingested:
         A line for each assumption, such as an estimated global model, and for what was left out or converted.
     faults : tuple of str
         A line for each client that was refused in a round, or sent numbers that are not finite.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     for client in "abc":
+    ...         np.savez(f"{folder}/round_0_client_{client}.npz", weight=np.ones((2, 2)))
+    ...     ingested = ingest(folder, f"{folder}/run")
+    >>> ingested.run.is_closed, len(ingested.faults)
+    (True, 0)
     """
 
     run: Run

@@ -24,7 +24,7 @@ LARGEST_HEAD = 1_000  # bytes of the file `closed`
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes
     ----------
@@ -40,6 +40,15 @@ class Verification:
         What is wrong; empty if the evidence is what was committed.
     after_head : str
         What was committed after the head that was noted elsewhere, "" if nothing.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from gradlens.examples import example_run
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     verification = verify(example_run(f"{folder}/run"))
+    >>> verification.rounds, verification.closed, verification.intact
+    (4, True, True)
     """
 
     head: str
@@ -71,6 +80,17 @@ def verify(folder: Path, head: str | None = None) -> Verification:
     ------
     InputError
         Where there is no run.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from gradlens.examples import example_run
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = example_run(f"{folder}/run")
+    ...     (run / "updates" / "round-000002.arrow").unlink()
+    ...     faults = verify(run).faults
+    >>> len(faults)
+    1
     """
     listed = _listed(folder)
     sealed, seal_faults = _seal(folder)

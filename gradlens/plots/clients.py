@@ -52,10 +52,6 @@ def plot_final_bias(
         With at most 40 clients. Its title says whether the malicious clients stand out (AUC of the robust z-score), or
         without ground truth which client deviates most. It is empty, with the reason, if the statistic abstains.
 
-    See Also
-    --------
-    gradlens.statistics.final_bias : The statistic that is drawn.
-
     Examples
     --------
     >>> from matplotlib.figure import Figure

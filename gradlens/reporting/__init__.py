@@ -55,6 +55,17 @@ def report(
     InputError
         If the source is no run or sweep, a run has no round, a sweep has no closed attacked run with its control, or
         the path cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from gradlens import DETECTORS
+    >>> from gradlens.examples import example_run
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = example_run(f"{folder}/run")
+    ...     page = report(run, f"{folder}/report.html", detectors={"krum": DETECTORS["krum"]()}, permutations=19)
+    ...     page.read_text()[:15]
+    '<!doctype html>'
     """
     from gradlens.reporting import document, page  # plots take long to import, and memory that a server does without
 

@@ -138,7 +138,24 @@ def build_attack(parts: Mapping[str, Mapping[str, Any]]) -> Attack:
 
 
 def build_part(name: str, settings: Mapping[str, Any]) -> Attack:
-    """Builds one part of an attack; raises InputError where there is no such part, or what it names builds none."""
+    """Builds one part of an attack.
+
+    Parameters
+    ----------
+    name : str
+        A name of `ATTACKS`, of an installed package, or `module:function`.
+    settings : Mapping of str to object
+
+    Raises
+    ------
+    InputError
+        If there is no such part, a setting is wrong, or what it names builds no attack.
+
+    Examples
+    --------
+    >>> build_part("scaling", {"factor": 3.0})
+    scaling(factor=3.0)
+    """
     builder = named("attacks", ATTACKS, name)
     attack = builder(**settings)
     if not isinstance(attack, Attack):
@@ -147,7 +164,18 @@ def build_part(name: str, settings: Mapping[str, Any]) -> Attack:
 
 
 def in_order(parts: Mapping[str, Attack]) -> list[str]:
-    """Returns the names of parts in the order in which they are applied."""
+    """Returns the names of parts in the order in which they are applied: data, training, sending.
+
+    Parameters
+    ----------
+    parts : Mapping of str to object
+        The parts by name.
+
+    Examples
+    --------
+    >>> in_order({"scaling": {}, "trigger": {}})
+    ['trigger', 'scaling']
+    """
     names = list(ATTACKS)
     ends = {stage: names.index(first) for stage, first in NEXT_STAGE.items()}
 

@@ -316,6 +316,11 @@ class Attack:
 def attack_part(builder: Callable[Settings, Attack]) -> Callable[Settings, Attack]:
     """Decorates the builder of an attack: settings are checked strictly, and the attack prints as the call.
 
+    Parameters
+    ----------
+    builder : callable
+        (settings) -> Attack.
+
     Examples
     --------
     >>> @attack_part

@@ -27,11 +27,23 @@ def compose_all(attacks: list[Attack]) -> Attack:
 def compose(first: Attack, second: Attack) -> Attack:
     """Returns both attacks at once: stamped by the first, then by the second; the second changes what the first sends.
 
+    Parameters
+    ----------
+    first, second : Attack
+        In the order in which they are applied (`in_order`).
+
     Raises
     ------
     InputError
         If both poison data and want different labels, or one of them brings its own samples; or if both set the same
         setting of local training.
+
+    Examples
+    --------
+    >>> from simulations.attacks import build_part
+    >>> attack = compose(build_part("trigger", {}), build_part("scaling", {"factor": 3.0}))
+    >>> attack.poisons, attack.send is None
+    (True, False)
     """
     if first.poisons and second.poisons:
         _check_data(first, second)

@@ -23,12 +23,27 @@ _THREADS: list[int] = []  # one entry per run in progress: the number of torch t
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the model's tensors (not copies), parameters and buffers, layer -> tensor, in the model's order."""
+    """Returns the model's tensors (not copies), parameters and buffers, layer -> tensor, in the model's order.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Examples
+    --------
+    >>> import torch
+    >>> list(tensors(torch.nn.Linear(3, 2)))
+    ['weight', 'bias']
+    """
     return dict(model.state_dict(keep_vars=True))
 
 
 def buffers(model: nn.Module) -> list[str]:
     """Returns the names of the model's buffers, list of str.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
 
     Examples
     --------
@@ -48,6 +63,10 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def state_of(model: nn.Module) -> dict[str, np.ndarray]:
     """Returns a copy of the model's parameters and buffers, layer -> array.
 
+    Parameters
+    ----------
+    model : torch.nn.Module
+
     Examples
     --------
     >>> import torch
@@ -58,7 +77,22 @@ def state_of(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def load_state(model: nn.Module, state: State) -> None:
-    """Copies a state, layer -> array, into the model; they share no memory afterwards."""
+    """Copies a state into the model; they share no memory afterwards.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    state : Mapping of str to ndarray
+        Layer -> array.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 1)
+    >>> load_state(model, {"weight": np.ones((1, 1)), "bias": np.zeros(1)})
+    >>> model(torch.tensor([[3.0]])).item()
+    3.0
+    """
     with torch.no_grad():
         for name, tensor in tensors(model).items():
             tensor.copy_(torch.tensor(state[name]))
@@ -80,6 +114,12 @@ def outputs(model: nn.Module, x: torch.Tensor, batch_size: int = 1_000) -> Itera
     ------
     torch.Tensor
         Outputs of a batch [sample, ...], on the CPU.
+
+    Examples
+    --------
+    >>> import torch
+    >>> [batch.shape[0] for batch in outputs(torch.nn.Identity(), torch.zeros(5, 2), batch_size=3)]
+    [3, 2]
     """
     device = next(model.parameters(), torch.empty(0)).device
     model.eval()
@@ -90,6 +130,13 @@ def outputs(model: nn.Module, x: torch.Tensor, batch_size: int = 1_000) -> Itera
 
 def predict(model: nn.Module, x: torch.Tensor, batch_size: int = 1_000) -> np.ndarray:
     """Returns the most likely class of each sample, int64 [sample].
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    x : torch.Tensor
+        Samples [sample, ...].
+    batch_size : int, default 1000
 
     Examples
     --------
