@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom
+from scipy.stats import binom, sem
+from scipy.stats import t as student
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 import planted
@@ -16,6 +17,7 @@ from gradlens.evaluation import (
     bootstrap,
     detection_times,
     evaluate,
+    mean_interval,
     per_client,
     roc_points,
     rounds_to_detection,
@@ -222,13 +224,61 @@ def test_a_seed_without_both_kinds_is_left_out():
     assert figure(scores, "fpr")["seeds"] == 3
 
 
-def test_bootstrap_against_the_exact_distribution():
-    """The mean of n resampled zeros and ones is binomial: n = 40, half of them ones."""
-    low, high = bootstrap(np.repeat([0.0, 1.0], 20))
-    assert low == pytest.approx(binom.ppf(0.025, 40, 0.5) / 40, abs=0.013)
-    assert high == pytest.approx(binom.ppf(0.975, 40, 0.5) / 40, abs=0.013)
-    assert bootstrap(np.repeat([0.0, 1.0], 20)) == (low, high)
-    assert bootstrap(np.full(5, 0.3)) == pytest.approx((0.3, 0.3))
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=10))
+def test_interval_of_a_mean_against_scipy(values):
+    low, high = mean_interval(np.array(values))
+    if np.ptp(values) < 1e-6:
+        assert (low, high) == pytest.approx((values[0], values[0]), abs=1e-4)
+        return
+    assert (low, high) == pytest.approx(student.interval(0.95, len(values) - 1, np.mean(values), sem(values)))
+    cut = mean_interval(np.array(values), 0, 1)
+    assert cut == (max(low, 0), min(high, 1))
+    assert cut[0] <= np.mean(values) <= cut[1]
+
+
+def test_interval_of_two_seeds_by_hand():
+    """Mean 0.5, standard error 0.1, and 12.706 is the quantile of one degree of freedom."""
+    assert mean_interval(np.array([0.4, 0.6])) == pytest.approx((0.5 - 1.2706, 0.5 + 1.2706), abs=1e-4)
+    assert mean_interval(np.array([0.4, 0.6]), 0, 1) == (0, 1)
+    assert np.isnan(mean_interval(np.array([0.4]), 0, 1)).all()
+    assert np.isnan(mean_interval(np.array([np.nan, 0.4, 0.6]), 0, 1)).all()
+
+
+def covered(drawn, mean):
+    """The share of rows [repetition, seed] whose interval holds the mean."""
+    ends = np.array([mean_interval(values, 0, 1) for values in drawn])
+    return np.mean((ends[:, 0] <= mean) & (mean <= ends[:, 1]))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 8])
+def test_intervals_of_normal_figures_cover_what_they_say(seeds):
+    drawn = np.random.default_rng(0).normal(0.5, 0.1, (2_000, seeds))
+    assert covered(drawn, 0.5) == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize(("seeds", "crowded", "mostly_equal"), [(2, 92, 18), (3, 90, 27), (5, 90, 41), (8, 91, 57)])
+def test_intervals_of_figures_near_their_end_cover_what_the_documentation_says(seeds, crowded, mostly_equal):
+    rng = np.random.default_rng(0)
+    assert covered(rng.beta(9, 1, (2_000, seeds)), 0.9) == pytest.approx(crowded / 100, abs=0.025)
+    two_values = np.where(rng.random((2_000, seeds)) < 0.9, 1.0, 0.5)
+    assert covered(two_values, 0.95) == pytest.approx(mostly_equal / 100, abs=0.035)
+
+
+def test_the_evaluation_covers_the_mean_of_other_seeds():
+    """A benign update at 0 and ten malicious ones, above it with a chance that varies from seed to seed."""
+    rng, hits = np.random.default_rng(1), []
+    for _ in range(200):
+        chances = rng.uniform(0.4, 0.8, 3)
+        scores = [table([0], np.where(rng.random(10) < chance, 1, -1), seed=i) for i, chance in enumerate(chances)]
+        found = figure(pd.concat(scores), "auc")
+        hits.append(found["low"] <= 0.6 <= found["high"])
+    assert np.mean(hits) > 0.9
+
+
+def test_the_old_name_of_the_interval_warns():
+    with pytest.warns(DeprecationWarning, match="bootstrap is now mean_interval"):
+        assert bootstrap(np.array([0.3, 0.3])) == (0.3, 0.3)
 
 
 def test_groups_keep_their_order_and_their_figures():

@@ -231,7 +231,7 @@ def test_the_attack_table_holds_the_outcomes(made):
         (0.6, 0.4, "worked"),
         (0.5, np.nan, "worked"),
         (0.3, 0.1, "worked in part"),
-        (0.3, -0.01, "failed"),
+        (0.3, -0.01, "uncertain"),
         (0.09, 0.05, "failed"),
         (np.nan, np.nan, "not measured"),
     ],

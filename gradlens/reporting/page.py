@@ -70,7 +70,7 @@ WORDS = [
     ),
     (
         "[low, high]",
-        "95 % interval: the figure is computed in every seed and the seeds are resampled (bootstrap). "
+        "95 % interval: the figure is computed in every seed, and its mean over seeds has this interval (Student's t). "
         "A single seed has none. Where layers are compared the rounds of each run are resampled, too; for a single run "
         "they alone. ≥ and ≤ mark figures that the number of updates only bounds.",
     ),
