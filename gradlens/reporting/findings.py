@@ -225,10 +225,16 @@ def when(a: Analysis, chosen: Mapping[str, Any]) -> Block:
     of_run = part[part["run"].eq(chosen["run"])]
     caught = of_run[of_run["malicious"] & of_run["flag"].astype(bool)]
     sentence = f"In run {chosen['run']} the attack begins in round {first}; {name} "
+    benign = of_run[~of_run["client"].isin(list(poisoners(run)))]
     if len(caught):
-        sentence += f"first flags a malicious client in round {caught['round'].min()}"
+        until = caught["round"].min()
+        benign = benign[benign["round"] <= until]
+        sentence += f"first flags a malicious client in round {until}"
     else:
         sentence += "never flags a malicious client"
+    accused, watched = (part["client"].nunique() for part in (benign[benign["flag"].astype(bool)], benign))
+    by_then = "it has flagged by then" if len(caught) else "it flags"
+    sentence += f"; of {count(watched, 'benign client')} {by_then} {accused}, counted since the attack began"
     phases = evaluate(part, by=["phase"])
     aucs = {row.phase: row for row in rows_of(phases[phases["metric"].eq("auc")])}
     if len(aucs) == 2:
