@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.sparse.csgraph import connected_components
 
 from gradlens.errors import CannotSay, InputError
-from gradlens.evaluation import bootstrap
+from gradlens.evaluation import mean_interval
 from gradlens.geometry import ROUNDING, TIE, cosines, ratio
 from gradlens.log import Round, UpdateLog
 from gradlens.scorers import robustly_scaled
@@ -339,7 +339,7 @@ def attribution_accuracy(suspected: pd.DataFrame, by: Sequence[str] = ()) -> pd.
     -------
     DataFrame
         ``*by``, label ("target", "source"), value (the accuracy per seed, averaged over seeds), low, high (95 %
-        bootstrap interval over seeds, NaN for one), seeds, clients (rows that were judged).
+        interval over seeds, NaN for one), seeds, clients (rows that were judged).
 
     Raises
     ------
@@ -366,7 +366,7 @@ def attribution_accuracy(suspected: pd.DataFrame, by: Sequence[str] = ()) -> pd.
             right = labelled.groupby(seeds, sort=False)[f"{label}_is_right"]
             values = right.mean().to_numpy(np.float64)
             row = dict(zip(by, key, strict=True)) | {"label": label, "value": values.mean() if len(values) else np.nan}
-            row |= dict(zip(("low", "high"), bootstrap(values), strict=True))
+            row |= dict(zip(("low", "high"), mean_interval(values, 0, 1), strict=True))
             rows.append(row | {"seeds": len(values), "clients": len(labelled)})
     return pd.DataFrame(rows, columns=[*by, "label", "value", "low", "high", "seeds", "clients"])
 

@@ -1,11 +1,14 @@
 """Evaluation against hand-counted answers, naive loops and scikit-learn."""
 
+from itertools import combinations
+
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom
+from scipy.stats import binom, sem
+from scipy.stats import t as student
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 import planted
@@ -14,8 +17,10 @@ from gradlens.errors import InputError
 from gradlens.evaluation import (
     average_precision,
     bootstrap,
+    detection,
     detection_times,
     evaluate,
+    mean_interval,
     per_client,
     roc_points,
     rounds_to_detection,
@@ -222,13 +227,61 @@ def test_a_seed_without_both_kinds_is_left_out():
     assert figure(scores, "fpr")["seeds"] == 3
 
 
-def test_bootstrap_against_the_exact_distribution():
-    """The mean of n resampled zeros and ones is binomial: n = 40, half of them ones."""
-    low, high = bootstrap(np.repeat([0.0, 1.0], 20))
-    assert low == pytest.approx(binom.ppf(0.025, 40, 0.5) / 40, abs=0.013)
-    assert high == pytest.approx(binom.ppf(0.975, 40, 0.5) / 40, abs=0.013)
-    assert bootstrap(np.repeat([0.0, 1.0], 20)) == (low, high)
-    assert bootstrap(np.full(5, 0.3)) == pytest.approx((0.3, 0.3))
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=10))
+def test_interval_of_a_mean_against_scipy(values):
+    low, high = mean_interval(np.array(values))
+    if np.ptp(values) < 1e-6:
+        assert (low, high) == pytest.approx((values[0], values[0]), abs=1e-4)
+        return
+    assert (low, high) == pytest.approx(student.interval(0.95, len(values) - 1, np.mean(values), sem(values)))
+    cut = mean_interval(np.array(values), 0, 1)
+    assert cut == (max(low, 0), min(high, 1))
+    assert cut[0] <= np.mean(values) <= cut[1]
+
+
+def test_interval_of_two_seeds_by_hand():
+    """Mean 0.5, standard error 0.1, and 12.706 is the quantile of one degree of freedom."""
+    assert mean_interval(np.array([0.4, 0.6])) == pytest.approx((0.5 - 1.2706, 0.5 + 1.2706), abs=1e-4)
+    assert mean_interval(np.array([0.4, 0.6]), 0, 1) == (0, 1)
+    assert np.isnan(mean_interval(np.array([0.4]), 0, 1)).all()
+    assert np.isnan(mean_interval(np.array([np.nan, 0.4, 0.6]), 0, 1)).all()
+
+
+def covered(drawn, mean):
+    """The share of rows [repetition, seed] whose interval holds the mean."""
+    ends = np.array([mean_interval(values, 0, 1) for values in drawn])
+    return np.mean((ends[:, 0] <= mean) & (mean <= ends[:, 1]))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 8])
+def test_intervals_of_normal_figures_cover_what_they_say(seeds):
+    drawn = np.random.default_rng(0).normal(0.5, 0.1, (2_000, seeds))
+    assert covered(drawn, 0.5) == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize(("seeds", "crowded", "mostly_equal"), [(2, 92, 18), (3, 90, 27), (5, 90, 41), (8, 91, 57)])
+def test_intervals_of_figures_near_their_end_cover_what_the_documentation_says(seeds, crowded, mostly_equal):
+    rng = np.random.default_rng(0)
+    assert covered(rng.beta(9, 1, (2_000, seeds)), 0.9) == pytest.approx(crowded / 100, abs=0.025)
+    two_values = np.where(rng.random((2_000, seeds)) < 0.9, 1.0, 0.5)
+    assert covered(two_values, 0.95) == pytest.approx(mostly_equal / 100, abs=0.035)
+
+
+def test_the_evaluation_covers_the_mean_of_other_seeds():
+    """A benign update at 0 and ten malicious ones, above it with a chance that varies from seed to seed."""
+    rng, hits = np.random.default_rng(1), []
+    for _ in range(200):
+        chances = rng.uniform(0.4, 0.8, 3)
+        scores = [table([0], np.where(rng.random(10) < chance, 1, -1), seed=i) for i, chance in enumerate(chances)]
+        found = figure(pd.concat(scores), "auc")
+        hits.append(found["low"] <= 0.6 <= found["high"])
+    assert np.mean(hits) > 0.9
+
+
+def test_the_old_name_of_the_interval_warns():
+    with pytest.warns(DeprecationWarning, match="bootstrap is now mean_interval"):
+        assert bootstrap(np.array([0.3, 0.3])) == (0.3, 0.3)
 
 
 def test_groups_keep_their_order_and_their_figures():
@@ -481,12 +534,74 @@ def test_detection_is_summed_up_over_seeds():
     quick, never = ([("a", r, 0.0, r == when, True, "") for r in range(5)] for when in (1, 9))
     parts = [over_rounds(quick, seed=0), over_rounds(quick, seed=1), over_rounds(never, seed=2)]
     found = rounds_to_detection(pd.concat(parts))
-    assert found.columns.tolist() == ["detector", "detected", "low", "high", "median", "cases", "seeds"]
+    columns = ["detected", "low", "high", "median", "benign_detected", "benign_median", "cases", "seeds"]
+    assert found.columns.tolist() == ["detector", *columns]
+    assert found[["benign_detected", "benign_median"]].isna().all(axis=None)  # there is nobody else
     assert found[["detected", "median", "cases", "seeds"]].to_numpy().tolist() == [[pytest.approx(2 / 3), 1, 3, 3]]
     assert found["low"][0] < 2 / 3 < found["high"][0]
     assert rounds_to_detection(pd.concat([parts[0], parts[2], over_rounds(never, seed=3)]))["median"][0] == INF
     two = pd.concat([parts[0].assign(attack="x"), parts[2].assign(attack="y")])
     assert rounds_to_detection(two, by=["attack"])["detected"].tolist() == [1, 0]
+
+
+WATCHED = [  # a poisons from 2 to 4 and is flagged at 4, b from 3 and never is; of the benign, c is flagged at 1 and 3
+    *[("a", r, 0.0, r == 4, r >= 2, "") for r in range(5)],
+    *[("b", r, 0.0, False, r >= 3, "") for r in range(5)],
+    *[("c", r, 0.0, r in (1, 3), False, "") for r in range(5)],
+    *[("d", r, 0.0, r == 4, False, "no" if r == 4 else "") for r in range(5)],
+    *[("e", r, 0.0, r == 4, False, "") for r in (0, 1, 3, 4)],
+    *[("f", r, 0.0, False, False, "") for r in (0, 1)],
+]
+
+
+def test_benign_clients_in_the_attackers_place_by_hand():
+    """From 2 on c is flagged after 1 round, d where it abstains, e after 1 of its own; from 3 on c at once, e after 1.
+
+    f is not there any more.
+    """
+    scores = over_rounds(WATCHED, seed=0).assign(compromised=lambda table: table["client"].isin(["a", "b"]))
+    each = rounds_to_detection(scores, per="client").iloc[0]
+    assert each[["detected", "median", "cases"]].tolist() == [0.5, 2, 2]
+    assert (each["benign_detected"], each["benign_median"]) == (pytest.approx(2 / 3), 1)
+    run = rounds_to_detection(scores).iloc[0]  # two of c, d, e: each of the three pairs holds c or e
+    assert run[["detected", "median", "benign_detected", "benign_median"]].tolist() == [1, 2, 1, 1]
+    calm = scores.assign(flag=False)
+    assert rounds_to_detection(calm)[["benign_detected", "benign_median"]].to_numpy().tolist() == [[0, INF]]
+
+
+@pytest.mark.parametrize("per", ["run", "client"])
+def test_a_coin_finds_benign_clients_as_often_as_attackers(per):
+    """Flags of 5 % of all updates at random, 16 rounds, 4 of 20 clients malicious."""
+    rng, parts = np.random.default_rng(0), []
+    for seed in range(400):
+        flags = rng.random((16, 20)) < 0.05
+        rows = [(f"c{i:02d}", r, 0.0, bool(flags[r, i]), i < 4, "") for r in range(16) for i in range(20)]
+        parts.append(over_rounds(rows, seed=seed))
+    found = rounds_to_detection(pd.concat(parts), per=per).iloc[0]
+    exact = 1 - 0.95 ** (16 * (4 if per == "run" else 1))  # 96 % and 56 %
+    assert found["detected"] == pytest.approx(exact, abs=0.03)
+    assert found["benign_detected"] == pytest.approx(exact, abs=0.03)
+    median = np.ceil(np.log(0.5) / np.log(0.95) / (4 if per == "run" else 1)) - 1
+    assert abs(found["median"] - median) <= 1
+    assert abs(found["benign_median"] - median) <= 1
+
+
+def test_benign_clients_are_those_of_the_same_run():
+    """In the run of x nobody benign is flagged, in that of y everybody at once; a condition may have no name."""
+    quiet = [(c, r, 0.0, False, c == "a", "") for r in range(3) for c in "abc"]
+    loud = [(c, r, 0.0, True, c == "a", "") for r in range(3) for c in "abc"]
+    scores = pd.concat([over_rounds(quiet, attack="x", seed=0), over_rounds(loud, attack=None, seed=0)])
+    found = rounds_to_detection(scores, by=["attack"])
+    assert found[["benign_detected", "benign_median"]].to_numpy().tolist() == [[0, INF], [1, 0]]
+    assert rounds_to_detection(scores.assign(seed=scores["attack"].eq("x")))["benign_detected"].tolist() == [0.5]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 6) | st.just(INF), min_size=1, max_size=7), st.integers(1, 4))
+def test_the_chance_of_clients_drawn_is_that_of_every_choice(waiting, drawn):
+    chances = detection._chance_over_rounds(np.array(waiting, np.float64), drawn, 6)
+    earliest = np.array([min(chosen) for chosen in combinations(waiting, min(drawn, len(waiting)))])
+    np.testing.assert_allclose(chances, [np.mean(earliest <= t) for t in range(7)], atol=1e-12)
 
 
 def test_nothing_attacked_is_nothing_to_detect():

@@ -1,23 +1,34 @@
-"""Localisation against naive loops, exact permutation and planted answers."""
+"""Localization against naive loops, exact permutation and planted answers."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
+from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score
 
 import planted
 from gradlens.detectors import DETECTORS, detect
 from gradlens.errors import CannotSay, InputError
-from gradlens.localization import LOCATED_BY, PHASES, effects, localize, localize_rounds, localize_sweep, unusual
+from gradlens.evaluation import mean_interval
+from gradlens.localization import (
+    LOCATED_BY,
+    PHASES,
+    Unusual,
+    effects,
+    localize,
+    localize_rounds,
+    localize_sweep,
+    unusual,
+)
+from gradlens.localization.client_intervals import client_interval
 from gradlens.log import LogWriter, UpdateLog
 from gradlens.run import Run
 from gradlens.scorers import robust_zscore
@@ -168,58 +179,98 @@ def noisy(seed, rounds=6):
     return mixed, planted.truth_of(log, planted.GROUP)
 
 
-def naive_intervals(runs, resamples=1_000):
-    """Runs drawn with replacement, in each its rounds; every pair of updates compared."""
-    rng, scored = np.random.default_rng(5), []
-    for log, _ in runs:
-        scores = naive_scores(log, final_bias, "fc2.bias", "1")
-        of = {
-            bad: [
-                [v for (r, c), v in scores.items() if r == i and (c in planted.GROUP) == bad] for i in range(len(log))
-            ]
-            for bad in (True, False)
-        }
-        scored.append((np.array(of[True]), np.array(of[False])))
-    means = []
-    for _ in range(resamples):
-        aucs = []
-        for run in rng.integers(len(scored), size=len(scored)):
-            drawn = rng.integers(len(runs[0][0]), size=len(runs[0][0]))
-            bad, good = (kind[drawn].ravel() for kind in scored[run])
-            aucs.append((bad[:, None] > good).mean())
-        means.append(np.mean(aucs))
-    return np.quantile(means, [0.025, 0.975])
+def scored(scores, malicious):
+    """A case of one layer per column, from scores [client, round, layer]; the first clients are malicious."""
+    clients, rounds, layers = scores.shape
+    names = np.array([f"c{i:03d}" for i in range(clients)])
+    seen = Unusual(
+        np.tile(np.arange(rounds), clients),
+        np.repeat(names, rounds),
+        tuple((f"layer{j}", "") for j in range(layers)),
+        scores.reshape(clients * rounds, layers),
+    )
+    labels = {(r, name): int(i < malicious) for i, name in enumerate(names) for r in range(rounds)}
+    return effects.Case({"s": seen}, labels, range(rounds))
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_interval_is_that_of_resampled_runs_and_rounds(seeds):
-    runs = [noisy(seed) for seed in range(seeds)]
+def normal_scores(rng, clients, malicious, shift, layers, rounds=5):
+    """A client's scores lie around a height of its own: half of the variance is the client's, half the round's."""
+    scores = rng.normal(size=(clients, 1, layers)) + rng.normal(size=(clients, rounds, layers))
+    scores[:malicious] += shift
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("malicious", "clients", "shift", "coverage"),
+    [(4, 20, 0, 95), (4, 20, 1, 95), (6, 20, 1, 96), (10, 50, 2, 95), (4, 20, 3, 91), (2, 12, 1, 92), (2, 12, 3, 89)],
+)
+def test_the_interval_of_one_run_covers_what_other_clients_would_show(malicious, clients, shift, coverage):
+    scores = normal_scores(np.random.default_rng(0), clients, malicious, shift, layers=2_000)
+    table = effects.located([scored(scores, malicious)], permutations=0, seed=0)
+    truth = stats.norm.cdf(shift / 2)  # the difference of two updates of different clients has variance 4
+    covered = ((table["low"] <= truth) & (truth <= table["high"])).mean()
+    assert covered == pytest.approx(coverage / 100, abs=0.025)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_interval_over_runs_covers_what_other_runs_would_show(seeds):
+    rng = np.random.default_rng(1)
+    cases = [scored(normal_scores(rng, 20, 4, 1, layers=1_000, rounds=2), 4) for _ in range(seeds)]
+    table = effects.located(cases, permutations=0, seed=0)
+    covered = ((table["low"] <= stats.norm.cdf(0.5)) & (stats.norm.cdf(0.5) <= table["high"])).mean()
+    assert covered == pytest.approx(0.95, abs=0.025)
+
+
+def test_more_rounds_of_the_same_clients_are_no_more_evidence():
+    scores = normal_scores(np.random.default_rng(2), 20, 4, 1, layers=50, rounds=3)
+    once, often = (
+        effects.located([scored(np.tile(scores, (1, times, 1)), 4)], permutations=0, seed=0) for times in (1, 10)
+    )
+    pd.testing.assert_frame_equal(once[["auc", "low", "high"]], often[["auc", "low", "high"]])
+
+
+def delong(malicious, benign):
+    """The variance of the AUC of a score per client, from the placements of each (DeLong et al. 1988)."""
+    wins = (malicious[:, None] > benign) + (malicious[:, None] == benign) / 2
+    parts = wins.mean(axis=1), wins.mean(axis=0)
+    return wins.mean(), [part.var(ddof=1) / len(part) for part in parts]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_one_round_it_is_the_interval_of_delong(seed):
+    scores = np.random.default_rng(seed).integers(0, 8, (14, 1)) + np.r_[[2] * 5, [0] * 9][:, None]
+    auc, variances = delong(scores[:5, 0], scores[5:, 0])
+    free = sum(variances) ** 2 / (variances[0] ** 2 / 4 + variances[1] ** 2 / 8)
+    reach = stats.t.ppf(0.975, free) * np.sqrt(sum(variances)) / (auc * (1 - auc))
+    found = client_interval(scores, np.arange(14) < 5, np.arange(14))
+    assert np.ravel(found) == pytest.approx(expit(logit(auc) + np.array([-reach, reach])))
+
+
+def test_the_variance_is_that_of_resampled_clients():
+    """Many clients with different numbers of updates, where the percentiles of resamples may be believed."""
+    rng, owner = np.random.default_rng(3), np.repeat(np.arange(80), np.random.default_rng(4).integers(1, 6, 80))
+    malicious = owner < 30
+    scores = (rng.normal(size=80)[owner] + rng.normal(size=len(owner)) + malicious)[:, None]
+    rows, aucs = [np.flatnonzero(owner == i) for i in range(80)], []
+    for _ in range(1_000):
+        drawn = np.concatenate([rows[i] for i in [*rng.integers(0, 30, 30), *rng.integers(30, 80, 50)]])
+        aucs.append(roc_auc_score(malicious[drawn], scores[drawn, 0]))
+    low, high = client_interval(scores, malicious, owner)
+    assert (low[0], high[0]) == pytest.approx(tuple(np.quantile(aucs, [0.025, 0.975])), abs=0.02)
+
+
+def test_a_single_client_of_a_kind_has_no_interval():
+    log, truth = planted_run()
+    assert quick([(log, truth)], FIVE)[["low", "high"]].isna().all(axis=None)
+    several = quick([planted_run(seed=s) for s in range(2)], FIVE)
+    assert several[["low", "high"]].notna().all(axis=None)
+
+
+def test_the_interval_over_runs_is_that_of_a_mean_over_seeds():
+    runs = [noisy(seed) for seed in range(3)]
     found = row(quick(runs, {"b": final_bias}), "fc2.bias", "b", "1")
-    low, high = naive_intervals(runs)
-    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.02)
-    assert high - low > 0.1
-    assert found["low"] < found["auc"] < found["high"]
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 4)), min_size=2, max_size=30))
-def test_pairs_won_are_counted_round_by_round_and_a_tie_counts_half(updates):
-    scores, malicious, when = (np.array(each) for each in zip(*updates, strict=True))
-    wins = effects._wins(scores[:, None].astype(float), malicious, when, 5).reshape(5, 5)
-    for first in range(5):
-        for second in range(5):
-            bad, good = scores[malicious & (when == first)], scores[~malicious & (when == second)]
-            assert wins[first, second] == (bad[:, None] > good).sum() + (bad[:, None] == good).sum() / 2
-
-
-def test_one_seed_in_one_round_has_no_interval_and_several_seeds_have():
-    one = quick([noisy(0)], {"b": final_bias}, rounds=[1])
-    assert one[["low", "high"]].isna().all(axis=None)
-    assert (one["seeds"] == 1).all()
-    several = quick([noisy(seed) for seed in range(4)], {"b": final_bias}, rounds=[1])
-    assert (several["low"] <= several["auc"]).all()
-    assert (several["high"] >= several["auc"]).all()
-    assert (several["high"] > several["low"]).any()
+    aucs = [row(quick([run], {"b": final_bias}), "fc2.bias", "b", "1")["auc"] for run in runs]
+    assert (found["low"], found["high"]) == pytest.approx(mean_interval(np.array(aucs), 0, 1))
 
 
 def test_interval_does_not_depend_on_the_statistics_asked_together():
@@ -227,19 +278,6 @@ def test_interval_does_not_depend_on_the_statistics_asked_together():
     alone, together = quick(runs, {"b": final_bias}), quick(runs, {"n": layer_norms, "b": final_bias})
     together = together[together["statistic"] == "b"].reset_index(drop=True)
     pd.testing.assert_frame_equal(alone.drop(columns="p"), together.drop(columns="p"))
-
-
-def test_rounds_beyond_twenty_are_resampled_in_stretches():
-    """Thirty rounds, of which every fourth attacked one counts: an interval that holds the AUC, and no error."""
-    found = row(quick([noisy(0, rounds=30)], {"b": final_bias}), "fc2.bias", "b")
-    assert found["low"] < found["auc"] < found["high"]
-    assert found["high"] - found["low"] < 0.3
-
-
-def test_resamples_without_a_poisoned_update_are_left_out():
-    log = planted.PLANTED["shifted class"].log(5)
-    found = quick([(log, planted.truth_of(log, [planted.CULPRIT], [1]))], {"b": final_bias}, rounds=range(5))
-    assert np.isfinite(found[["low", "high"]]).all(axis=None)
 
 
 # Effects and controls
@@ -380,11 +418,13 @@ def exact_p(log, truth, name, layer):
 def test_p_is_that_of_all_choices_of_clients(seed, layer):
     log = planted.clean_log(3, seed=seed)
     truth = planted.truth_of(log, planted.GROUP)
-    # the final layer has one tested row here, so that Holm's correction changes nothing
+    # one place, so that nothing is adjusted
     name = "layer_norms"
     only = {name: lambda prefix: layer_norms(prefix)[[layer]]}
-    found = row(localize([(log, truth)], only, permutations=4_999), layer, name)["p"]
-    assert found == pytest.approx(exact_p(log, truth, name, layer), abs=4 * np.sqrt(0.25 / 4_999))
+    found = row(localize([(log, truth)], only, permutations=220), layer, name)["p"]
+    assert found == pytest.approx(exact_p(log, truth, name, layer))
+    drawn = row(localize([(log, truth)], only, permutations=219), layer, name)["p"]
+    assert drawn == pytest.approx(found, abs=4 * np.sqrt(0.25 / 219))
 
 
 def test_the_smallest_p_is_one_in_all_permutations():
@@ -408,23 +448,83 @@ def test_p_permutes_clients_not_updates():
     """Many rounds of the same three odd benign-like clients are no more evidence than the choice of three of twelve."""
     log = planted.PLANTED["shifted class, three clients"].log(rounds=40)
     truth = planted.truth_of(log, planted.GROUP)
-    p = row(localize([(log, truth)], {"b": final_bias}, permutations=4_999), "fc2.bias", "b")["p"]
-    assert p == pytest.approx(1 / 220, abs=4 * np.sqrt(1 / 220 / 4_999))  # 12 choose 3 is 220
+    p = row(localize([(log, truth)], {"b": final_bias}, permutations=999), "fc2.bias", "b")["p"]
+    assert p == pytest.approx(1 / 220)  # 12 choose 3 is 220
 
 
-def test_holm_by_hand():
-    """p of .01, .04, .03 become 3 x .01, then 2 x .03, then the larger of that and 1 x .04."""
-    np.testing.assert_allclose(effects._holm(np.array([0.01, 0.04, 0.03])), [0.03, 0.06, 0.06])
-    np.testing.assert_allclose(effects._holm(np.array([0.5, 0.9])), [1, 1])
-    assert effects._holm(np.zeros(0)).shape == (0,)
+def test_one_of_twenty_that_stands_out_everywhere_has_the_smallest_p_there_is():
+    scores = np.random.default_rng(0).normal(size=(20, 3, 22))
+    scores[0] += 100
+    table = effects.located([scored(scores, 1)], permutations=999, seed=0)
+    assert (table["auc"] == 1).all()
+    assert table["p"].tolist() == [1 / 20] * 22
 
 
-def test_holm_counts_the_layers_not_the_units():
+def test_p_by_hand_is_the_share_of_clients_that_stand_out_anywhere():
+    """Of four clients the first is highest in one layer, the second in another; in a third the first is second."""
+    scores = np.array([[9, 0, 2], [0, 9, 0], [1, 1, 1], [2, 2, 3]], np.float64)[:, None, :]
+    table = effects.located([scored(scores, 1)], permutations=4, seed=0)
+    assert table["auc"].tolist() == [1, 0, pytest.approx(2 / 3)]
+    # highest AUC over layers: 1, 1, 1/3, 1
+    assert table["p"].tolist() == [3 / 4, 1, 3 / 4]
+
+
+@pytest.mark.parametrize("permutations", [66, 9])
+def test_two_runs_are_labeled_in_all_ways_together_if_these_are_few(permutations):
+    """2 of 4 clients and 1 of 11: 66 labelings of both runs."""
+    rng = np.random.default_rng(6)
+    first, second = (rng.normal(size=(clients, 2, 3)) for clients in (4, 11))
+    table = effects.located([scored(first, 2), scored(second, 1)], permutations, seed=0)
+    highest = []
+    for who, whom in product(combinations(range(4), 2), range(11)):
+        aucs = []
+        for scores, chosen in ((first, who), (second, [whom])):
+            malicious = np.repeat(np.isin(np.arange(len(scores)), chosen), 2)
+            aucs.append([roc_auc_score(malicious, scores[:, :, j].ravel()) for j in range(3)])
+        highest.append(np.mean(aucs, axis=0).max())
+    assert len(highest) == 66
+    exact = [np.mean(np.array(highest) >= auc - 1e-12) for auc in table["auc"]]
+    if permutations == 66:
+        assert table["p"].tolist() == pytest.approx(exact)
+    else:
+        assert all(round(10 * p) / 10 == pytest.approx(p) for p in table["p"])
+
+
+def test_places_share_their_labelings_and_are_adjusted_together():
+    """Twenty copies of a layer are no more tests than one, whichever statistics they belong to."""
+    scores = np.random.default_rng(7).normal(size=(12, 4, 1))
+    alone = effects.located([scored(scores, 3)], permutations=99, seed=0)
+    case = scored(np.repeat(scores, 20, axis=2), 3)
+    both = effects.located([replace(case, seen={"s": case.seen["s"], "t": case.seen["s"]})], permutations=99, seed=0)
+    assert set(both["p"]) == set(alone["p"])
+
+
+def test_a_statistic_that_did_not_score_everybody_counts_where_it_can():
+    """It knows 3 of 6 clients, among them the malicious one; where another one is named it has no AUC."""
+    scores = np.random.default_rng(8).normal(size=(6, 2, 1))
+    scores[0] += 100
+    whole = scored(scores, 1)
+    part = scored(scores[:3], 1).seen["s"]
+    table = effects.located([replace(whole, seen={"s": whole.seen["s"], "t": part})], permutations=99, seed=0)
+    assert table["auc"].tolist() == [1, 1]
+    assert table["p"].tolist() == [1 / 6, 1 / 6]
+
+
+def test_any_place_is_significant_by_chance_in_at_most_5_percent_of_runs():
+    """Fifteen layers without an attack, 6 of 20 clients called malicious."""
+    rng, alarms = np.random.default_rng(9), 0
+    for seed in range(300):
+        cases = [scored(normal_scores(rng, 20, 0, 0, layers=15, rounds=2), 6)]
+        alarms += (effects.located(cases, permutations=199, seed=seed)["p"] <= 0.05).any()
+    assert alarms <= stats.binom.ppf(0.999, 300, 0.05)
+
+
+def test_units_are_described_and_not_tested():
     runs = [planted_run("shifted class, three clients", seed=s) for s in range(3)]
     together = localize(runs, FIVE, permutations=999)
-    tested = int((together["unit"] == "").sum())
-    assert tested == 2 + 3 * 4
-    assert row(together, "fc2.bias", "final_bias")["p"] == pytest.approx(tested / 1000)
+    assert together.loc[together["unit"] != "", "p"].isna().all()
+    assert together.loc[together["unit"] == "", "p"].notna().all()
+    assert row(together, "fc2.bias", "final_bias")["p"] == 1 / 1000
 
 
 def test_answers_repeat_and_follow_the_seed():

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
 from gradlens.errors import InputError
-from gradlens.evaluation import auc, roc_points
+from gradlens.evaluation import auc, mean_interval, roc_points
 from gradlens.log import ModelSpec, Round, UpdateLog
 from gradlens.plots import (
     clients_by_bias,
@@ -534,6 +534,15 @@ def test_training_draws_the_mean_over_seeds_with_and_without_a_filter(ax):
     assert title(ax) == "The filter lowers ASR: 0.91 to 0.02, main accuracy 0.85 to 0.85"
     assert "3 seeds" in ax.get_xlabel()
     assert ax.get_ylabel() == "share of test samples"
+
+
+def test_the_band_of_training_is_the_interval_of_the_mean(ax):
+    two = pd.DataFrame({"round": [0, 0, 1, 1], "seed": [0, 1, 0, 1], "asr": np.nan})
+    plot_training(two.assign(main_accuracy=[0.50, 0.52, 0.70, 0.90]), ax=ax)
+    band = ax.collections[0].get_paths()[0].vertices
+    for index, values in enumerate(([0.50, 0.52], [0.70, 0.90])):
+        heights = band[band[:, 0] == index, 1]
+        assert (heights.min(), heights.max()) == pytest.approx(mean_interval(np.array(values), 0, 1))
 
 
 def test_training_names_the_control_and_a_filter_that_does_nothing(ax):

@@ -206,6 +206,10 @@ def test_findings_name_the_malicious_clients_the_layer_and_the_null(made_page):
     assert "attack-free: 2 runs, 64 scores, fpr 0.05" in made_page.text
     assert "Not tested: no condition was run both with and without a filter." in made_page.text
     assert "the attack begins in round 0" in made_page.text
+    benign_too = (
+        r"first flags a malicious client in round 0; of 6 benign clients it has flagged by then \d, counted since"
+    )
+    assert re.search(benign_too, made_page.text)
 
 
 def test_provenance_names_runs_heads_settings_software_and_commands(made, made_page):
@@ -231,7 +235,7 @@ def test_the_attack_table_holds_the_outcomes(made):
         (0.6, 0.4, "worked"),
         (0.5, np.nan, "worked"),
         (0.3, 0.1, "worked in part"),
-        (0.3, -0.01, "failed"),
+        (0.3, -0.01, "uncertain"),
         (0.09, 0.05, "failed"),
         (np.nan, np.nan, "not measured"),
     ],

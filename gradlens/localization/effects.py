@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 
 from gradlens.errors import InputError
+from gradlens.evaluation import mean_interval
+from gradlens.localization.client_intervals import client_interval
 from gradlens.localization.outliers import Unusual
+from gradlens.localization.permutations import adjusted, labelings
 
 COLUMNS = ["layer", "statistic", "unit", "auc", "low", "high", "p", "seeds"]
 COLUMNS += ["effect", "control_auc", "control_effect", "labels"]
-
-RESAMPLES = 1_000
-STRETCHES = 20  # most blocks of consecutive rounds that a run is split into, and that are resampled as a whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +66,14 @@ class Found:
     ----------
     aucs : numpy.ndarray
         float64 [feature], the AUC of poisoned against benign updates.
-    permuted : numpy.ndarray
-        float64 [permutation, layer], the same with permuted malicious clients.
-    resampled : numpy.ndarray
-        float64 [resample, feature], the same with resampled rounds; no row for a single round.
+    clients : numpy.ndarray
+        str [client], who was scored.
+    sums : numpy.ndarray
+        float64 [client, layer], the ranks of each client's updates, summed.
+    updates : numpy.ndarray
+        int [client], the number of each client's updates.
+    low, high : numpy.ndarray
+        float64 [feature], the interval of the AUC over clients.
     effects : numpy.ndarray
         float64 [feature], median of poisoned minus median of benign scores, in robust sigmas.
     control_aucs : numpy.ndarray
@@ -79,8 +83,11 @@ class Found:
     """
 
     aucs: np.ndarray
-    permuted: np.ndarray
-    resampled: np.ndarray
+    clients: np.ndarray
+    sums: np.ndarray
+    updates: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
     effects: np.ndarray
     control_aucs: np.ndarray
     control_effects: np.ndarray
@@ -94,15 +101,15 @@ def located(cases: Sequence[Case], permutations: int, seed: int) -> pd.DataFrame
     cases : sequence of Case
         The runs, one per seed.
     permutations : int
-        Number of permutations behind each p-value.
+        Number of permutations behind the p-values.
     seed : int
-        Seed of permutations and resamples.
+        Seed of the permutations.
 
     Returns
     -------
     pandas.DataFrame
-        A row per feature, p-values corrected by Holm's method over layers and statistics. A statistic has no row if no
-        run has both poisoned and benign updates that it scored.
+        A row per feature, p-values adjusted over layers and statistics. A statistic has no row if no run has both
+        poisoned and benign updates that it scored.
 
     Raises
     ------
@@ -119,35 +126,60 @@ def located(cases: Sequence[Case], permutations: int, seed: int) -> pd.DataFrame
     >>> table.loc[table["statistic"].eq("layer_norms"), ["layer", "auc"]].values.tolist()
     [['fc1.weight', 1.0], ['fc1.bias', 1.0], ['fc2.weight', 1.0], ['fc2.bias', 1.0]]
     """
-    rows: list[tuple[Any, ...]] = []
+    figures: dict[str, dict[int, Found]] = {}  # statistic -> position of a run -> its figures
     for name in dict.fromkeys(name for case in cases for name in case.seen):
-        scored = [(case, [seed, i]) for i, case in enumerate(cases) if name in case.seen]
-        results = [
-            result for case, address in scored if (result := _result(case, name, permutations, address)) is not None
-        ]
-        if results:
-            rows += _rows(name, scored[0][0].seen[name].features, results, [seed, len(cases)])
+        results = {i: _result(case, name) for i, case in enumerate(cases) if name in case.seen}
+        known = {i: result for i, result in results.items() if result is not None}
+        figures |= {name: known} if known else {}
+    rows = [row for name, results in figures.items() for row in _rows(name, cases, results)]
     table = pd.DataFrame(rows, columns=COLUMNS[:-1]).assign(labels="truth")
+    if table.empty:
+        return table
     tested = (table["unit"] == "").to_numpy()
-    table.loc[tested, "p"] = _holm(table.loc[tested, "p"].to_numpy(np.float64))
+    highest, exact = _highest(cases, figures, permutations, seed)
+    table.loc[tested, "p"] = adjusted(table.loc[tested, "auc"].to_numpy(np.float64), highest, exact=exact)
     return table
 
 
-def _rows(
-    name: str, features: Sequence[tuple[str, str]], results: Sequence[Found], address: list[int]
-) -> Iterator[tuple[Any, ...]]:
-    """Yields the table's rows of one statistic, combined over runs."""
-    aucs = np.stack([result.aucs for result in results])
-    auc = aucs.mean(axis=0)
-    low, high = _interval(aucs, [result.resampled for result in results], address)
-    permuted = np.mean([result.permuted for result in results], axis=0)  # layers only, which come first
-    as_high = (permuted >= auc[: permuted.shape[1]] - 1e-12).sum(axis=0)
-    p = np.full(len(features), np.nan)
-    p[: len(as_high)] = (1 + as_high) / (1 + len(permuted))
+def _rows(name: str, cases: Sequence[Case], results: Mapping[int, Found]) -> Iterator[tuple[Any, ...]]:
+    """Yields the table's rows of one statistic, combined over runs, without p-values."""
+    found = list(results.values())
+    aucs = np.stack([result.aucs for result in found])
+    low, high = found[0].low, found[0].high
+    if len(found) > 1:
+        low, high = np.transpose([mean_interval(values, 0, 1) for values in aucs.T])
     kinds = ("effects", "control_aucs", "control_effects")
-    means = [_mean(getattr(result, kind) for result in results) for kind in kinds]
-    for (layer, unit), *figures in zip(features, auc, low, high, p, *means, strict=True):
-        yield layer, name, unit, *figures[:4], len(results), *figures[4:]
+    means = [_mean(getattr(result, kind) for result in found) for kind in kinds]
+    features = cases[next(iter(results))].seen[name].features
+    for (layer, unit), *figures in zip(features, aucs.mean(axis=0), low, high, *means, strict=True):
+        yield layer, name, unit, *figures[:3], np.nan, len(found), *figures[3:]
+
+
+def _highest(
+    cases: Sequence[Case], figures: Mapping[str, Mapping[int, Found]], permutations: int, seed: int
+) -> tuple[np.ndarray, bool]:
+    """Returns the highest AUC of all layers and statistics [labeling], and whether these are all labelings.
+
+    A labeling names the same clients malicious for every statistic. AUCs are averaged over the runs in which the
+    statistic scored both kinds under the labeling.
+    """
+    of_runs = [[results[i] for results in figures.values() if i in results] for i in range(len(cases))]
+    clients = [np.unique(np.concatenate([np.zeros(0, np.str_), *(r.clients for r in found)])) for found in of_runs]
+    guilty = [{client for (_, client), label in case.labels.items() if label == 1} for case in cases]
+    attackers = [np.isin(names, list(who)) for names, who in zip(clients, guilty, strict=True)]
+    drawn, exact = labelings(attackers, permutations, seed)
+    highest = np.full(len(drawn[0]), -np.inf)
+    for results in figures.values():
+        aucs = np.stack(
+            [
+                _auc(drawn[i][:, np.searchsorted(clients[i], result.clients)], result.sums, result.updates)
+                for i, result in results.items()
+            ]
+        )
+        known = np.isfinite(aucs).sum(axis=0)
+        means = np.where(known > 0, np.nansum(aucs, axis=0) / np.maximum(known, 1), -np.inf)
+        highest = np.maximum(highest, means.max(axis=1))
+    return highest, exact
 
 
 def _mean(values: Iterable[np.ndarray]) -> np.ndarray:
@@ -203,7 +235,7 @@ def labels_of(truth: pd.DataFrame) -> dict[tuple[int, str], int]:
     return dict(zip(zip(truth["round"].tolist(), truth["client"].tolist(), strict=True), label.tolist(), strict=True))
 
 
-def _result(case: Case, name: str, permutations: int, address: list[int]) -> Found | None:
+def _result(case: Case, name: str) -> Found | None:
     """Evaluates one statistic in one run; None if its rounds have no poisoned or no benign update.
 
     Permutations exchange whole clients: the AUC follows from each client's sum of ranks, so that all permutations are
@@ -217,12 +249,13 @@ def _result(case: Case, name: str, permutations: int, address: list[int]) -> Fou
     clients, owner = np.unique(seen.clients[chosen], return_inverse=True)
     sums, updates = _rank_sums(scores, owner, len(clients)), np.bincount(owner)
     attackers = np.bincount(owner, malicious) > 0
-    shuffled = np.random.default_rng(address).permuted(np.tile(attackers, (permutations, 1)), axis=1)
     layers = sum(unit == "" for _, unit in seen.features)
     return Found(
         _auc(attackers[None], sums, updates)[0],
-        _auc(shuffled, sums[:, :layers], updates),
-        _resampled(scores, malicious, seen.rounds[chosen], address),
+        clients,
+        sums[:, :layers],
+        updates,
+        *client_interval(scores, malicious, owner),
         _effects(scores, malicious),
         *_of_control(case, name),
     )
@@ -266,58 +299,6 @@ def _effects(scores: np.ndarray, malicious: np.ndarray) -> np.ndarray:
     return np.median(poisoned, axis=0) - np.median(benign, axis=0)
 
 
-def _resampled(scores: np.ndarray, malicious: np.ndarray, rounds: np.ndarray, address: list[int]) -> np.ndarray:
-    """Returns AUCs [resample, feature] of scores [update, feature] with resampled rounds; no row for a single round."""
-    _, when = np.unique(rounds, return_inverse=True)
-    number = int(when.max()) + 1
-    count = min(number, STRETCHES)
-    if count == 1:
-        return np.zeros((0, scores.shape[1]))
-    when = when * count // number
-    drawn = np.random.default_rng([*address, 1]).integers(count, size=(RESAMPLES, count))
-    times = (drawn[:, :, None] == np.arange(count)).sum(axis=1).astype(np.float64)  # [resample, stretch]
-    pairs = (times @ np.bincount(when[malicious], minlength=count)) * (
-        times @ np.bincount(when[~malicious], minlength=count)
-    )
-    times, pairs = times[pairs > 0], pairs[pairs > 0]
-    weights = (times[:, :, None] * times[:, None, :]).reshape(len(times), -1)  # of each pair of stretches
-    return weights @ _wins(scores, malicious, when, count) / pairs[:, None]
-
-
-def _wins(scores: np.ndarray, malicious: np.ndarray, when: np.ndarray, count: int) -> np.ndarray:
-    """Counts pairs in which a poisoned update of one stretch outscores a benign one of another.
-
-    A tie counts half. From scores [update, feature] and the stretch of each update to [stretch x stretch, feature].
-    """
-    wins = np.zeros((count, count, scores.shape[1]))
-    of_benign = np.zeros((len(scores), count))
-    of_benign[np.flatnonzero(~malicious), when[~malicious]] = 1
-    of_poisoned = (when[malicious] == np.arange(count)[:, None]).astype(np.float64)
-    below = np.zeros((len(scores) + 1, count))
-    for j in range(scores.shape[1]):
-        order = np.argsort(scores[:, j])
-        np.cumsum(of_benign[order], axis=0, out=below[1:])
-        ordered, poisoned = scores[order, j], scores[malicious, j]
-        first, last = (np.searchsorted(ordered, poisoned, side) for side in ("left", "right"))
-        wins[:, :, j] = of_poisoned @ (below[first] + below[last]) / 2
-    return wins.reshape(count * count, -1)
-
-
-def _interval(aucs: np.ndarray, pools: Sequence[np.ndarray], address: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the 95 % interval [feature] of the mean AUC over runs, resampling runs and, within each, its rounds."""
-    if len(aucs) == 1 and not len(pools[0]):
-        return np.full(aucs.shape[1], np.nan), np.full(aucs.shape[1], np.nan)
-    pools = [pool if len(pool) else aucs[i : i + 1] for i, pool in enumerate(pools)]
-    sizes = np.array([len(pool) for pool in pools])
-    starts, rows = np.cumsum(sizes) - sizes, np.concatenate(pools)
-    rng, total = np.random.default_rng([*address, 2]), np.zeros((RESAMPLES, aucs.shape[1]))
-    for _ in range(len(aucs)):
-        run = rng.integers(len(aucs), size=RESAMPLES)
-        total += rows[starts[run] + rng.integers(sizes[run])]
-    low, high = np.quantile(total / len(aucs), [0.025, 0.975], axis=0)
-    return low, high
-
-
 def _rank_sums(scores: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
     """Sums the ranks of scores [update, feature] over the updates of each client, [client, feature]."""
     sums = np.zeros((count, scores.shape[1]))
@@ -338,21 +319,13 @@ def _label(labels: Mapping[tuple[int, str], int], round_: int, client: str) -> i
 def _auc(malicious: np.ndarray, sums: np.ndarray, updates: np.ndarray) -> np.ndarray:
     """Computes AUCs [labeling, feature] from rank sums [client, feature] and bool [labeling, client] of attackers.
 
-    updates: int [client], the number of updates of each client.
+    NaN for a labeling that leaves no update of one kind. updates: int [client], the number of updates of each client.
     """
     positives = malicious @ updates
     negatives = updates.sum() - positives
     above = malicious.astype(np.float64) @ sums - (positives * (positives + 1) / 2)[:, None]
-    return above / (positives * negatives)[:, None]
-
-
-def _holm(p: np.ndarray) -> np.ndarray:
-    """Applies Holm's step-down correction to p-values [test] (Holm 1979)."""
-    order = np.argsort(p)
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    corrected = np.empty_like(p)
-    corrected[order] = np.minimum(stepped, 1)
-    return corrected
+    with np.errstate(invalid="ignore"):
+        return above / (positives * negatives)[:, None]
 
 
 def _ranks(scores: np.ndarray) -> np.ndarray:

@@ -35,9 +35,10 @@ def localize(
     rounds : collection of int, optional
         The rounds to compare; None takes the attacked ones, in which any update was poisoned.
     permutations : int
-        Number of permutations behind each p-value.
+        Number of permutations behind the p-values; if there are no more ways than that to name the malicious clients,
+        each is taken once.
     seed : int
-        Seed of permutations and resamples.
+        Seed of the permutations.
     control : Run, UpdateLog, or a sequence of them, optional
         Attack-free runs of the same settings and seeds, one for each of `runs` and in their order.
     suspects : collection of str, Mapping or DataFrame, optional
@@ -61,12 +62,15 @@ def localize(
 
     - layer, statistic, unit: the feature. Unit "" is the layer as a whole, scored as its most unusual unit.
     - auc: of poisoned against benign updates, pooled over a run's rounds, then averaged over runs.
-    - low, high: 95 % percentile interval of 1,000 two-stage resamples, of runs and of the rounds within each (in 20
-      blocks of consecutive rounds if there are more). With a single run only its rounds are resampled, which says
-      nothing about other seeds; NaN for a single round.
+    - low, high: 95 % interval of the AUC. With several runs it is over runs, Student's t for the mean of their AUCs.
+      With a single run it is over its clients, the malicious and the benign ones, each with all its rounds, and says
+      nothing of other seeds; NaN with fewer than two clients of a kind. Where every poisoned update is above every
+      benign one it has no width.
     - p: one-sided p-value of the null hypothesis that it makes no difference which clients are malicious, by permuting
-      the malicious clients within each run. Holm-corrected over the layers and statistics of one call; NaN for units,
-      which are described and not tested.
+      the malicious clients within each run. Adjusted over the layers and statistics of one call: it is the share of
+      permutations under which the highest AUC of all of them is at least that of this one, the permuted clients being
+      the same for all (Westfall and Young's single-step maximum). The smallest there can be is 1 in the number of ways
+      to name the malicious clients, 1/20 for one of twenty. NaN for units, which are described and not tested.
     - seeds: number of runs that have an AUC.
     - effect: how far the distributions are apart, where the AUC says how often the order is right: median |robust z| of
       poisoned minus that of benign comparable updates, in robust sigmas of the round, averaged over runs.
@@ -79,6 +83,10 @@ def localize(
     With `suspects` the table ranks features by how well they separate the suspects from all other clients, whether or
     not they are malicious. If the suspects were selected by one of these statistics, it separates them by construction
     and its p-value says nothing.
+
+    References
+    ----------
+    P. H. Westfall, S. S. Young, "Resampling-based multiple testing", Wiley, 1993.
 
     Examples
     --------

@@ -40,9 +40,9 @@ def localize_sweep(
     statistics : Mapping
         Name -> statistic whose columns are layers or units.
     permutations : int
-        Number of permutations behind each p-value.
+        Number of permutations behind the p-values.
     seed : int
-        Seed of permutations and resamples.
+        Seed of the permutations.
     executor : concurrent.futures.Executor, optional
         Distributes the conditions, without changing the result; its processes must see the same files. None works in
         this process.
@@ -86,9 +86,9 @@ def localize_rounds(
     statistics : Mapping
         Name -> statistic whose columns are layers or units.
     permutations : int
-        Number of permutations behind each p-value.
+        Number of permutations behind the p-values.
     seed : int
-        Seed of permutations and resamples.
+        Seed of the permutations.
     executor : concurrent.futures.Executor, optional
         As for `localize_sweep`.
     progress : bool

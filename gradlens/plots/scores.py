@@ -1,5 +1,6 @@
 """Plots of detection and training: scores over rounds, ROC curves, main accuracy and attack success rate."""
 
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from gradlens.errors import InputError
-from gradlens.evaluation import auc
+from gradlens.evaluation import auc, mean_interval
 from gradlens.plots.axes import (
     BELOW,
     BENIGN,
@@ -225,7 +226,7 @@ def _auc_of(detector: str, curve: pd.DataFrame, figures: pd.DataFrame | None) ->
 
 
 def plot_training(metrics: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draws main accuracy and attack success rate (ASR) over rounds: mean over seeds with its 95 % bootstrap interval.
+    """Draws main accuracy and attack success rate (ASR) over rounds: mean over seeds with its 95 % interval.
 
     Parameters
     ----------
@@ -261,11 +262,11 @@ def plot_training(metrics: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         label, color, marker = MEASURES[measure]
         thin = bool(control) and both
         sns.lineplot(
-            part, x="round", y=measure, ax=ax, color="0.5" if thin else color, seed=0, n_boot=500,
+            part, x="round", y=measure, ax=ax, color="0.5" if thin else color,
             linestyle=DASHES[filters.index(name) % len(DASHES)], linewidth=0.9 if thin else 1.8,
             marker=marker, markersize=3 if thin else 5, markeredgewidth=0, markevery=max(1, rounds // 6),
             label=label + (f", filter {plain(name)}" if name else "") + (", no attack" if thin else ""),
-            errorbar=("ci", 95) if not thin else None, err_kws={"linewidth": 0, "alpha": 0.2},
+            errorbar=None if thin else partial(mean_interval, least=0, most=1), err_kws={"linewidth": 0, "alpha": 0.2},
         )  # fmt: skip
     seeds = table["seed"].nunique()
     ax.spines[["top", "right"]].set_visible(False)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gradlens.detectors import DETECTORS, USUAL, Detector, calibrate, detect
 from gradlens.errors import InputError
-from gradlens.evaluation import bootstrap, evaluate, with_truth
+from gradlens.evaluation import evaluate, mean_interval, with_truth
 from gradlens.localization import PHASES, localize_sweep
 from gradlens.plots import conditions
 from gradlens.run import Run, Sweep
@@ -213,7 +213,7 @@ def attack_outcomes(sweep: Sweep, runs: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Columns condition, base, filter, asr, control_asr, difference, low, high (95 % bootstrap interval of the
+        Columns condition, base, filter, asr, control_asr, difference, low, high (95 % interval of the
         difference over seeds), accuracy, control_accuracy, seeds, outcome; means over seeds.
     """
     reference = sweep.controls.sort_values("round").groupby("run")["asr"].last()
@@ -223,7 +223,7 @@ def attack_outcomes(sweep: Sweep, runs: pd.DataFrame) -> pd.DataFrame:
         asr = np.array([final(by_name[run], "asr") for run in part.index])
         control = np.array([float(reference.get(run, np.nan)) for run in part.index])
         difference = (asr - control)[np.isfinite(asr - control)]
-        low, high = bootstrap(difference)
+        low, high = mean_interval(difference, -1, 1)
         gain = float(difference.mean()) if len(difference) else np.nan
         row = {"condition": name, "base": part["base"].iloc[0], "filter": part["filter"].iloc[0]}
         row |= {"asr": asr.mean(), "control_asr": control.mean(), "difference": gain, "low": low, "high": high}
@@ -275,22 +275,25 @@ def outcome(difference: float, low: float = float("nan")) -> str:
     difference : float
         Attack success rate minus the control's.
     low : float
-        Lower limit of its interval; at 0 or below the attack failed. NaN is not considered.
+        Lower limit of its interval; at 0 or below a gain is uncertain. NaN is not considered.
 
     Returns
     -------
     str
-        "worked" from 0.5, "worked in part" from 0.1, "failed" below, "not measured" for NaN.
+        "worked" from 0.5, "worked in part" from 0.1, "failed" below, "uncertain" if the gain may be none, "not
+        measured" for NaN.
 
     Examples
     --------
     >>> outcome(0.7), outcome(0.2), outcome(0.7, low=-0.1)
-    ('worked', 'worked in part', 'failed')
+    ('worked', 'worked in part', 'uncertain')
     """
     if np.isnan(difference):
         return "not measured"
-    if difference < PARTLY or low <= 0:
+    if difference < PARTLY:
         return "failed"
+    if low <= 0:
+        return "uncertain"
     return "worked" if difference >= WORKED else "worked in part"
 
 

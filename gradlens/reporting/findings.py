@@ -50,6 +50,8 @@ def worked(a: Analysis) -> Block:
     good, part = ([row for row in bare if row.outcome == verdict] for verdict in ("worked", "worked in part"))
     limit = f"an ASR at least {100 * WORKED:.0f} points above the attack-free control"
     sentence = f"{len(good)} of {count(len(bare), 'attacked condition')} worked ({limit}), {len(part)} more in part."
+    if uncertain := sum(row.outcome == "uncertain" for row in bare):
+        sentence += f" {uncertain} may have: the interval of the gain reaches 0, and more seeds would tell."
     if unknown := sum(row.outcome == "not measured" for row in bare):
         sentence += f" {unknown} cannot be judged: an ASR is missing, of the runs or of the controls."
     if costly := sum(is_costly(row) for row in good):
@@ -63,7 +65,7 @@ def failed(a: Analysis) -> Block | None:
     bad = [row for row in ranked(a.outcomes) if row.outcome == "failed" and not row.filter]
     if not bad:
         return None
-    limit = f"less than {100 * GAINED_PARTLY:.0f} points above the control, or not surely above it"
+    limit = f"less than {100 * GAINED_PARTLY:.0f} points above the control"
     sentence = f"{count(len(bad), 'attack')} failed ({limit}): no detector is to blame for missing what had no effect."
     return finding("Failed", sentence, points([outcome_line(row) for row in bad], "section 1"))
 
@@ -223,10 +225,16 @@ def when(a: Analysis, chosen: Mapping[str, Any]) -> Block:
     of_run = part[part["run"].eq(chosen["run"])]
     caught = of_run[of_run["malicious"] & of_run["flag"].astype(bool)]
     sentence = f"In run {chosen['run']} the attack begins in round {first}; {name} "
+    benign = of_run[~of_run["client"].isin(list(poisoners(run)))]
     if len(caught):
-        sentence += f"first flags a malicious client in round {caught['round'].min()}"
+        until = caught["round"].min()
+        benign = benign[benign["round"] <= until]
+        sentence += f"first flags a malicious client in round {until}"
     else:
         sentence += "never flags a malicious client"
+    accused, watched = (part["client"].nunique() for part in (benign[benign["flag"].astype(bool)], benign))
+    by_then = "it has flagged by then" if len(caught) else "it flags"
+    sentence += f"; of {count(watched, 'benign client')} {by_then} {accused}, counted since the attack began"
     phases = evaluate(part, by=["phase"])
     aucs = {row.phase: row for row in rows_of(phases[phases["metric"].eq("auc")])}
     if len(aucs) == 2:

@@ -70,9 +70,9 @@ WORDS = [
     ),
     (
         "[low, high]",
-        "95 % interval: the figure is computed in every seed and the seeds are resampled (bootstrap). "
-        "A single seed has none. Where layers are compared the rounds of each run are resampled, too; for a single run "
-        "they alone. ≥ and ≤ mark figures that the number of updates only bounds.",
+        "95 % interval: the figure is computed in every seed, and its mean over seeds has this interval (Student's t). "
+        "A single seed has none, except where layers are compared: there it is over the clients of the run, with at "
+        "least two of each kind. ≥ and ≤ mark figures that the number of updates only bounds.",
     ),
     (
         "Effect",
@@ -83,7 +83,7 @@ WORDS = [
     (
         "p",
         "Chance of an AUC this high if it made no difference which clients are malicious, by permuting them, "
-        "corrected (Holm) over the layers and statistics compared in that condition.",
+        "in any of the layers and by any of the statistics compared in that condition (Westfall and Young).",
     ),
 ]  # fmt: skip
 

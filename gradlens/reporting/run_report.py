@@ -375,8 +375,8 @@ def where_section(e: Examination) -> list[Block]:
         ]
     about = (
         "How well each layer tells the malicious updates from the benign ones by itself, over all attacked rounds. "
-        "The intervals of one run are over its rounds and say nothing of other seeds; p says how often randomly named "
-        "clients would do as well."
+        "The intervals of one run are over its clients and say nothing of other seeds; p says how often randomly named "
+        "clients would do as well in any layer by any statistic."
     )
     order = e.run.log.model.parameters.index
     part = e.places.assign(by=e.places["statistic"]).sort_values("layer", key=lambda c: c.map(order), kind="stable")

@@ -23,7 +23,7 @@ from gradlens.reporting.shared import attacked_rounds, effects, flag_table, p_va
 Drawn = Block | Future  # a block, or one that is being drawn
 Draw = Callable[..., Drawn]  # takes a function of `pictures` and its arguments
 
-ORDER = ("worked", "worked in part", "failed", "not measured")
+ORDER = ("worked", "worked in part", "uncertain", "failed", "not measured")
 MOST_FIGURES = 6  # of the filter; the table holds all conditions
 
 
@@ -95,8 +95,9 @@ def attack_section(a: Analysis) -> list[Block]:
     about = (
         "The attack success rate (ASR) after the last round is set against the one that the same attack has on a model "
         f"trained without it. An attack worked where it ends at least {100 * WORKED:.0f} points above its control, and "
-        f"in part from {100 * PARTLY:.0f} points; anything less, or an interval of the difference that reaches 0, is "
-        f"called a failure. At a cost: main accuracy ends over {100 * COSTLY:.0f} points below the control's."
+        f"in part from {100 * PARTLY:.0f} points; anything less is called a failure. It is uncertain where the "
+        "interval of the difference reaches 0: more seeds would tell. At a cost: main accuracy ends over "
+        f"{100 * COSTLY:.0f} points below the control's."
     )
     return [text(about), outcome_table(a)]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradlens.evaluation import bootstrap
+from gradlens.evaluation import mean_interval
 from gradlens.reporting.analysis import WORKED, attacked_runs, final
 from gradlens.run import Run, Sweep
 from simulations import ATTACKS, stored_scenario
@@ -73,7 +73,7 @@ def attack_rows(sweep: Sweep) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        A row per condition, with 95 % bootstrap intervals over seeds. `held_out` is the smallest number of held-out
+        A row per condition, with 95 % intervals over seeds. `held_out` is the smallest number of held-out
         samples of a seed. `asr_bound` is ">=" or "<=" where every held-out sample of every seed gives the same answer;
         `asr_low` and `asr_high` are then the exact one-sided 95 % limit for the samples of one seed, which the seeds
         share.
@@ -112,7 +112,7 @@ def attack_rows(sweep: Sweep) -> pd.DataFrame:
 
 def _asr_figures(runs: Sequence[Run], held_out: int) -> dict[str, object]:
     rates = np.array([final(run, "asr") for run in runs])
-    low, high = bootstrap(rates)
+    low, high = mean_interval(rates, 0, 1)
     bound = ""
     if held_out and (rates == rates[0]).all() and rates[0] in CERTAIN_RATES:
         limit = 0.05 ** (1 / held_out)
@@ -122,7 +122,7 @@ def _asr_figures(runs: Sequence[Run], held_out: int) -> dict[str, object]:
 
 def _accuracy_figures(runs: Sequence[Run]) -> dict[str, float]:
     accuracies = np.array([final(run, "main_accuracy") for run in runs])
-    low, high = bootstrap(accuracies)
+    low, high = mean_interval(accuracies, 0, 1)
     return {"accuracy": float(accuracies.mean()), "accuracy_low": low, "accuracy_high": high}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from gradlens.errors import InputError
-from gradlens.evaluation import bootstrap
+from gradlens.evaluation import mean_interval
 from gradlens.reporting.analysis import WORKED, attacked_runs, final
 from gradlens.run import Run, Sweep
 from simulations import Scenario, stored_scenario
@@ -53,7 +53,7 @@ def defense_rows(sweep: Sweep) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        A row per defense, partition and attack, with 95 % bootstrap intervals over seeds. `asr` and `control_asr` are
+        A row per defense, partition and attack, with 95 % intervals over seeds. `asr` and `control_asr` are
         NaN for attacks without a target. `dropped_malicious` and `dropped_benign` are the shares of the updates since
         the attack began that a filter left out, NaN for a rule. `works` says whether the attack works without a
         defense: ASR ends at least 0.5 above the control's, or main accuracy at least 0.1 below it.
@@ -77,10 +77,10 @@ def defense_rows(sweep: Sweep) -> pd.DataFrame:
                 "partition": next(iter(scenario.partition)),
                 "attack": main_part(scenario.attack),
                 "asr": asr.mean(),
-                **dict(zip(("asr_low", "asr_high"), bootstrap(asr), strict=True)),
+                **dict(zip(("asr_low", "asr_high"), mean_interval(asr, 0, 1), strict=True)),
                 "control_asr": np.nan if np.isnan(asr).all() else np.mean([control_rates[run.name] for run in runs]),
                 "accuracy": accuracy.mean(),
-                **dict(zip(("accuracy_low", "accuracy_high"), bootstrap(accuracy), strict=True)),
+                **dict(zip(("accuracy_low", "accuracy_high"), mean_interval(accuracy, 0, 1), strict=True)),
                 "control_accuracy": np.mean([final(run, "main_accuracy") for run in controls]),
                 "dropped_malicious": dropped[:, 0].mean(),
                 "dropped_benign": dropped[:, 1].mean(),

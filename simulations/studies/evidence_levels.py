@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from gradlens import DETECTORS, Evidence
 from gradlens.detectors import Detector, detect
-from gradlens.evaluation import auc, bootstrap, per_client, with_truth
+from gradlens.evaluation import auc, mean_interval, per_client, with_truth
 from gradlens.log import UpdateLog
 from gradlens.plots import count
 from gradlens.reporting.page import Block, figure, finding, listed, number, render, rows_of, section, table, text, write
@@ -159,7 +159,7 @@ def summarized(rows: pd.DataFrame) -> pd.DataFrame:
     summary = []
     for (name, width), part in rows.dropna(subset=["auc", "auc_full"]).groupby(["detector", "width"], sort=False):
         difference = (part["auc"] - part["auc_full"]).to_numpy()
-        low, high = bootstrap(difference)
+        low, high = mean_interval(difference, -1, 1)
         row = {"detector": name, "width": width, "auc_full": part["auc_full"].mean(), "auc": part["auc"].mean()}
         row |= {"difference": difference.mean(), "low": low, "high": high, "distance": np.abs(difference).mean()}
         summary.append(row | {"equal_flags": part["equal_flags"].mean(), "runs": len(part)})
@@ -219,7 +219,7 @@ def _how(rows: pd.DataFrame) -> list[Block]:
         "One run of each cell of the gauntlet in which the attack works, seeds taking turns. Every detector that "
         "compares whole updates judges every round twice: from the whole log, and from its sketches, whose signs are "
         "drawn anew for each run. Scores are taken per client as in the gauntlet; an AUC is that of the attackers of a "
-        "run against its benign clients; intervals are bootstraps over runs. The final layer, biases and layers "
+        "run against its benign clients; intervals are over runs (Student's t). The final layer, biases and layers "
         "smaller than a sketch are recorded whole."
     )
     return [text(about), table(listing, "Runs")]

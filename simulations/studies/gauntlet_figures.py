@@ -11,7 +11,7 @@ from gradlens.attribution import attribution_accuracy
 from gradlens.detectors.panels import Observed, Panel
 from gradlens.detectors.verdict import nominal_threshold, rank_threshold
 from gradlens.errors import InputError
-from gradlens.evaluation import bootstrap, evaluate, per_client
+from gradlens.evaluation import evaluate, mean_interval, per_client
 from simulations.attacks import build_attack
 from simulations.studies.conditions import CELL
 from simulations.studies.gauntlet_scores import PANEL, RunScores, clean_rounds, unfitted_panel
@@ -187,7 +187,7 @@ def _flag_rates(scores: pd.DataFrame, rate: str) -> pd.DataFrame:
     for per, table in (("update", judged), ("client", per_client(flags, CELL, "last"))):
         for key, cell in table.groupby([*CELL, "detector", "malicious"], sort=False):
             shares = cell.groupby("seed")["score"].mean().to_numpy()
-            low, high = bootstrap(shares)
+            low, high = mean_interval(shares, 0, 1)
             metric = f"{'tpr' if key[-1] else 'fpr'}_{rate}"
             row = dict(zip([*CELL, "detector"], key[:-1], strict=True)) | {"per": per, "metric": metric, "bound": ""}
             row |= {"value": shares.mean(), "low": low, "high": high, "seeds": len(shares)}

@@ -230,7 +230,7 @@ def _how(results: Sequence[RunScores]) -> list[Block]:
         "task and partition set the thresholds (by the ranks of their scores), the other half tests them. Per client: "
         "the last score of a detector that accumulates over rounds, the mean over the client's rounds of any other. An "
         "attack works where its ASR lies 20 points above its control's or, for one without a target, main accuracy 20 "
-        "points below. Intervals are 95 % bootstraps over runs. Detectors that need data of the server's own "
+        "points below. Intervals are over runs, 95 %. Detectors that need data of the server's own "
         "(fltrust, and the part of deepsight that queries a model) are left out."
     )
     caption = "What was run. Each attacked run has a control of the same seed, by which the attack is judged."

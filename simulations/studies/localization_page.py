@@ -63,7 +63,7 @@ def along_each_axis(tables: Tables) -> list[Block]:
     """A picture per axis, early beside later, and for skew how far as well."""
     about = (
         "One setting at a time differs from the center. Thin grey lines with open marks are the attack-free control "
-        "with the same clients called malicious. Bars are 95 % intervals over seeds and rounds."
+        "with the same clients called malicious. Bars are 95 % intervals over seeds."
     )
     blocks = [text(about)]
     for axis in CENTER:

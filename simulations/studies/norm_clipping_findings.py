@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from gradlens.evaluation import bootstrap
+from gradlens.evaluation import mean_interval
 from gradlens.plots import count, percent
 from gradlens.reporting.page import Block, finding, listed, measured, number
 
@@ -125,11 +125,11 @@ class Estimate(NamedTuple):
     high: float
 
     @classmethod
-    def of(cls, values: pd.Series | np.ndarray) -> "Estimate":
-        """Of values [seed], leaving NaN out; NaN if there are none."""
+    def of(cls, values: pd.Series | np.ndarray, least: float = 0.0, most: float = 1.0) -> "Estimate":
+        """Of values [seed] that cannot leave a range, leaving NaN out; NaN if there are none."""
         array = np.asarray(values, np.float64)
         array = array[~np.isnan(array)]
-        return cls(float(array.mean()) if len(array) else np.nan, *bootstrap(array))
+        return cls(float(array.mean()) if len(array) else np.nan, *mean_interval(array, least, most))
 
     def in_words(self, digits: int = 2) -> str:
         """The mean with its interval."""
@@ -145,13 +145,13 @@ class Estimate(NamedTuple):
 
 def excess(rows: pd.DataFrame) -> Estimate:
     """ASR above that of the control, seed by seed."""
-    return Estimate.of(rows["asr"] - rows["control_asr"])
+    return Estimate.of(rows["asr"] - rows["control_asr"], least=-1)
 
 
 def cost(place: Place, rows: pd.DataFrame) -> Estimate:
     """Main accuracy of runs minus that of the attack-free runs without a defense, in points, seed by seed."""
     undefended = of_rule(place.controls, NO_DEFENSE).set_index("seed")["main_accuracy"]
-    return Estimate.of(100 * (rows.set_index("seed")["main_accuracy"] - undefended).dropna())
+    return Estimate.of(100 * (rows.set_index("seed")["main_accuracy"] - undefended).dropna(), -100, 100)
 
 
 def of_rule(rows: pd.DataFrame, rule: str) -> pd.DataFrame:
@@ -278,7 +278,7 @@ def noise(places: Sequence[Place]) -> Block:
             with_noise, without = (of_rule(place.at_center(BOUNDED), name).set_index("seed") for name in (rule, plain))
             if with_noise.empty or without.empty:
                 continue
-            change = Estimate.of((with_noise["asr"] - without["asr"]).dropna())
+            change = Estimate.of((with_noise["asr"] - without["asr"]).dropna(), least=-1)
             noise_cost, plain_cost = (cost(place, of_rule(place.controls, name)) for name in (rule, plain))
             lower, costly = lower + (change.mean <= -STOPPED_ASR), costly + (noise_cost.mean < -LITTLE_COST)
             points.append(

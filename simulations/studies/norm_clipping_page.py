@@ -1,6 +1,7 @@
 """The page on norm clipping and weak DP: pictures, tables and sentences, all computed from `norm_clipping.csv`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gradlens.evaluation import mean_interval
 from gradlens.plots import count
 from gradlens.plots.axes import BENIGN, DASHES, MALICIOUS, titled
 from gradlens.reporting.page import (
@@ -160,7 +162,7 @@ def _rounds_picture(place: Place, metric: str, lines: int, columns: int) -> Call
             sns.lineplot(
                 _beside_control(of_rule(place.rounds, rule), metric), x="round", y=metric, hue="run", hue_order=LINES,
                 style="run", style_order=LINES, palette=[MALICIOUS, "0.1", "0.55"],
-                dashes=[(1, 0), (4, 1.5), (1, 1)], errorbar=("ci", 95), seed=0, ax=ax,
+                dashes=[(1, 0), (4, 1.5), (1, 1)], errorbar=partial(mean_interval, least=0, most=1), ax=ax,
             )  # fmt: skip
             titled(ax, f"{rule}: {_last_values(place, rule, metric)}")
             ax.set(xlabel="round", ylabel=f"{METRIC_WORDS[metric]} [share of images]", ylim=(low - 0.03, 1.03))
@@ -326,7 +328,8 @@ def norms(places: Sequence[Place]) -> list[Block]:
 def _norms_panel(ax: Axes, place: Place) -> None:
     rounds = place.norms[place.norms["round"].notna()]
     for name, dash, word in (("q90", "-", "90th percentile"), ("q50", "--", "median")):
-        sns.lineplot(rounds, x="round", y=name, color="0.1", linestyle=dash, label=word, seed=0, ax=ax)
+        interval = partial(mean_interval, least=0)
+        sns.lineplot(rounds, x="round", y=name, color="0.1", linestyle=dash, label=word, errorbar=interval, ax=ax)
     for bound in place.bounds:
         ax.axhline(bound, color=MALICIOUS, linewidth=1)
         ax.annotate(

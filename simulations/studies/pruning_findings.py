@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradlens.evaluation import bootstrap
+from gradlens.evaluation import mean_interval
 from gradlens.plots import count
 from gradlens.reporting.page import Block, finding, measured, number
 from simulations.studies.pruning_steps import (
@@ -63,7 +63,7 @@ def mean_of(part: pd.DataFrame, step: str, metric: str, *, control: bool = False
 def with_interval(values: pd.Series) -> str:
     """A mean over seeds with its interval."""
     array = values.to_numpy(np.float64)
-    return measured(float(array.mean()), *bootstrap(array))
+    return measured(float(array.mean()), *mean_interval(array, 0, 1))
 
 
 def among_liars(rows: pd.DataFrame) -> pd.DataFrame:

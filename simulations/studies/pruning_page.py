@@ -1,6 +1,7 @@
 """The page on pruning: pictures, tables and sentences, all computed from `pruning.csv`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradlens.evaluation import bootstrap
+from gradlens.evaluation import mean_interval
 from gradlens.plots import count
 from gradlens.plots.axes import BENIGN, MALICIOUS, titled
 from gradlens.reporting.page import Block, code, figure, finished, number, render, section, table, text
@@ -139,7 +140,7 @@ def _dots(ax: Axes, part: pd.DataFrame, metric: str) -> None:
             values = runs.loc[runs["step"].eq(step), metric].to_numpy(np.float64)
             if not len(values):
                 continue
-            mean, (low, high) = values.mean(), bootstrap(values)
+            mean, (low, high) = values.mean(), mean_interval(values, 0, 1)
             ax.plot([low, high], [position + shift] * 2, color=color, linewidth=1.4)
             face = "white" if is_control else color
             label = RUNS[is_control] if position == 0 else None
@@ -230,9 +231,10 @@ def _lies_picture(conditions: list[tuple[str, pd.DataFrame]]) -> Callable[[Figur
 def _marks_of_kind(ax: Axes, rows: pd.DataFrame, metric: str, position: int, label: str) -> None:
     """Means with intervals over seeds by number of liars, of one kind of lie, beside those of the other kinds."""
     color, marker = [("0.1", "o"), ("0.1", "^"), ("0.55", "s"), ("0.55", "D")][position]
+    most = 1.0 if metric == "asr" else np.inf
     for liars in sorted(rows["liars"].unique()):
         values, x = rows.loc[rows["liars"].eq(liars), metric].to_numpy(np.float64), liars + 0.14 * (position - 1.5)
-        ax.plot([x, x], bootstrap(values), color=color, linewidth=1.4)
+        ax.plot([x, x], mean_interval(values, 0, most), color=color, linewidth=1.4)
         ax.plot(
             x, values.mean(), marker, color=color, markerfacecolor="white" if position % 2 else color,
             label=label if liars == 0 else None,
@@ -278,8 +280,9 @@ def _curves_picture(conditions: list[tuple[str, pd.DataFrame]], label: str, name
             for ax, what in zip(column, ("ASR", "main accuracy"), strict=True):
                 sns.lineplot(
                     part[part["what"].eq(what)], x="value", y="share", hue="run", hue_order=RUNS, style="run",
-                    style_order=RUNS, markers=["o", "s"], dashes=DASHES, errorbar=("ci", 95),
-                    err_style="bars", palette=[MALICIOUS, BENIGN], seed=0, ax=ax,
+                    style_order=RUNS, markers=["o", "s"], dashes=DASHES,
+                    errorbar=partial(mean_interval, least=0, most=1), err_style="bars",
+                    palette=[MALICIOUS, BENIGN], ax=ax,
                 )  # fmt: skip
                 titled(ax, f"{condition}: {titles[what]}")
                 ax.set(xlabel=label, ylabel=f"{what} [share of images]", ylim=(-0.03, 1.03))
