@@ -36,6 +36,8 @@ TABLES = {
 }
 ENTRIES = [(kind, name) for kind, (table, _) in TABLES.items() for name in table]
 OPTIONAL = ("datasets", "flwr", "nvflare", "pfl", "byzfl", "dask", "jupyterlab")  # packages that a module may lack here
+SETTINGS_THAT_DESCRIBE_THEMSELVES = {"Scenario"}  # each setting has its own description
+NEED_A_SWEEP = {"localize_sweep", "localize_rounds", "torch_reference"}  # an example would take longer than a test may
 ORDER = ("Parameters", "Returns", "Yields", "Raises", "See Also", "Notes", "References", "Examples")  # numpydoc's
 
 
@@ -86,6 +88,36 @@ def modules() -> list[str]:
         prefix = f"{package.__name__}."
         found += [package.__name__, *(module.name for module in pkgutil.walk_packages(package.__path__, prefix))]
     return [name for name in found if not name.endswith("__main__")]
+
+
+def public_names() -> list[tuple[str, str]]:
+    """(package, name) of every function and class that a package lists as its own."""
+    pairs, known = [], set()
+    for package in modules():
+        if package.startswith(("simulations.studies", "gradlens.cli")):
+            continue
+        try:
+            module = importlib.import_module(package)
+        except ModuleNotFoundError:
+            continue
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            if (inspect.isfunction(value) or inspect.isclass(value)) and id(value) not in known:
+                known.add(id(value))
+                pairs.append((package, name))
+    return pairs
+
+
+@pytest.mark.parametrize(("package", "name"), public_names())
+def test_every_public_name_is_documented(package, name):
+    value = getattr(importlib.import_module(package), name)
+    docstring, sections = inspect.getdoc(value) or "", sections_of(value.__doc__ or "")
+    is_error = inspect.isclass(value) and issubclass(value, Exception)  # takes a message
+    has_parameters = not is_error and bool(set(inspect.signature(value).parameters) - {"self"})
+    if name not in SETTINGS_THAT_DESCRIBE_THEMSELVES and has_parameters:
+        assert {"Parameters", "Attributes"} & set(sections), f"{package}.{name} needs the section Parameters"
+    if name not in NEED_A_SWEEP:
+        assert ">>> " in docstring, f"{package}.{name} needs an example that runs, after >>>"
 
 
 @pytest.mark.parametrize("name", modules())

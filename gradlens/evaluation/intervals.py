@@ -58,8 +58,14 @@ def mean_interval(values: Iterable[float], least: float = -np.inf, most: float =
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """Returns `mean_interval` of values [seed]; an old name, kept until version 0.3.
+    """Returns `mean_interval` of values; an old name, kept until version 0.3.
 
+    Parameters
+    ----------
+    values : ndarray, float64 [seed]
+
+    Notes
+    -----
     The percentile bootstrap that it named covers 50 % where 95 % was said, for two seeds.
 
     Examples

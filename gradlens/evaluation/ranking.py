@@ -9,7 +9,19 @@ from gradlens.evaluation.score_tables import demand, groups, judged
 
 
 def auc(score: np.ndarray, malicious: np.ndarray) -> float:
-    """Returns the area under the ROC curve of scores [update], ties counting half; NaN without both kinds."""
+    """Returns the area under the ROC curve, ties counting half; NaN without both kinds of update.
+
+    Parameters
+    ----------
+    score : ndarray, float64 [update]
+        Higher is more suspicious.
+    malicious : ndarray, bool [update]
+
+    Examples
+    --------
+    >>> auc(np.array([1.0, 2.0, 3.0]), np.array([False, True, True]))
+    1.0
+    """
     from scipy.stats import rankdata  # takes 0.3 s to import
 
     positives, negatives = int(malicious.sum()), int((~malicious).sum())
@@ -20,7 +32,19 @@ def auc(score: np.ndarray, malicious: np.ndarray) -> float:
 
 
 def average_precision(score: np.ndarray, malicious: np.ndarray) -> float:
-    """Returns the area under the stepwise precision-recall curve of scores [update]; NaN without both kinds."""
+    """Returns the area under the stepwise precision-recall curve; NaN without both kinds of update.
+
+    Parameters
+    ----------
+    score : ndarray, float64 [update]
+        Higher is more suspicious.
+    malicious : ndarray, bool [update]
+
+    Examples
+    --------
+    >>> average_precision(np.array([1.0, 2.0, 3.0]), np.array([False, True, True]))
+    1.0
+    """
     if not malicious.any() or malicious.all():
         return np.nan
     true, false = passing(score, malicious)
