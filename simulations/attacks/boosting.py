@@ -206,9 +206,9 @@ def layer_substitution(tau: Annotated[float, Field(ge=0, le=1)] = 0.8) -> Attack
     -----
     Forward: each layer of the malicious update in turn is replaced by the honest one, and layers are ranked by how
     much attack success falls; of equal ones the earlier comes first. Backward: the honest update gets the malicious
-    layers in that order, one at least, until its success reaches tau x that of the malicious update. A layer is one named tensor; success is measured on the attackers' own
-    training data. Unlike in [1]_, malicious training starts from the global model, and the kept layers are neither
-    scaled nor averaged.
+    layers in that order, one at least, until its success reaches tau x that of the malicious update. A layer is one
+    named tensor; success is measured on the attackers' own training data. Unlike in [1]_, malicious training starts
+    from the global model, and the kept layers are neither scaled nor averaged.
 
     **Fails when** a detector looks at single layers: the malicious ones are as malicious as before.
 
