@@ -24,7 +24,8 @@ def density_clusters(
     smallest : int
         Rows that make a cluster (HDBSCAN's ``min_cluster_size``). Fewer rows than that have no cluster.
     neighbors : int, optional
-        HDBSCAN's ``min_samples``, the row itself among them; by default `smallest`.
+        HDBSCAN's ``min_samples`` as the package ``hdbscan`` counts them: other rows, without the row itself; by default
+        `smallest`. scikit-learn counts the row too, and is given one more.
     single : bool, default False
         Whether all rows together may be one cluster.
 
@@ -53,9 +54,9 @@ def density_clusters(
         return np.full(len(apart), -1)
     floored = np.maximum(np.round(apart / largest, 12), CLOSEST)  # rounded, so that no tie is decided by rounding
     np.fill_diagonal(floored, 0)
-    neighbors = min(smallest if neighbors is None else neighbors, len(apart))
+    others = min(smallest if neighbors is None else neighbors, len(apart) - 1)
     settings: Any = {"metric": "precomputed", "copy": False, "allow_single_cluster": single}
-    return HDBSCAN(smallest, min_samples=neighbors, **settings).fit_predict(floored)
+    return HDBSCAN(smallest, min_samples=others + 1, **settings).fit_predict(floored)
 
 
 def two_means(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -214,7 +214,7 @@ def _poisoned(
 
 def _deviants(scenario: Scenario, attack: Attack, chosen: Mapping[int, np.ndarray]) -> frozenset[int]:
     """The malicious clients whose update the attack changes; raises InputError if it changes nobody's."""
-    always = attack.send is not None or attack.train is not None
+    always = attack.deviates_without_poison
     deviants = frozenset(client for client, positions in chosen.items() if always or len(positions))
     if chosen and not deviants:
         raise InputError(

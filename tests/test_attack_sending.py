@@ -237,7 +237,7 @@ def success(update):
 @pytest.mark.parametrize(
     ("tau", "kept"),
     [
-        (0.0, []),
+        (0.0, ["fc2.weight"]),
         (0.4, ["fc2.weight"]),
         (0.8, ["fc2.weight", "fc1.weight"]),
         (1.0, ["fc2.weight", "fc1.weight", "fc2.bias"]),
@@ -259,15 +259,26 @@ def test_each_attacker_finds_its_own_critical_layers():
     np.testing.assert_array_equal(sent["fc1.weight"], trained["fc1.weight"] * [[[1]], [[0]]])
 
 
-@pytest.mark.parametrize("nothing", [0.0, float("nan")])
-def test_without_success_the_honest_update_is_sent(nothing):
+@pytest.mark.parametrize("everywhere", [0.0, 1.0, float("nan")])
+def test_at_least_one_layer_is_substituted(everywhere):
+    """Where no layer matters more than another, the first: the malicious update fails, or the honest one succeeds."""
     honest = updates_of(2, seed=6)
-    sent = send(layer_substitution(), TRAINED, OTHERS, honest=lambda: honest, success=lambda update: nothing)
-    np.testing.assert_array_equal(flat(sent), flat(honest))
+    sent = send(layer_substitution(), TRAINED, OTHERS, honest=lambda: honest, success=lambda update: everywhere)
+    for name in STATE:
+        np.testing.assert_array_equal(sent[name], (TRAINED if name == "fc1.weight" else honest)[name], err_msg=name)
+
+
+def test_the_layer_substituted_is_one_that_differs():
+    trained, honest = rows_of(np.ones((2, 23))), rows_of(np.zeros((2, 23)))
+    trained["fc1.weight"] = honest["fc1.weight"]
+    sent = send(layer_substitution(), trained, OTHERS, honest=lambda: honest, success=lambda update: 0.0)
+    np.testing.assert_array_equal(sent["fc1.bias"], 1)
+    same = send(layer_substitution(), honest, OTHERS, honest=lambda: honest, success=lambda update: 0.0)
+    np.testing.assert_array_equal(flat(same), 0)  # trained without a poisoned sample
 
 
 def test_how_often_success_is_asked_for():
-    """Once for the malicious update, once for each layer forward, at most once more for each backward and the end."""
+    """Once for the malicious update, once for each layer forward, once for each that is kept backward."""
     asked = []
 
     def counted(update):
@@ -276,4 +287,4 @@ def test_how_often_success_is_asked_for():
 
     trained, honest = rows_of(np.ones((1, 23))), rows_of(np.zeros((1, 23)))
     send(layer_substitution(), trained, OTHERS, honest=lambda: honest, success=counted)
-    assert len(asked) == 1 + len(PARAMETERS) + 3
+    assert len(asked) == 1 + len(PARAMETERS) + 2

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy.cluster.vq import kmeans2
-from sklearn.cluster import KMeans, MeanShift, estimate_bandwidth
+from sklearn.cluster import HDBSCAN, KMeans, MeanShift, estimate_bandwidth
 
 from gradlens.clustering import (
     density_clusters,
@@ -35,6 +35,23 @@ def test_density_clusters_by_hand():
     assert density_clusters(np.zeros((4, 4)), 3).tolist() == [0] * 4
 
 
+def test_neighbors_are_counted_as_the_package_hdbscan_counts_them():
+    """Labels of hdbscan 0.8.44 with min_samples=3; scikit-learn has them with 4."""
+    x = np.array([12, 15, 21, 26, 36, 37, 40, 44, 50, 53, 56.0])
+    d = np.abs(x[:, None] - x)
+    assert density_clusters(d, 3, 3).tolist() == [-1, 0, 0, 0, 1, 1, 1, 1, 1, 1, -1]
+    assert density_clusters(d, 3, 2).tolist() != density_clusters(d, 3, 3).tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("single", [True, False])
+def test_one_neighbor_is_single_linkage(seed, single):
+    """Nobody is nearer to another than its nearest neighbor: at 1 it does not matter whether a row counts itself."""
+    d = np.abs(np.subtract.outer(*[np.random.default_rng(seed).normal(size=15)] * 2))
+    linked = HDBSCAN(4, min_samples=1, metric="precomputed", copy=True, allow_single_cluster=single).fit_predict(d)
+    np.testing.assert_array_equal(density_clusters(d, 4, 1, single=single), linked)
+
+
 def test_density_clusters_leaves_its_input_alone(rng):
     d = np.abs(np.subtract.outer(*[rng.normal(size=9)] * 2))
     before = d.copy()
@@ -45,7 +62,7 @@ def test_density_clusters_leaves_its_input_alone(rng):
 def test_equal_rows_far_apart_are_clusters_of_their_own():
     """An infinite density has no excess over another, and no warning."""
     d = np.abs(np.subtract.outer(*[np.repeat([0.0, 1, 5], 3)] * 2))
-    labels = density_clusters(d, 2, 2)
+    labels = density_clusters(d, 2, 1)
     assert [len(set(labels[i : i + 3])) for i in (0, 3, 6)] == [1, 1, 1]
     assert set(labels) == {0, 1, 2}
 

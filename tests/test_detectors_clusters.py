@@ -139,7 +139,7 @@ def naive_deepsight(log, tau=1 / 3, ddifs=(), bias=True):
     suspicious = [te <= np.median(exceedings) / 2 for te in exceedings]
 
     def apart(metric, values, **settings):
-        labels = HDBSCAN(5, min_samples=3, metric=metric, copy=True, **settings).fit_predict(values)
+        labels = HDBSCAN(5, min_samples=3 + 1, metric=metric, copy=True, **settings).fit_predict(values)  # with itself
         return labels, np.array(
             [[i != j and (a != b or a < 0) for j, b in enumerate(labels)] for i, a in enumerate(labels)]
         )

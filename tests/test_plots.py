@@ -407,6 +407,18 @@ def test_scores_without_truth_name_who_is_flagged_most(ax):
     assert title(other) == "No client is flagged in 5 rounds"
 
 
+def test_scores_without_truth_draw_and_name_the_three_most_suspicious(ax):
+    table = scores().assign(flag=lambda t: t["client"].eq("c0") | (t["client"].eq("c4") & t["round"].ge(3)))
+    plot_scores(table.drop(columns="malicious"), ax=ax)
+    third = table[~table["client"].isin(["c0", "c4"])].groupby("client")["score"].median().idxmax()
+    assert labels_of(ax) == ["c0", "c4", third, "others (3)"]
+    thick = [line for line in ax.lines if line.get_linewidth() == 1.6]
+    for line, client in zip(thick, ["c0", "c4", third], strict=True):
+        np.testing.assert_allclose(line.get_ydata(), table.loc[table["client"].eq(client), "score"])
+    assert len({(line.get_color(), str(line.get_linestyle())) for line in thick}) == 3
+    assert len(lines_of(ax)["benign"]) == 3
+
+
 def test_infinite_scores_are_marked_at_the_upper_edge(ax):
     table = scores()
     table.loc[table["client"] == "c3", "score"] = np.inf

@@ -5,13 +5,17 @@ import pickle
 import re
 import shutil
 from base64 import b64decode
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from gradlens import DETECTORS, Recorder, Run, Sweep, calibrate, report
 from gradlens.errors import InputError
@@ -22,11 +26,24 @@ from gradlens.log import LogWriter, ModelSpec, Round
 from gradlens.log.files import write_table
 from gradlens.reporting.analysis import analyse, attack_table, attacked_runs, labelled, outcome, thresholds_of, usual
 from gradlens.reporting.findings import distinct_controls, sweep_findings
-from gradlens.reporting.page import finding, listed, measured, number, render, section, table, text, unbroken, write
+from gradlens.reporting.page import (
+    figure,
+    finding,
+    listed,
+    measured,
+    number,
+    render,
+    section,
+    table,
+    text,
+    unbroken,
+    write,
+)
 from gradlens.reporting.pictures import localization_picture
 from gradlens.reporting.provenance import plain_value
 from gradlens.reporting.run_report import examine, run_findings, suspects
 from gradlens.reporting.sweep_report import filtered_pairs, removed, representative, scores_figure, training_table
+from gradlens.reporting.vectors import compact
 from planted import MODEL, STATE
 
 VOID = {"meta", "br", "img", "link", "hr"}
@@ -173,7 +190,8 @@ def test_the_page_is_balanced_self_contained_and_has_every_section(made_page):
     assert not re.search(r"https?://", made_page.source)
     titles = re.findall(r"<h2>(.*?)</h2>", made_page.source)
     assert titles[0] == "Findings"
-    assert [title[0] for title in titles[1:]] == list("1234567")
+    assert [title[0] for title in titles[1:-1]] == list("1234567")
+    assert titles[-1] == "Words used in this report"
     links = [attrs["href"][1:] for tag, attrs in made_page.tags if tag == "a"]
     anchors = [attrs["id"] for tag, attrs in made_page.tags if tag == "section" and attrs["id"] != "findings"]
     assert links == anchors
@@ -561,6 +579,45 @@ def test_broad_heat_maps_are_stacked_by_phase(layers, panels):
     ]
     block = localization_picture(pd.DataFrame(rows), "layer_norms", "")
     assert block["alt"].count("layer_norms: no layer separates (best AUC 0.60, control at most 0.60)") == panels
+
+
+def test_a_picture_grows_where_something_is_drawn_beyond_its_edge():
+    inside, beyond = (figure(lambda canvas, y=y: canvas.text(0.5, y, "text"), (2, 1), "")["data"] for y in (0.5, 1.4))
+    sizes = [re.search(r'viewBox="0 0 (\S+) (\S+)"', b64decode(data).decode()) for data in (inside, beyond)]
+    (width, height), (same, higher) = ((float(number) for number in size.groups()) for size in sizes if size)
+    assert (width, height) == (same, 72) == (144, 72)
+    assert higher > 72 * 1.4
+
+
+def test_a_smaller_picture_is_the_same_drawing():
+    """Texts that stand twice become one symbol; every number is within a hundredth; ids that are used stay."""
+    canvas = Figure(figsize=(3, 2))
+    ax = canvas.subplots()
+    ax.plot([0, 1, 2], [0, 0, 1], color="#b8400a")
+    for x in (0.2, 1.2):
+        ax.text(x, 0.5, "0.98")
+    file = StringIO()
+    with mpl.rc_context({"svg.fonttype": "path"}):
+        canvas.savefig(file, format="svg")
+    small = compact(file.getvalue())
+    assert len(small) < len(file.getvalue()) / 2
+    used = set(re.findall(r'href="#(\w+)"|url\(#(\w+)\)', small))
+    ids = re.findall(r' id="(\w+)"', small)
+    assert {left or right for left, right in used} == set(ids)
+    assert len(ids) == len(set(ids))
+    assert small.count("<!-- 0.98 -->") == 2
+    before, after = (Counter(re.findall(r"#[0-9a-f]{6}", svg)) for svg in (file.getvalue(), small))
+    assert set(after) == set(before)
+    drawn = re.search(r'd="(M[^"]*)" clip-path="[^"]*" style="fill: none; stroke: #b8400a', file.getvalue())
+    assert drawn
+    numbers = [float(number) for number in re.findall(r"[\d.]+", drawn[1])]
+    x0, y0, x1, y1, x2, y2 = (f"{number:.2f}".rstrip("0").rstrip(".") for number in numbers)
+    assert y0 == y1
+    assert f'd="M{x0} {y0}H{x1}L{x2} {y2}"' in small
+
+
+def test_no_table_of_a_report_has_an_empty_header(made_page):
+    assert '<th scope="col"></th>' not in made_page.source
 
 
 def test_rendering_escapes_every_field():

@@ -13,6 +13,7 @@ from gradlens.log import LogWriter
 from gradlens.run import VERDICT_COLUMNS
 from simulations import rounds
 from simulations.assemble import assemble
+from simulations.attacks import ATTACKS, build_part
 from simulations.cohorts import cohorts, malicious_clients, participants
 from simulations.randomness import Stream, address
 from simulations.rounds import run
@@ -291,6 +292,30 @@ def test_attackers_train_as_the_others_where_they_do_not_attack(tmp_path):
         np.testing.assert_array_equal(attacked.log[0].updates[name], control.log[0].updates[name])
         differs = (attacked.log[1].updates[name] != update).reshape(len(malicious), -1).any(axis=1)
         np.testing.assert_array_equal(differs, malicious)
+
+
+@pytest.mark.parametrize("name", [name for name in ATTACKS if build_part(name, {}).stage != "data"])
+def test_no_update_called_poisoned_is_the_honest_one(tmp_path, name):
+    """Two of the four attackers hold samples of the source class; what the others send may well be honest."""
+    flip = {"label_flip": {"source_label": 7, "target_label": 1}}
+    scenario = PLAIN.replace(
+        attack=flip | {name: {"factor": 2.0} if name == "scaling" else {}}, rounds=2, num_malicious=4, seed=4,
+        partition={"dirichlet": {"alpha": 0.1}}, poison_rate=1.0,
+    )  # fmt: skip
+    found = run(scenario, tmp_path / "run")
+    federation = assemble(scenario)
+    attackers = list(federation.chosen)
+    assert sorted(map(bool, map(len, federation.chosen.values()))) == [False, False, True, True]
+    alike = []
+    for round_ in found.log:
+        generators = [address(scenario.seed, Stream.BATCHES, round_.index, client) for client in attackers]
+        honest = federation.engine(round_.global_model, [federation.honest[client] for client in attackers], generators)
+        sent = {layer: update[attackers] for layer, update in round_.updates.items()}
+        alike += np.all([(sent[k] == honest[k]).reshape(4, -1).all(axis=1) for k in honest], axis=0).tolist()
+    truth = found.truth[found.truth["compromised"]]
+    assert truth["client"].tolist() == [f"client-{number:02d}" for number in attackers] * 2
+    assert truth["poisoned"].sum() >= 4
+    assert not (truth["poisoned"].to_numpy() & alike).any()
 
 
 def test_single_shot_model_replacement_lands_on_the_attackers_model(tmp_path):

@@ -39,10 +39,11 @@ def flame(on: str = "updates") -> Detector:
 
     Notes
     -----
-    HDBSCAN clusters the clients with ``min_cluster_size`` n // 2 + 1, ``min_samples`` 1 and one cluster allowed [1]_.
-    The score is the mean cosine distance to the (other) kept clients, as a multiple of the cohort's median of that (of
-    its mean where the median is 0): about 1 for an inconspicuous client, 0 where all are equal. This is the filter
-    only; clipping to the median norm and noise are the aggregator's.
+    HDBSCAN clusters the clients with ``min_cluster_size`` n // 2 + 1, ``min_samples`` 1 and one cluster allowed [1]_;
+    at 1 it makes no difference whether a client counts among its own neighbors. The score is the mean cosine distance
+    to the (other) kept clients, as a multiple of the cohort's median of that (of its mean where the median is 0): about
+    1 for an inconspicuous client, 0 where all are equal. This is the filter only; clipping to the median norm and noise
+    are the aggregator's.
 
     **Abstains** when fewer than 3 clients are comparable, or more than 5,000 clients took part.
 
@@ -83,7 +84,8 @@ def deepsight(
     min_cluster_size : int, default 5
         Of HDBSCAN, its own default.
     min_samples : int, default 3
-        Of HDBSCAN, as in FLPoison; one final cluster is allowed, as there.
+        Of HDBSCAN, as in FLPoison; one final cluster is allowed, as there. Other clients are counted, as by the package
+        ``hdbscan`` of the paper and the ports; scikit-learn, which counts the client itself too, has 4 for this 3.
 
     Returns
     -------

@@ -27,6 +27,8 @@ from gradlens.plots.axes import (
 )
 from gradlens.words import count, percent, plain, with_interval
 
+MALICIOUS_LINE: dict[str, Any] = {"color": MALICIOUS, "linewidth": 1.7, "marker": "o", "markersize": 4}
+MOST_NAMED = 3  # clients whose lines are named where nobody is known to be malicious
 MEASURES = {"main_accuracy": ("main accuracy", "#0b5394", ""), "asr": ("attack success rate", "#b8400a", "o")}
 
 
@@ -38,6 +40,8 @@ def plot_scores(
     ax: Axes | None = None,
 ) -> Axes:
     """Draws every client's score over rounds, malicious clients as thick lines with dots, the threshold dashed.
+
+    Where nobody is known to be malicious, the three most suspicious clients have lines of their own and their names.
 
     Parameters
     ----------
@@ -73,25 +77,74 @@ def plot_scores(
     known = "malicious" in scores
     poisoned = scores[scores["malicious"].astype(bool)] if known else scores[scores["score"].isna()]
     malicious = set(poisoned["client"])
-    finite = scores.assign(score=scores["score"].where(np.isfinite(scores["score"])))
-    for bad in (False, True):  # malicious clients last, on top
-        part = finite[finite["client"].isin(malicious) == bad].dropna(subset=["score"])
-        if part.empty:
-            continue
-        style: dict[str, Any] = {"linewidth": 1.7, "marker": "o", "markersize": 4} if bad else {"linewidth": 0.8}
-        sns.lineplot(
-            part, x="round", y="score", units="client", estimator=None, ax=ax, legend=False,
-            color=MALICIOUS if bad else BENIGN, markeredgewidth=0, zorder=3 if bad else 2, **style,
-        )  # fmt: skip
+    named = [] if known else suspicion_order(scores, threshold)[:MOST_NAMED]
+    _draw_scores(ax, scores, malicious, named)
     _scale_scores(ax, scores, threshold, beside)
     if threshold is not None:
         ax.axhline(threshold, color=THRESHOLD, linestyle="--", linewidth=1.2, zorder=4)
-    _score_legend(ax, scores, malicious, known, threshold)
+    _score_legend(ax, scores, malicious, named, known, threshold)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlabel("round")
     ax.set_ylabel("score (higher = more suspicious)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return titled(ax, _score_finding(scores, malicious, known, threshold))
+
+
+def suspicion_order(scores: pd.DataFrame, threshold: float | None = None) -> list[str]:
+    """Ranks clients by how suspicious they are: flagged in most rounds, then first flagged, then largest median score.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Columns round, client, score and, where the detector flags, flag.
+    threshold : float, optional
+        Score above which an update is flagged, where there is no column flag.
+
+    Returns
+    -------
+    list of str
+
+    Examples
+    --------
+    >>> suspicion_order(pd.DataFrame({"round": [0, 0], "client": ["a", "b"], "score": [0.5, 4.0]}))
+    ['b', 'a']
+    """
+    table = scores.assign(flag=_flags(scores, threshold))
+    rounds = table[table["flag"]].groupby("client")["round"].agg(["nunique", "min"])
+    ranks = table.groupby("client")["score"].median().to_frame("median").join(rounds)
+    by, ascending = ["nunique", "min", "median"], [False, True, False]
+    return [str(client) for client in ranks.sort_values(by, ascending=ascending, kind="stable").index]
+
+
+def _flags(scores: pd.DataFrame, threshold: float | None) -> pd.Series:
+    """Which updates are flagged, bool."""
+    return (
+        scores["flag"].astype(bool)
+        if "flag" in scores
+        else scores["score"] > (np.inf if threshold is None else threshold)
+    )
+
+
+def _draw_scores(ax: Axes, scores: pd.DataFrame, malicious: set[str], named: list[str]) -> None:
+    """Draws a line per client: thin gray ones, on them the named ones, on top the malicious ones."""
+    finite = scores[np.isfinite(scores["score"])]
+    groups: list[tuple[pd.Series, dict[str, Any]]] = [
+        (~finite["client"].isin(malicious | set(named)), {"color": BENIGN, "linewidth": 0.8, "zorder": 2})
+    ]
+    groups += [(finite["client"].eq(client), _named_style(number)) for number, client in enumerate(named)]
+    groups += [(finite["client"].isin(malicious), MALICIOUS_LINE | {"zorder": 3})]
+    for rows, style in groups:
+        if rows.any():
+            sns.lineplot(
+                finite[rows], x="round", y="score", units="client", estimator=None, ax=ax, legend=False,
+                markeredgewidth=0, **style,
+            )  # fmt: skip
+
+
+def _named_style(number: int) -> dict[str, Any]:
+    """The line of a client that is named in the legend."""
+    color = sns.color_palette("colorblind")[number]
+    return {"color": color, "linewidth": 1.6, "linestyle": DASHES[number], "zorder": 3}
 
 
 def _scale_scores(ax: Axes, scores: pd.DataFrame, threshold: float | None, beside: pd.DataFrame | None) -> None:
@@ -112,20 +165,25 @@ def _scale_scores(ax: Axes, scores: pd.DataFrame, threshold: float | None, besid
         ax.plot(infinite["round"], np.full(len(infinite), upper), "^", color="black", ms=5, clip_on=False, zorder=5)
 
 
-def _score_legend(ax: Axes, scores: pd.DataFrame, malicious: set[str], known: bool, threshold: float | None) -> None:
+def _score_legend(
+    ax: Axes, scores: pd.DataFrame, malicious: set[str], named: list[str], known: bool, threshold: float | None
+) -> None:
     """Draws the legend below the plot, with the number of clients of each kind."""
-    num_clients = scores["client"].nunique()
+    others = scores["client"].nunique() - len(malicious) - len(named)
     handles = []
     if malicious:
-        line = {"color": MALICIOUS, "linewidth": 1.7, "marker": "o", "markersize": 4}
-        handles.append(Line2D([], [], label=f"malicious ({len(malicious)})", **line))
-    kind = "benign" if known else "clients"
-    handles.append(Line2D([], [], color=BENIGN, linewidth=0.8, label=f"{kind} ({num_clients - len(malicious)})"))
+        handles.append(Line2D([], [], label=f"malicious ({len(malicious)})", **MALICIOUS_LINE))
+    handles += [Line2D([], [], label=plain(client), **_named_style(number)) for number, client in enumerate(named)]
+    if others or known:
+        kind = "benign" if known else "others" if named else "clients"
+        handles.append(Line2D([], [], color=BENIGN, linewidth=0.8, label=f"{kind} ({others})"))
     if threshold is not None:
         handles.append(Line2D([], [], color=THRESHOLD, linestyle="--", label=f"threshold {threshold:.3g}"))
     if np.isposinf(scores["score"]).any():
         handles.append(Line2D([], [], color="black", marker="^", linestyle="", label="infinite"))
-    ax.legend(handles=handles, **BELOW, ncols=len(handles))
+    legend = ax.legend(handles=handles, **BELOW, ncols=min(len(handles), 4))
+    for label in legend.get_texts():
+        label.set_parse_math(False)
 
 
 def _score_finding(scores: pd.DataFrame, malicious: set[str], known: bool, threshold: float | None) -> str:
@@ -135,7 +193,7 @@ def _score_finding(scores: pd.DataFrame, malicious: set[str], known: bool, thres
         attacked = scores["round"].isin(scores.loc[poisoned, "round"])
         scores = scores[attacked & (poisoned | ~scores["client"].isin(malicious))]
     rounds = scores["round"].nunique()
-    flags = scores["flag"].astype(bool) if "flag" in scores else scores["score"] > (threshold or np.inf)
+    flags = _flags(scores, threshold)
     if malicious:
         poisoned = scores["malicious"].astype(bool)
         value = auc(scores["score"].to_numpy(), poisoned.to_numpy())
@@ -146,10 +204,9 @@ def _score_finding(scores: pd.DataFrame, malicious: set[str], known: bool, thres
         return f"No attack: {flags.sum()} of {len(flags)} updates flagged ({percent(flags.mean())})"
     if not flags.any():
         return f"No client is flagged in {count(rounds, 'round')}"
-    rounds_of = scores.loc[flags].groupby("client")["round"].agg(["nunique", "min"])
-    client = rounds_of.sort_values(["nunique", "min"], ascending=[False, True]).index[0]
-    flagged, first = rounds_of.loc[client]
-    return f"{plain(client)} is flagged most: {flagged} of {rounds} rounds, first in round {first}"
+    client = suspicion_order(scores, threshold)[0]
+    flagged = scores.loc[flags & scores["client"].eq(client), "round"]
+    return f"{plain(client)} is flagged most: {flagged.nunique()} of {rounds} rounds, first in round {flagged.min()}"
 
 
 def plot_roc(points: pd.DataFrame, *, figures: pd.DataFrame | None = None, ax: Axes | None = None) -> Axes:

@@ -18,10 +18,12 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from gradlens.errors import InputError
 from gradlens.log.files import replace_with
 from gradlens.plots import percent
+from gradlens.reporting.vectors import compact
 
 Block = dict[str, Any]
 Section = dict[str, Any]
@@ -227,10 +229,17 @@ def figure(draw: Callable[[Figure], None], size: tuple[float, float], caption: s
         canvas = Figure(figsize=size, layout="constrained")
         draw(canvas)
         file = BytesIO()
-        canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        whole = _nothing_cut(canvas)
+        canvas.savefig(file, format="svg", bbox_inches=whole, metadata={"Date": None, "Creator": None})
     titles = [ax.get_title(loc="left").replace("\n", " ") for ax in canvas.axes]
-    data = b64encode(file.getvalue()).decode()
+    data = b64encode(compact(file.getvalue().decode()).encode()).decode()
     return {"kind": "figure", "data": data, "alt": "; ".join(filter(None, titles)), "caption": unbroken(caption)}
+
+
+def _nothing_cut(canvas: Figure) -> Bbox:
+    """The canvas in inches, and what is drawn beyond it, where the layout leaves too little room for a legend."""
+    canvas.draw_without_rendering()
+    return Bbox.union([canvas.bbox_inches, canvas.get_tightbbox().padded(0.05)])
 
 
 def rows_of(frame: pd.DataFrame) -> list[Any]:

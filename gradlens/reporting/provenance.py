@@ -84,7 +84,7 @@ def settings_table(runs: Sequence[Run]) -> Block:
     rows = []
     for name in names:
         values = list(dict.fromkeys(plain_value(scenario.get(name)) for scenario in scenarios))
-        rows.append({"Setting": name, "Value": "; ".join(values), "": "varied" if len(values) > 1 else ""})
+        rows.append({"Setting": name, "Value": "; ".join(values), "Varied": "yes" if len(values) > 1 else "no"})
     return table(rows, "Scenario settings of the runs.", folded=len(rows) > 30)
 
 

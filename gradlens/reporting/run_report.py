@@ -307,7 +307,8 @@ def who_section(e: Examination) -> list[Block]:
     )
     if e.figures.empty:
         return blocks
-    caption = "ROC curves over the attacked rounds; right: the control with the same clients called malicious."
+    beside = "" if e.free is None else "; right: the control with the same clients called malicious"
+    caption = f"ROC curves over the attacked rounds{beside}."
     return [*blocks, figures_table(e), roc_picture(e.scores, e.figures, caption)]
 
 

@@ -207,6 +207,9 @@ class Attack:
     send : callable, optional
         (updates trained by the attackers of this round, updates of the others, situation) -> updates sent; None: as
         they were trained.
+    deviates : bool
+        Whether `train` and `send` turn even the update of a client that has no poisoned sample into another one. False
+        where they only shape what the poison does: such a client is as good as honest, and the truth says so.
     calls : tuple of Configured
         The calls that built it, for `repr`.
 
@@ -227,6 +230,7 @@ class Attack:
     pool: Callable[[Task, Split, np.random.Generator], Pool] | None = None
     train: Training | None = None
     send: Callable[[Updates, Updates, Situation], Updates] | None = None
+    deviates: bool = True
     calls: tuple[Configured, ...] = ()
 
     def __repr__(self) -> str:
@@ -236,6 +240,11 @@ class Attack:
     def poisons(self) -> bool:
         """Whether data are poisoned."""
         return self.relabel is not None or self.pool is not None
+
+    @property
+    def deviates_without_poison(self) -> bool:
+        """Whether the update of a client without a poisoned sample differs from its honest one."""
+        return self.deviates and (self.train is not None or self.send is not None)
 
     @property
     def stage(self) -> str:

@@ -199,15 +199,16 @@ def layer_substitution(tau: Annotated[float, Field(ge=0, le=1)] = 0.8) -> Attack
     Returns
     -------
     Attack
-        Buffers are sent as trained honestly. Where the malicious update has no success nothing of it is kept.
+        Buffers are sent as trained honestly. At least one malicious layer is kept, even where the honest update reaches
+        that success by itself, or the malicious one has none. A client without a poisoned sample is honest.
 
     Notes
     -----
     Forward: each layer of the malicious update in turn is replaced by the honest one, and layers are ranked by how
-    much attack success falls. Backward: the honest update gets the malicious layers in that order until its success
-    reaches tau x that of the malicious update. A layer is one named tensor; success is measured on the attackers' own
-    training data. Unlike in [1]_, malicious training starts from the global model, and the kept layers are neither
-    scaled nor averaged.
+    much attack success falls; of equal ones the earlier comes first. Backward: the honest update gets the malicious
+    layers in that order, one at least, until its success reaches tau x that of the malicious update. A layer is one
+    named tensor; success is measured on the attackers' own training data. Unlike in [1]_, malicious training starts
+    from the global model, and the kept layers are neither scaled nor averaged.
 
     **Fails when** a detector looks at single layers: the malicious ones are as malicious as before.
 
@@ -226,7 +227,7 @@ def layer_substitution(tau: Annotated[float, Field(ge=0, le=1)] = 0.8) -> Attack
         rows = [_substituted(_row(trained, k), _row(honest, k), situation, tau) for k in range(count(trained))]
         return {name: np.stack([row[name] for row in rows]) for name in trained}
 
-    return Attack(send=send)
+    return Attack(send=send, deviates=False)
 
 
 def scaled(updates: Updates, factor: float) -> Updates:
@@ -252,14 +253,12 @@ def _norms(updates: Updates, parameters: tuple[str, ...]) -> np.ndarray:
 def _substituted(
     malicious: Mapping[str, np.ndarray], honest: Update, situation: Situation, tau: float
 ) -> dict[str, np.ndarray]:
-    """One attacker's honest update with the layers of its malicious update that the backdoor needs."""
-    parameters, sent = situation.model.parameters, dict(honest)
-    success = situation.success(malicious)
-    if not success > 0:
-        return sent
-    without = [situation.success({**malicious, name: honest[name]}) for name in parameters]
+    """One attacker's honest update with the layers of its malicious update that the backdoor needs, at least one."""
+    sent, success = dict(honest), situation.success(malicious)
+    different = [name for name in situation.model.parameters if not np.array_equal(malicious[name], honest[name])]
+    without = [situation.success({**malicious, name: honest[name]}) for name in different]
     for position in np.argsort(without, kind="stable"):  # the layer without which least success is left comes first
-        if situation.success(sent) >= tau * success:
+        sent[different[position]] = malicious[different[position]]
+        if not situation.success(sent) < tau * success:
             break
-        sent[parameters[position]] = malicious[parameters[position]]
     return sent

@@ -31,7 +31,8 @@ def hiding(
     Returns
     -------
     Attack
-        Where there are no others, what was trained is sent. It raises InputError where the model has no such layer.
+        Where there are no others, what was trained is sent. With "clipped" a client without a poisoned sample counts as
+        honest. It raises InputError where the model has no such layer.
 
     Notes
     -----
@@ -54,7 +55,7 @@ def hiding(
         names = final_layers("hiding", layers, situation.model.final_weight, situation.model.final_bias)
         return {**trained, **_disguised(how, names, trained, finite(others), situation)}
 
-    return Attack(train=None if how == "clipped" else Training(gradient=freeze), send=send)
+    return Attack(train=None if how == "clipped" else Training(gradient=freeze), send=send, deviates=how != "clipped")
 
 
 def final_layers(attack: str, layers: str, final_weight: str | None, final_bias: str | None) -> list[str]:

@@ -124,7 +124,8 @@ def norm_bound(bound: Positive = 1.0, every: Count = 10) -> Attack:
     Returns
     -------
     Attack
-        With `scaling` by the number of clients per round it is the pre-boosted attack of [1]_.
+        With `scaling` by the number of clients per round it is the pre-boosted attack of [1]_. A client without a
+        poisoned sample counts as honest.
 
     Notes
     -----
@@ -148,7 +149,7 @@ def norm_bound(bound: Positive = 1.0, every: Count = 10) -> Attack:
         factor = (bound / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
         return {name: tensor * factor for name, tensor in update.items()}
 
-    return Attack(train=Training(project=project, every=every))
+    return Attack(train=Training(project=project, every=every), deviates=False)
 
 
 @attack_part
@@ -165,7 +166,7 @@ def neurotoxin(ratio: Annotated[float, Field(ge=0, le=1)] = 0.05) -> Attack:
     Returns
     -------
     Attack
-        In the first round all parameters are trained.
+        In the first round all parameters are trained. A client without a poisoned sample counts as honest.
 
     Notes
     -----
@@ -196,7 +197,7 @@ def neurotoxin(ratio: Annotated[float, Field(ge=0, le=1)] = 0.05) -> Attack:
             for name, tensor in gradients.items()
         }
 
-    return Attack(train=Training(gradient=gradient))
+    return Attack(train=Training(gradient=gradient), deviates=False)
 
 
 def norm_penalty(update: Tensors, reference: Reference) -> torch.Tensor:

@@ -57,6 +57,7 @@ def compose(first: Attack, second: Attack) -> Attack:
         pool=data.pool,
         train=_trained(first.train, second.train),
         send=_sent(first, second),
+        deviates=first.deviates_without_poison or second.deviates_without_poison,
         calls=first.calls + second.calls,
     )
 
