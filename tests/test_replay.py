@@ -101,7 +101,9 @@ def asked(monkeypatch, capsys, *words):
 
 
 def test_the_command_writes_the_table(attacked, monkeypatch, capsys):
-    code, said = asked(monkeypatch, capsys, attacked.path, "-d", "layer_norms", "--clean-rounds", 2, "--fpr", 0.1, "--json")
+    code, said = asked(
+        monkeypatch, capsys, attacked.path, "-d", "layer_norms", "--clean-rounds", 2, "--fpr", 0.1, "--json"
+    )
     assert code == 0
     rows = json.loads(said.out)
     assert [row["round"] for row in rows] == list(range(5))

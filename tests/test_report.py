@@ -468,6 +468,13 @@ def test_a_run_with_truth_and_a_control_is_evaluated_beside_it(tmp_path):
         assert re.search(r"<!-- (Attack-free|attack-free) control", svg)
 
 
+def test_a_run_longer_than_its_null_is_told_so(tmp_path):
+    null = [record(tmp_path / f"null{seed}", scenario={"seed": seed}, rounds=3) for seed in (5, 6)]
+    page = Page(report(record(tmp_path / "run"), tmp_path / "o.html", null=null, permutations=19))
+    assert "fpr 0.05; its last round is later than round 2, the null's last" in page.text
+    assert "its last round is compared with rounds 0 to 2 of the null" in page.text
+
+
 def test_an_attack_free_run_is_told_that_every_flag_is_false(tmp_path):
     page = Page(report(record(tmp_path / "run"), tmp_path / "o.html"))
     assert "By its ground truth nobody sent poison: every flag is a false alarm." in page.text
