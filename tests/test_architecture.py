@@ -12,11 +12,12 @@ import pytest
 from conftest import ROOT
 
 # module of gradlens -> the modules of gradlens that it may import
-GROUND = {"errors", "settings", "geometry", "clustering", "words", "names"}
+GROUND = {"errors", "settings", "geometry", "clustering", "words", "names", "ranks"}
 ARROWS = {
     "errors": set(),
     "settings": {"errors"},
     "names": {"errors"},
+    "ranks": {"errors"},
     "geometry": {"errors", "settings"},
     "clustering": {"errors", "settings", "geometry"},
     "words": set(),

@@ -1,6 +1,6 @@
 """Detectors, verdicts and calibration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -106,14 +106,27 @@ def null_scores(detector, logs):
     return np.concatenate([detector(prefix).scores for log in logs for prefix in log.prefixes()])
 
 
-@pytest.mark.parametrize("fpr", [0.01, 0.05, 0.07, 0.25])
+@pytest.mark.parametrize("fpr", [0.05, 0.07, 0.25])
 def test_threshold_is_the_rank_of_the_null_scores(fpr):
-    detector, logs = DETECTORS["final_bias"](), attack_free(2, rounds=6)
+    """Where each client has one score: the k-th smallest, k = ceil((m + 1)(1 - fpr))."""
+    detector, logs = DETECTORS["final_bias"](), attack_free(12, rounds=1)
     scores = np.sort(null_scores(detector, logs))
     m = len(scores)
     k = next(k for k in range(m + 2) if k >= (m + 1) * (1 - fpr) - 1e-9)  # the smallest integer that is as large
     assert m == 144
     assert calibrate(detector, logs, fpr).threshold == scores[k - 1]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("fpr", [0.05, 0.1, 0.25])
+def test_threshold_is_where_the_clients_shares_above_it_add_up_to_the_rate(fpr):
+    """By its definition: each client weighs 1, each of its six scores a sixth."""
+    detector, logs = DETECTORS["final_bias"](), attack_free(2, rounds=6)
+    by_client = [np.array([detector(p).scores for p in log.prefixes()]).T for log in logs]  # [client, round]
+    table = np.concatenate(by_client)
+    assert table.shape == (24, 6)
+    allowed = 25 * fpr - 1 + 1e-9
+    expected = min(t for t in table.ravel() if (table > t).mean(axis=1).sum() <= allowed)
+    assert calibrate(detector, logs, fpr).threshold == expected  # type: ignore[attr-defined]
 
 
 def test_rank_of_nineteen_and_twenty_scores():
@@ -124,8 +137,44 @@ def test_rank_of_nineteen_and_twenty_scores():
     many = planted.clean_log(1, clients=[f"client-{i:02d}" for i in range(1, 100)])
     assert 100 * 0.29 < 29  # in floating point; k = 100 - 29
     assert calibrate(detector, [many], 0.29).threshold == 71  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match=r"fpr 0.01 needs 99 null scores, found 19 \(attack-free: 1 run\)"):
-        calibrate(detector, [nineteen], 0.01)
+
+
+def test_a_clients_rounds_do_not_make_a_null_larger():
+    """60 clients cannot tell 1 %, however many rounds there are; what would do is said."""
+    clients = [f"client-{i:02d}" for i in range(20)]
+    logs = [planted.clean_log(8, seed=seed, clients=clients) for seed in (1, 2, 3)]
+    inner = DETECTORS["layer_norms"]()
+    problem = (
+        r"fpr 0.01 needs 99 clients with a score, found 60 \(attack-free: 3 runs\); rounds of the same client count "
+    )
+    with pytest.raises(InputError, match=problem + r"once: give 5 such runs or set fpr to at least 0.017"):
+        calibrate(inner, logs, 0.01)
+    assert calibrate(inner, logs, 0.017)(logs[0]).null == "attack-free: 3 runs, 60 clients, 480 scores, fpr 0.017"
+    with pytest.raises(
+        InputError, match=r"found 20 \(declared clean: rounds 0 to 7\).*once: set fpr to at least 0.048"
+    ):
+        calibrate(inner, logs[0], 0.01)
+
+
+@dataclass(frozen=True)
+class Recalls:
+    """Scores each client by a number in its name, the same in each round."""
+
+    def __call__(self, log):
+        scores = np.array([float(client.split("_")[-1]) for client in log[-1].clients])
+        return Verdict(log[-1].clients, scores, np.zeros(len(scores), bool))
+
+
+def test_rate_of_clients_that_never_change(rng):
+    """A client's score stays: 30 clients of ten rounds tell no more than of one, and the rate holds all the same."""
+    passed = []
+    for _ in range(60):
+        names = [f"client_{score:.6f}" for score in rng.normal(size=30)]
+        threshold = calibrate(Recalls(), [planted.clean_log(10, clients=names)], 0.05).threshold
+        passed.append(stats.norm.sf(threshold))
+    # above the largest of 30 lies 1 / 31 on average; above the second, which 300 independent scores would give, 2 / 31
+    assert abs(np.mean(passed) - 1 / 31) < 5 * (1 / 31) / np.sqrt(60)
+    assert np.mean(passed) < 0.05
 
 
 def test_calibrated_rate_holds_on_other_seeds():
@@ -138,34 +187,48 @@ def test_calibrated_rate_holds_on_other_seeds():
 
 def test_calibrated_scores_are_the_detectors_own():
     log, inner = planted.PLANTED["shifted class"].log(), DETECTORS["final_bias"]()
-    detector = calibrate(inner, attack_free(4), 0.01)
+    detector = calibrate(inner, attack_free(9), 0.01)
     found, expected = detector(log), inner(log)
     np.testing.assert_array_equal(found.scores, expected.scores)
     assert found.evidence is expected.evidence or found.evidence.equals(expected.evidence)
-    assert found.null == "attack-free: 4 runs, 288 scores, fpr 0.01"
+    assert found.null == "attack-free: 9 runs, 108 clients, 648 scores, fpr 0.01"
     assert found.clients[found.flags].tolist() == [planted.CULPRIT]
 
 
 def test_a_stretch_declared_clean_is_a_null():
+    log = planted.clean_log(6)
+    detector = calibrate(DETECTORS["final_bias"](), log[2:], 0.1)
+    table = np.array([DETECTORS["final_bias"]()(prefix).scores for prefix in log[2:].prefixes()])
+    # 13 x 0.1 - 1 = 0.3 of a client: one score of four may lie above
+    assert detector.threshold == np.sort(table.ravel())[-2]  # type: ignore[attr-defined]
+    assert detector(log).null == "declared clean: rounds 2 to 5, 12 clients, 48 scores, fpr 0.1"
+
+
+@pytest.mark.parametrize("null", ["runs", "stretch"])
+def test_rounds_later_than_the_null_are_named(null):
     log = planted.clean_log(8)
-    detector = calibrate(DETECTORS["final_bias"](), log[2:6], 0.05)
-    scores = null_scores(DETECTORS["final_bias"](), [log[2:6]])
-    assert detector.threshold == np.sort(scores)[-3 + 1]  # type: ignore[attr-defined]  # 49 x 0.05 = 2.45: two above
-    assert detector(log).null == "declared clean: rounds 2 to 5, 48 scores, fpr 0.05"
+    source = log[:5] if null == "stretch" else [planted.clean_log(5, seed=4), planted.clean_log(2, seed=5)]
+    detector = calibrate(DETECTORS["layer_norms"](), source, 0.1)
+    assert [detector(prefix).null.partition("; ")[2] for prefix in log.prefixes()] == [
+        *[""] * 5,
+        "its last round is later than round 4, the null's last",
+        "its last 2 rounds are later than round 4, the null's last",
+        "its last 3 rounds are later than round 4, the null's last",
+    ]
 
 
 @pytest.mark.parametrize("name", ["layer_norms", "accumulated_norms", "panel"])
 def test_the_first_rounds_of_any_log_are_a_null(name):
     late = planted.PLANTED["boosted"].log(rounds=7)[4:]
     log, inner = UpdateLog(planted.MODEL, [*planted.clean_log(4), *late]), DETECTORS[name]()
-    detector = calibrate(inner, null=4, fpr=0.05)
+    detector = calibrate(inner, null=4, fpr=0.1)
     for prefix in log[:4].prefixes():
         found = detector(prefix)
         np.testing.assert_array_equal(found.scores, inner(prefix).scores)
         assert not found.flags.any()
         assert found.abstained == inner(prefix).abstained
         assert found.null == "none yet: the first 4 rounds are its null"
-    expected = calibrate(inner, null=log[:4], fpr=0.05)
+    expected = calibrate(inner, null=log[:4], fpr=0.1)
     for stop in (5, 6, 7):
         found, wanted = detector(log[:stop]), expected(log[:stop])
         np.testing.assert_array_equal(found.scores, wanted.scores)
@@ -183,7 +246,7 @@ def test_while_its_null_is_made_who_is_not_finite_is_flagged():
 def test_after_too_few_first_rounds_there_is_no_verdict():
     detector = calibrate(DETECTORS["layer_norms"](), null=2, fpr=0.01)
     verdict = detector(planted.PLANTED["boosted"].log(rounds=3))
-    assert "calibrate to fpr 0.01 needs 99 null scores, found 24" in verdict.abstained
+    assert "calibrate to fpr 0.01 needs 99 clients with a score, found 12" in verdict.abstained
     assert not verdict.flags.any()
 
 
@@ -231,28 +294,44 @@ def test_without_a_null_and_without_spread():
     assert calibrate(Says((np.inf,) * 12))(log).flags.all()
 
 
-def test_infinite_null_scores_never_clear_the_broken():
-    null = planted.with_client_at(planted.clean_log(2), np.nan)  # two of 24 are +inf
-    detector = calibrate(DETECTORS["final_bias"](), [null], 0.05)
-    assert detector.threshold == np.inf  # type: ignore[attr-defined]
-    assert detector(null).flags.sum() == 1
+@pytest.mark.parametrize("name", ["final_bias", "krum", "panel"])
+@pytest.mark.parametrize("how", ["not finite", "refused"])
+def test_who_was_refused_or_not_finite_is_left_out_of_the_null(name, how):
+    """Four such clients in each of three logs, a third of all: the threshold is that of the others by themselves."""
+    inner, broken = DETECTORS[name](), list(planted.CLIENTS[:4])
+    logs = attack_free(3)
+    others = [UpdateLog(log.model, [r.take(np.arange(4, 12)) for r in log]) for log in logs]
+    if how == "refused":
+        rounds = [[replace(r, refused=dict.fromkeys(broken, "no")) for r in log] for log in others]
+        nulls = [UpdateLog(planted.MODEL, of_log) for of_log in rounds]
+    else:
+        nulls = logs
+        for client in broken:
+            nulls = [planted.with_client_at(log, np.nan, client) for log in nulls]
+    detector, expected = calibrate(inner, nulls, 0.05), calibrate(inner, others, 0.05)
+    assert np.isfinite(expected.threshold)  # type: ignore[attr-defined]
+    assert detector.threshold == pytest.approx(expected.threshold, rel=1e-9)  # type: ignore[attr-defined]
+    attacked = planted.PLANTED["boosted"].log()
+    left_out = "24 clients, 144 scores, 72 updates left out as refused or not finite, fpr 0.05"
+    assert detector(attacked).null == f"attack-free: 3 runs, {left_out}"
+    assert set(broken) <= set((verdict := detector(nulls[0])).clients[verdict.flags])
 
 
 def test_abstentions_are_no_null_and_stay_abstentions():
     small = planted.clean_log(3, clients=planted.CLIENTS[:2])
     inner = DETECTORS["final_bias"]()
-    with pytest.raises(InputError, match="needs 19 null scores, found 0"):
+    with pytest.raises(InputError, match="needs 19 clients with a score, found 0"):
         calibrate(inner, [small], 0.05)
-    verdict = calibrate(inner, attack_free(1), 0.05)(small)
+    verdict = calibrate(inner, attack_free(2), 0.05)(small)
     assert "2 comparable clients" in verdict.abstained
-    assert verdict.null == "attack-free: 1 run, 72 scores, fpr 0.05"
+    assert verdict.null == "attack-free: 2 runs, 24 clients, 144 scores, fpr 0.05"
 
 
 @pytest.mark.parametrize("null", [None, "logs", "stretch"])
 def test_verdict_of_a_round_does_not_depend_on_later_rounds(null):
     sources = {None: None, "logs": attack_free(2), "stretch": planted.clean_log(8)[:6]}
     log = planted.PLANTED["drifting"].log(rounds=5)
-    detectors = {"calibrated": calibrate(DETECTORS["accumulated_norms"](), sources[null], 0.05)}
+    detectors = {"calibrated": calibrate(DETECTORS["accumulated_norms"](), sources[null], 0.1)}
     whole = detect(log, detectors)
     part = detect(planted.PLANTED["drifting"].log(rounds=3), detectors)
     pd.testing.assert_frame_equal(whole[whole["round"] < 3].reset_index(drop=True), part)
@@ -271,12 +350,12 @@ def test_runs_are_a_null_unless_their_truth_knows_of_poison():
     log = planted.clean_log(6)
     clean, attacked = planted.truth_of(log, []), planted.truth_of(log, [planted.CULPRIT], rounds=[2, 3])
     inner = DETECTORS["final_bias"]()
-    expected = calibrate(inner, [log], 0.05)
-    assert calibrate(inner, [run_of(log, clean)], 0.05) == expected
-    assert calibrate(inner, [run_of(log, None)], 0.05) == expected
-    assert calibrate(inner, run_of(log, clean), 0.05) == expected
+    expected = calibrate(inner, [log], 0.1)
+    assert calibrate(inner, [run_of(log, clean)], 0.1) == expected
+    assert calibrate(inner, [run_of(log, None)], 0.1) == expected
+    assert calibrate(inner, run_of(log, clean), 0.1) == expected
     with pytest.raises(InputError, match="2 poisoned updates in run run-1"):
-        calibrate(inner, [run_of(log, attacked)], 0.05)
+        calibrate(inner, [run_of(log, attacked)], 0.1)
 
 
 @pytest.mark.parametrize("fpr", [0, 1, -0.1, 2, np.nan])

@@ -345,9 +345,10 @@ def test_average_precision_by_hand():
 
 def naive_null_figures(scores, null, rate):
     """Of one seed: the share of malicious and of benign ones above the ceil((m + 1)(1 - rate))-th smallest."""
-    m = len(null)
+    finite = [score for score in null if score < INF]
+    m = len(finite)
     k = int(np.ceil((m + 1) * (1 - rate) - 1e-9))
-    threshold = np.sort(null)[min(k, m) - 1]
+    threshold = np.sort(finite)[min(k, m) - 1]
     above = (scores["score"] > threshold) | (scores["score"] == INF)
     return above[scores["malicious"]].mean(), above[~scores["malicious"]].mean(), k > m
 
@@ -355,6 +356,7 @@ def naive_null_figures(scores, null, rate):
 @settings(deadline=None, max_examples=50)
 @given(st.lists(levels, min_size=1, max_size=130), st.integers(0, 2**16))
 def test_thresholds_of_a_null_against_the_definition(null, seed):
+    assume(min(null) < INF)
     rng = np.random.default_rng(seed)
     parts = [table(rng.integers(0, 13, 30), rng.integers(5, 15, 6), seed=i) for i in range(3)]
     free = table(null, [], seed=99).sample(frac=1, random_state=0)
@@ -379,7 +381,7 @@ def test_a_null_by_hand():
 
 
 def test_the_threshold_is_that_of_calibrate():
-    free, log = planted.clean_log(8, seed=1), planted.PLANTED["boosted"].log()
+    free, log = planted.clean_log(8, clients=[f"c{i}" for i in range(25)], seed=1), planted.PLANTED["boosted"].log()
     detector, truth = DETECTORS["layer_norms"](), planted.truth_of(log, [planted.CULPRIT])
     null = detect(free, {"d": detector}).assign(seed=1)
     scores = with_truth(detect(log, {"d": detector}), truth).assign(seed=0)
@@ -409,8 +411,29 @@ def test_a_null_is_that_of_the_same_group_and_without_abstentions():
 
 
 def test_an_infinite_score_passes_every_threshold():
-    null = table([INF] * 100, [], seed=1)
+    null = table([9] * 100, [], seed=1)
     assert figure(table([1], [INF, 5], seed=0), "tpr_5", null)["value"] == 0.5
+
+
+def test_infinite_scores_of_a_null_set_no_threshold():
+    """60 of 100 benign updates were refused; the other 40 set the threshold as if by themselves."""
+    null = table([*range(40), *[INF] * 60], [], seed=1)
+    scores = table([1, 38], [39, 50, INF], seed=0)
+    assert figure(scores, "tpr_5", null)["value"] == pytest.approx(1)  # 41 x 0.05: above the second largest, 38
+    assert figure(scores, "fpr_5", null)["bound"] == "<="
+    assert np.isnan(figure(scores, "tpr_5", table([INF] * 100, [], seed=1))["value"])
+
+
+def test_a_clients_rounds_do_not_make_a_null_larger():
+    """Twenty clients of ten rounds resolve 5 %, and not 1 %; each weighs as one, however many its rounds."""
+    rounds, names = np.repeat(np.arange(10), 20), np.tile([f"c{i}" for i in range(20)], 10)
+    null = table(np.tile(np.arange(20), 10), [], seed=1).assign(round=rounds, client=names)
+    scores = table([5], [18.5, 30], seed=0)
+    for metric, expected in (("tpr_1", (0.5, "<=")), ("tpr_5", (0.5, ""))):
+        found = figure(scores, metric, null)
+        assert (found["value"], found["bound"]) == expected
+    lone = null[(null["round"] == 0) | (null["client"] == "c3")]  # ten scores of c3, one of the others
+    assert figure(scores, "tpr_5", lone)["value"] == 0.5
 
 
 def test_a_null_with_attackers_is_refused():

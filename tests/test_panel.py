@@ -11,6 +11,7 @@ from gradlens.detectors import calibrate
 from gradlens.detectors.panels import PARTS, Fit, Observed, Panel, Reference, panel
 from gradlens.errors import InputError
 from gradlens.log import Round, UpdateLog
+from gradlens.ranks import rank_threshold
 from gradlens.scorers import robustly_scaled
 from gradlens.statistics import layer_cosines, layer_norms
 
@@ -22,9 +23,9 @@ def fitted() -> Panel:
     return panel().fitted(NULLS)[0]
 
 
-def watched(rng: np.random.Generator, rows: int = 400, features: int = 4) -> np.ndarray:
+def watched(rng: np.random.Generator, rows: int = 400, features: int = 4, own: float = 0.1) -> np.ndarray:
     """Rows of correlated features: all of them are one number and a little of their own."""
-    return rng.normal(size=(rows, 1)) + 0.1 * rng.normal(size=(rows, features))
+    return rng.normal(size=(rows, 1)) + own * rng.normal(size=(rows, features))
 
 
 def test_every_part_has_a_column_for_every_layer():
@@ -104,8 +105,10 @@ def test_its_own_rows_are_read_out_of_sample(rng):
     rows, fresh = rng.normal(size=(60, 20)), rng.normal(size=(4_000, 20))
     fit = Fit.of(rows, thirds(rows), np.zeros((20, 0)))
     assert abs(fit.readings(fresh).mean()) < 0.5
-    inside = Fit.of(rows, np.zeros(60, int), np.zeros((20, 0)))  # one fold: nothing to leave out
+    inside = replace(fit, null=np.sort(fit.raw(rows), axis=0))
     assert inside.readings(fresh).mean() > fit.readings(fresh).mean() + 0.4
+    with pytest.raises(InputError, match="at least two folds"):
+        Fit.of(rows, np.zeros(60, int), np.zeros((20, 0)))
 
 
 def test_where_the_null_is_constant_the_same_reads_as_usual():
@@ -166,12 +169,12 @@ def test_calibrated_on_attack_free_logs_its_rate_holds_on_others():
 
 
 def test_null_scores_are_out_of_sample(rng):
-    """Each of two logs is scored by the other one; of one log, each fifth of the clients by the others."""
+    """Each of two logs is scored by the other one, which reads itself by fifths of its clients, as a log alone does."""
     rows = [watched(rng, 30, 8) for _ in "ab"]
     clients = np.arange(30).astype(str)
     seen = [Observed(np.zeros(30, int), clients, tuple("abcdefgh"), values, (True,)) for values in rows]
-    parts, one = np.eye(8)[:, :2], np.zeros(30)
-    expected = [Fit.of(rows[1 - k], one, parts).readings(rows[k]).max(axis=1) for k in range(2)]
+    parts, fifths = np.eye(8)[:, :2], np.unique(clients, return_inverse=True)[1] % 5
+    expected = [Fit.of(rows[1 - k], fifths, parts).readings(rows[k]).max(axis=1) for k in range(2)]
     np.testing.assert_allclose(Reference.of(seen, parts).scores_out_of_sample(), np.concatenate(expected), rtol=1e-9)
     alone = Reference.of(seen[:1], parts)
     fifth = alone.fold == 3
@@ -179,14 +182,62 @@ def test_null_scores_are_out_of_sample(rng):
     np.testing.assert_allclose(alone.scores_out_of_sample()[fifth], expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("logs", [1, 2, 3, 6])
+def test_scores_of_a_null_are_like_those_of_others_however_few_its_logs(rng, logs):
+    """At 10 %: read in-sample, two logs would set a threshold that one client of a thousand passes."""
+    names, clients, passed = tuple("abcdefghij"), np.repeat(np.arange(20), 6), []
+
+    def rows() -> np.ndarray:
+        """Of 20 clients that hardly change in six rounds."""
+        values = np.repeat(watched(rng, 20, 10, own=1), 6, axis=0) + 0.01 * rng.normal(size=(120, 10))
+        return values - np.median(values, axis=0)
+
+    for _ in range(60):
+        seen = [Observed(np.tile(np.arange(6), 20), clients.astype(str), names, rows(), (True,)) for _ in range(logs)]
+        reference = Reference.of(seen, np.eye(10)[:, :3])
+        threshold = rank_threshold(reference.scores_out_of_sample(), reference.units, 0.1)
+        fresh = np.concatenate([rows() for _ in range(5)])
+        passed.append((reference.at(3, names).readings(fresh).max(axis=1) > threshold).mean())
+    assert 0.02 < np.mean(passed) < 0.13
+
+
+def test_late_rounds_of_a_single_long_log_are_read_out_of_sample(rng):
+    """Three logs, of which only one is long: the fit of a late round rests on that log, by its clients."""
+    parts, names, clients = np.zeros((8, 0)), tuple("abcdefgh"), np.arange(40).astype(str)
+    rows = rng.normal(size=(4, 40, 8))
+    seen = [Observed(np.full(40, p), clients, names, rows[k], (True,)) for k, p in ((0, 0), (1, 0))]
+    both = np.concatenate([np.zeros(40, int), np.full(40, 9)])
+    seen.append(Observed(both, np.tile(clients, 2), names, rows[2:].reshape(80, 8), (True,)))
+    late = Reference.of(seen, parts).at(9, names)
+    expected = Fit.of(rows[3], np.unique(clients, return_inverse=True)[1] % 5, parts)
+    fresh = rng.normal(size=(100, 8))
+    np.testing.assert_allclose(late.readings(fresh), expected.readings(fresh), rtol=1e-9)
+
+
+def test_later_than_its_null_it_says_which_rounds_it_is_compared_with():
+    fitted, _ = panel().fitted([planted.clean_log(rounds=3, seed=seed) for seed in (1, 2)])
+    detector = calibrate(panel(), [planted.clean_log(rounds=3, seed=seed) for seed in (1, 2)], fpr=0.1)
+    log = planted.clean_log(rounds=5)
+    null = "attack-free: 2 runs, 24 clients, 72 scores, fpr 0.1"
+    remarks = ["", "; its last round is compared with rounds 0 to 2 of the null"]
+    remarks.append("; its last 2 rounds are compared with rounds 0 to 2 of the null")
+    assert [detector(log[:stop]).null for stop in (3, 4, 5)] == [null + remark for remark in remarks]
+    assert [fitted(log[:stop]).null for stop in (3, 5)] == [
+        "uncalibrated: fitted to a null" + remarks[k] for k in (0, 2)
+    ]
+    many = [planted.clean_log(rounds=2, seed=seed) for seed in range(1, 21)]  # five rows a feature in a round
+    assert "its last 3 rounds are compared with round 1 of the null" in calibrate(panel(), many, fpr=0.1)(log).null
+
+
 def test_one_declared_stretch_is_a_null_of_its_own():
     log = planted.PLANTED["boosted"].log(rounds=8)
     clean = planted.clean_log(rounds=8)
     both = UpdateLog(log.model, [*clean[:5], *log[5:]])
-    detector = calibrate(panel(), both[:5], fpr=0.05)
+    detector = calibrate(panel(), both[:5], fpr=0.1)
     verdict = detector(both)
     assert verdict.scores.argmax() == list(verdict.clients).index(planted.CULPRIT)
-    assert "declared clean: rounds 0 to 4" in verdict.null
+    assert "declared clean: rounds 0 to 4, 12 clients" in verdict.null
+    assert "its last 3 rounds are compared with rounds" in verdict.null
 
 
 def test_rows_of_rounds_as_late_are_its_reference(rng):
@@ -217,6 +268,10 @@ def test_a_null_without_enough_to_leave_out_is_refused():
     seen = Observed(np.zeros(4, int), np.array(["a"] * 4), ("x",), np.ones((4, 1)), (True,))
     with pytest.raises(InputError, match="two logs, or two clients"):
         Reference.of([seen], np.zeros((1, 0))).scores_out_of_sample()
+    with pytest.raises(InputError, match="two clients in each log, found a log of one"):
+        Reference.of([seen, seen], np.zeros((1, 0))).scores_out_of_sample()
+    with pytest.raises(InputError, match="at least one log"):
+        panel().fitted([])
     with pytest.raises(InputError, match="comparable clients, found none"):
         panel().fitted([planted.clean_log(clients=planted.CLIENTS[:2])])
 

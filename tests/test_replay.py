@@ -56,7 +56,7 @@ def test_another_rule_is_applied_to_what_was_sent(attacked):
 
 
 def test_a_filter_on_the_evidence_takes_the_backdoor_away(attacked):
-    rule = filtered(AGGREGATORS["mean"](), calibrate(DETECTORS["layer_norms"](), null=2))
+    rule = filtered(AGGREGATORS["mean"](), calibrate(DETECTORS["layer_norms"](), null=2, fpr=0.1))
     found = replay(attacked, rule, measure=measure_of(ATTACKED))
     last = found.rounds.iloc[-1]
     assert last["recorded_asr"] > 0.8
@@ -101,7 +101,9 @@ def asked(monkeypatch, capsys, *words):
 
 
 def test_the_command_writes_the_table(attacked, monkeypatch, capsys):
-    code, said = asked(monkeypatch, capsys, attacked.path, "-d", "layer_norms", "--clean-rounds", 2, "--json")
+    code, said = asked(
+        monkeypatch, capsys, attacked.path, "-d", "layer_norms", "--clean-rounds", 2, "--fpr", 0.1, "--json"
+    )
     assert code == 0
     rows = json.loads(said.out)
     assert [row["round"] for row in rows] == list(range(5))

@@ -47,7 +47,7 @@ from gradlens.reporting.vectors import compact
 from planted import MODEL, STATE
 
 VOID = {"meta", "br", "img", "link", "hr"}
-CLIENTS = tuple(f"client-{i:02d}" for i in range(8))
+CLIENTS = tuple(f"client-{i:02d}" for i in range(10))
 HOSTILE = ("<script>alert(1)</script>", "$\\frac{$", '"><img src=http://x.y/z onerror=alert(1)>', "北京", *CLIENTS[4:])
 
 
@@ -169,7 +169,7 @@ CELLS = [("trigger", CLIENTS[:2], 0.9), ("label_flip", CLIENTS[3:4], 0.03)]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Sweep:
     """Two conditions, three seeds: one attack that works, one that fails though it shows in the final bias."""
-    return recorded_sweep(tmp_path_factory.mktemp("made") / "sweep", CELLS)
+    return recorded_sweep(tmp_path_factory.mktemp("made") / "sweep", CELLS, push=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_findings_name_the_malicious_clients_the_layer_and_the_null(made_page):
     assert "client-00: flagged in 4 of 4 rounds, malicious" in made_page.text
     assert "client-01: flagged in 4 of 4 rounds, malicious" in made_page.text
     assert re.search(r"the anomaly separates best in fc2.bias by final_bias: AUC 1.00 \[1.00, 1.00\]", made_page.text)
-    assert "attack-free: 2 runs, 64 scores, fpr 0.05" in made_page.text
+    assert "attack-free: 2 runs, 20 clients, 80 scores, fpr 0.05" in made_page.text
     assert "Not tested: no condition was run both with and without a filter." in made_page.text
     assert "the attack begins in round 0" in made_page.text
     benign_too = (
@@ -283,7 +283,7 @@ def test_false_alarms_are_counted_on_held_out_controls(made_analysis):
 def test_too_few_other_seeds_make_the_thresholds_nominal(made):
     found = thresholds_of(usual(["final_bias"]), [made.run("control0")], 0, 0.05)
     assert found["final_bias"].null.startswith("nominal")
-    found = thresholds_of(usual(["final_bias"]), [made.run("control1")], 0, 0.001)  # 32 scores cannot tell 0.1 %
+    found = thresholds_of(usual(["final_bias"]), [made.run("control1")], 0, 0.001)  # 10 clients cannot tell 0.1 %
     assert found["final_bias"].null.startswith("nominal")
 
 
@@ -413,7 +413,7 @@ def real(tmp_path_factory) -> Sweep:
     from simulations import Scenario, run_sweep, sweep
 
     base = Scenario(
-        num_clients=8, rounds=3, attack={"trigger": {"target_label": 1}, "scaling": {"factor": 4.0}}, num_malicious=2
+        num_clients=20, rounds=3, attack={"trigger": {"target_label": 1}, "scaling": {"factor": 4.0}}, num_malicious=2
     )
     scenarios = sweep(base, detector=[None, "layer_norms"], seed=[0, 1])
     return run_sweep(scenarios, tmp_path_factory.mktemp("real") / "runs", progress=False)
@@ -422,7 +422,7 @@ def real(tmp_path_factory) -> Sweep:
 def test_a_real_sweep_from_runs_to_page(real, tmp_path):
     page = Page(report(real, tmp_path / "o.html", permutations=19))
     assert is_self_contained(page)
-    assert "task digits, model mlp, 8 clients, 3 rounds" in page.text
+    assert "task digits, model mlp, 20 clients, 3 rounds" in page.text
     assert "filter layer_norms" in page.text
     assert "Malicious removed" in page.text
     for _, _, svg in page.pictures:
@@ -455,9 +455,8 @@ def test_a_run_inside_a_sweep_finds_its_control_and_its_null_there(real, tmp_pat
     e = examine(real.run(name), usual(), fpr=0.05, permutations=19)
     assert e.control is not None
     assert e.control.name == real.control_of(name).name
-    calibrated = e.rules["null"].str.startswith("attack-free: 1 run")
-    assert e.rules["detector"][~calibrated].tolist() == ["accumulated_norms"]  # 16 scores are too few
-    assert "Those of accumulated_norms rest on each cohort itself" in page.text
+    assert e.rules["null"].str.startswith("attack-free: 1 run, 20 clients").all()
+    assert "rest on each cohort itself" not in page.text
     assert len(e.chance) == 3
     for _, _, svg in page.pictures:
         assert re.search(r"<!-- (Attack-free|attack-free) control", svg)
@@ -489,6 +488,13 @@ def test_a_run_with_truth_and_a_control_is_evaluated_beside_it(tmp_path):
     assert "without a control's ASR nobody can tell" in page.text
     for _, _, svg in page.pictures:
         assert re.search(r"<!-- (Attack-free|attack-free) control", svg)
+
+
+def test_a_run_longer_than_its_null_is_told_so(tmp_path):
+    null = [record(tmp_path / f"null{seed}", scenario={"seed": seed}, rounds=3) for seed in (5, 6)]
+    page = Page(report(record(tmp_path / "run"), tmp_path / "o.html", null=null, permutations=19))
+    assert "fpr 0.05; its last round is later than round 2, the null's last" in page.text
+    assert "its last round is compared with rounds 0 to 2 of the null" in page.text
 
 
 def test_an_attack_free_run_is_told_that_every_flag_is_false(tmp_path):

@@ -42,7 +42,7 @@ def small(tmp_path_factory):
         local_epochs=2,
         schedule={"from_round": {"first": 2}},
     )
-    calibrated = base.replace(detector="layer_norms", filter={"clean_rounds": 2, "fpr": 0.05})
+    calibrated = base.replace(detector="layer_norms", filter={"clean_rounds": 2, "fpr": 0.1})
     scenarios = sweep(base, aggregator=["mean", "multi_krum"], attack=attacks, seed=[0, 1])
     return run_sweep([*scenarios, *sweep(calibrated, attack=attacks, seed=[0, 1])], tmp_path_factory.mktemp("defenses"))
 
@@ -72,7 +72,7 @@ def test_the_summary_says_who_stops_what(small):
     honest = table[table["kind"] == study.NONE]["control_accuracy"]
     np.testing.assert_allclose(each.loc[study.NONE, "honest"], honest.iloc[0])
     said = study.section(table)
-    assert "| `layer_norms, fpr=0.05` | calibrated filter |" in said
+    assert "| `layer_norms, fpr=0.1` | calibrated filter |" in said
     assert "`mean` | none | " in said
 
 

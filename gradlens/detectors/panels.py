@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 
 from gradlens import statistics
+from gradlens.detectors.nulls import NullScores
 from gradlens.detectors.published import Judgement, judged
 from gradlens.detectors.reference import Fit, Observed, Reference, own_fit
-from gradlens.detectors.verdict import TEXTBOOK, Detector, Verdict
+from gradlens.detectors.verdict import TEXTBOOK, Detector, Verdict, latest
 from gradlens.errors import CannotSay, InputError
 from gradlens.log import ModelSpec, UpdateLog
 from gradlens.scorers import robustly_scaled
@@ -112,7 +113,7 @@ def panel() -> Detector:
     >>> from gradlens import DETECTORS, calibrate
     >>> from gradlens.examples import example_log
     >>> nulls = [example_log(num_malicious=0, seed=seed) for seed in range(1, 6)]
-    >>> verdict = calibrate(DETECTORS["panel"](), nulls, fpr=0.01)(example_log())
+    >>> verdict = calibrate(DETECTORS["panel"](), nulls, fpr=0.05)(example_log())
     >>> str(verdict.clients[verdict.scores.argmax()])
     'client-9'
     """
@@ -142,8 +143,23 @@ class Panel:
 
     def __call__(self, log: UpdateLog) -> Verdict:
         """The verdict on the last round."""
-        null = "uncalibrated: each cohort itself" if self.reference is None else "uncalibrated: fitted to a null"
-        return judged(log, self._judge, null)
+        if self.reference is None:
+            return judged(log, self._judge, "uncalibrated: each cohort itself")
+        remark = self.beyond(log)
+        return judged(log, self._judge, f"uncalibrated: fitted to a null{'; ' if remark else ''}{remark}")
+
+    def beyond(self, log: UpdateLog) -> str:
+        """Which of a log's rounds are later than any of the null, and what they are compared with, in words."""
+        if self.reference is None:
+            return ""
+        positions = self.reference.positions
+        late = len(log) - 1 - int(positions.max())
+        if late < 1:
+            return ""
+        near = positions[self.reference.near(len(log) - 1)]
+        first, last = int(near.min()), int(near.max())
+        rounds = f"round {last}" if first == last else f"rounds {first} to {last}"
+        return f"its {latest(late)} compared with {rounds} of the null"
 
     def _judge(self, log: UpdateLog) -> Judgement:
         features, values = self.seen(log)
@@ -190,7 +206,7 @@ class Panel:
 
     def observed(self, log: UpdateLog) -> Observed:
         """What the panel sees after each round of a log."""
-        positions, clients, values, names = [], [], [], ()
+        positions, clients, values, names, left_out = [], [], [], (), 0
         for position, prefix in enumerate(log.prefixes()):
             comparable = prefix[-1].comparable
             if comparable.sum() < SMALLEST:
@@ -199,10 +215,11 @@ class Panel:
             values.append(seen)
             clients.append(prefix[-1].clients[comparable])
             positions.append(np.full(len(seen), position))
+            left_out += int((~comparable).sum()) + len(prefix[-1].refused)
         if not values:
             raise InputError(f"a null of the panel needs rounds of {SMALLEST} comparable clients, found none")
         rows = np.concatenate(positions), np.concatenate(clients)
-        return Observed(*rows, names, np.concatenate(values), _heard(log.model))
+        return Observed(*rows, names, np.concatenate(values), _heard(log.model), left_out)
 
     def scores(self, seen: Observed) -> np.ndarray:
         """The score of every row of what was seen of a log, float64 [row]."""
@@ -220,7 +237,7 @@ class Panel:
             return own_fit(values, self.directions(heard))
         return self.reference.at(position, features)
 
-    def fitted(self, nulls: Sequence[UpdateLog | Observed]) -> tuple["Panel", np.ndarray]:
+    def fitted(self, nulls: Sequence[UpdateLog | Observed]) -> tuple["Panel", NullScores]:
         """Learns what attack-free logs show.
 
         Parameters
@@ -231,13 +248,17 @@ class Panel:
         -------
         panel : Panel
             The panel that knows what these logs show.
-        scores : ndarray, float64 [row]
+        scores : NullScores
             Their own scores, each out of sample in five folds: by what the other logs show or, of one log, the other
-            clients.
+            clients. The fit that reads them learns by whole logs as well, or by clients where it rests on one log.
         """
         seen = [null if isinstance(null, Observed) else self.observed(null) for null in nulls]
-        reference = Reference.of(seen, self.directions(seen[0].heard) if seen else np.zeros((0, 0)))
-        return replace(self, reference=reference), reference.scores_out_of_sample()
+        if not seen:
+            raise InputError("the null of a panel needs at least one log, found none")
+        reference = Reference.of(seen, self.directions(seen[0].heard))
+        left_out = sum(log.left_out for log in seen)
+        scores = NullScores(reference.scores_out_of_sample(), reference.units, len(seen), left_out)
+        return replace(self, reference=reference), scores
 
     def __repr__(self) -> str:
         return "panel()" if self.reference is None else f"panel(fitted to {len(self.reference.values)} rows)"

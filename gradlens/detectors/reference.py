@@ -10,6 +10,7 @@ from scipy.special import ndtri_exp
 from gradlens.errors import InputError
 
 ROWS = 5  # null rows for every feature, where there are as many
+FOLDS = 5
 TAIL = 0.05  # of the null's rows, beyond which their shares are taken to fall exponentially
 
 
@@ -28,6 +29,8 @@ class Observed:
         All layer groups of the first part first.
     heard : tuple of bool
         Which layer groups a part's reading is the mean of.
+    left_out : int, default 0
+        Number of updates of these rounds that were refused or not comparable.
 
     Examples
     --------
@@ -42,6 +45,7 @@ class Observed:
     features: tuple[str, ...]
     values: np.ndarray
     heard: tuple[bool, ...]
+    left_out: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +58,10 @@ class Reference:
     positions : ndarray, int64 [row]
         The number of rounds before the row's.
     fold : ndarray, int64 [row]
-        Which rows belong together, when some are scored by the others.
+        Which rows belong together, when some are scored by the others: those of whole logs, or of one log those of
+        whole clients.
+    units : ndarray, int64 [row]
+        Which client of which log the row is of.
     values : ndarray, float64 [row, feature]
     directions : ndarray, float64 [feature, part]
         What each part's reading is made of.
@@ -71,31 +78,34 @@ class Reference:
     features: tuple[str, ...]
     positions: np.ndarray
     fold: np.ndarray
+    units: np.ndarray
     values: np.ndarray
     directions: np.ndarray
 
     @classmethod
-    def of(cls, seen: Sequence[Observed], directions: np.ndarray, folds: int = 5) -> "Reference":
+    def of(cls, seen: Sequence[Observed], directions: np.ndarray) -> "Reference":
         """The rows of several logs; raises InputError where they are of different models."""
         if len({log.features for log in seen}) != 1:
             raise InputError("the null of a panel must be of one model; found logs whose layers differ")
-        if len(seen) > 1:
-            fold = np.concatenate([np.full(len(log.values), i % folds) for i, log in enumerate(seen)])
-        else:
-            fold = np.unique(seen[0].clients, return_inverse=True)[1] % folds
-        positions = np.concatenate([log.positions for log in seen])
-        return cls(seen[0].features, positions, fold, np.concatenate([log.values for log in seen]), directions)
+        log = np.repeat(np.arange(len(seen)), [len(part.values) for part in seen])
+        client = np.concatenate([np.unique(part.clients, return_inverse=True)[1] for part in seen])
+        units = np.unique(np.stack([log, client], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+        fold = (log if len(seen) > 1 else units) % FOLDS
+        positions = np.concatenate([part.positions for part in seen])
+        return cls(seen[0].features, positions, fold, units, np.concatenate([part.values for part in seen]), directions)
 
     @lru_cache(maxsize=4_096)  # noqa: B019 - a reference lives as long as its detector
     def at(self, position: int, features: tuple[str, ...]) -> "Fit":
         """The fit for the round after `position` others, from the null's rows after as many, or the nearest."""
         if features != self.features:
             raise InputError(f"the panel was calibrated on another model: {self.features[0]!r}, found {features[0]!r}")
-        near = self._near(position, np.ones(len(self.values), bool))
-        return Fit.of(self.values[near], self.fold[near], self.directions)
+        return self._fit(self.near(position))
 
     def scores_out_of_sample(self) -> np.ndarray:
-        """The score of every row by the fit of the other folds, float64 [row]."""
+        """The score of every row by the fit of the other folds, float64 [row].
+
+        That fit, too, reads its own rows out of sample: where it rests on a single log, as of two, by its clients.
+        """
         scores = np.zeros(len(self.values))
         for fold in np.unique(self.fold):
             others = self.fold != fold
@@ -103,16 +113,25 @@ class Reference:
                 raise InputError("the null of a panel needs at least two logs, or two clients of one")
             for position in np.unique(self.positions[~others]):
                 rows = ~others & (self.positions == position)
-                near = self._near(position, others)
-                fit = Fit.of(self.values[near], self.fold[near], self.directions)
-                scores[rows] = fit.readings(self.values[rows]).max(axis=1)
+                scores[rows] = self._fit(self.near(position, others)).readings(self.values[rows]).max(axis=1)
         return scores
 
-    def _near(self, position: int, allowed: np.ndarray) -> np.ndarray:
+    def near(self, position: int, allowed: np.ndarray | None = None) -> np.ndarray:
         """The rows nearest in position, bool [row], as many as make five for every feature."""
+        allowed = np.ones(len(self.values), bool) if allowed is None else allowed
         distance = np.where(allowed, np.abs(self.positions - position), np.iinfo(np.int64).max)
         wanted = min(ROWS * self.values.shape[1], int(allowed.sum()))
         return allowed & (distance <= np.sort(distance)[wanted - 1])
+
+    def _fit(self, rows: np.ndarray) -> "Fit":
+        """The fit to some rows; where all are of one fold, each client is read by the others."""
+        fold = self.fold[rows]
+        if len(np.unique(fold)) < 2:
+            clients, fold = np.unique(self.units[rows], return_inverse=True)
+            if len(clients) < 2:
+                raise InputError("the null of a panel needs at least two clients in each log, found a log of one")
+            fold = fold % FOLDS
+        return Fit.of(self.values[rows], fold, self.directions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,10 +169,16 @@ class Fit:
 
     @classmethod
     def of(cls, rows: np.ndarray, fold: np.ndarray, directions: np.ndarray) -> "Fit":
-        """The fit to benign rows [row, feature]; the rows of each fold [row] are read by the fit to the others."""
+        """The fit to benign rows [row, feature]; the rows of each fold [row] are read by the fit to the others.
+
+        Raises InputError for rows of a single fold: read by the fit to themselves they would lie far inside it, and
+        every other row far out.
+        """
         null, folds = np.empty((len(rows), 1 + directions.shape[1])), np.unique(fold)
+        if len(folds) < 2:
+            raise InputError("a fit needs rows of at least two folds, found one")
         for number in folds:
-            others = fold != number if len(folds) > 1 else np.ones(len(rows), bool)
+            others = fold != number
             by_others = cls(*_learned(rows[others]), directions, null)
             null[fold == number] = by_others.raw(rows[fold == number])
         return cls(*_learned(rows), directions, np.sort(null, axis=0))

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri
 
+from gradlens.detectors.nulls import NullScores, attack_free, nominal_threshold
 from gradlens.errors import CannotSay, InputError
 from gradlens.log import Round, UpdateLog
 from gradlens.scorers import Scorer, robust_zscore
 from gradlens.statistics import Statistic
+from gradlens.words import count
 
 __all__ = ["TEXTBOOK", "Detector", "Verdict", "calibrate", "detect", "score_by", "verdict_on"]
 
@@ -187,17 +188,32 @@ def calibrate(detector: Detector, null: Any = None, fpr: float = 0.05) -> Detect
     Raises
     ------
     InputError
-        If the null has too few scores for `fpr` (after too few first rounds the detector abstains instead), or its
+        If the null has too few clients for `fpr` (after too few first rounds the detector abstains instead), or its
         truth knows of a poisoned update.
 
     Notes
     -----
-    With a null the threshold is a rank of its m scores: the k-th smallest with k = ceil((m + 1)(1 - fpr)). An update
-    that is exchangeable with them passes it with probability at most `fpr`. With None it is ::
+    The rate is per update, and the n clients of the null support it, each counted once for every run it is in: a
+    client's data persist, so that its rounds are not independent, and more of them do not make the null larger. At
+    least 1 / fpr - 1 clients are needed: 19 for 5 %, 99 for 1 %. The threshold is the smallest score t with ::
+
+        sum over clients of (share of the client's scores above t) <= (n + 1) * fpr - 1
+
+    An update of a further client, exchangeable with those of the null, passes it with probability at most `fpr`,
+    however its rounds depend on each other [1]_. Where each client has one score, t is the k-th smallest with
+    k = ceil((n + 1)(1 - fpr)). Clients that were refused or not finite are flagged whatever the threshold; they are
+    left out of the null, and the verdict says how many. With None the threshold is ::
 
         median + normal quantile of 1 - fpr * 1.4826 MAD
 
     of the cohort's scores; the rate is then nominal.
+
+    **Fails when** the log goes on longer than its null and the scores of late rounds differ from those of early ones;
+    the verdict's null then says how many rounds are later.
+
+    References
+    ----------
+    .. [1] Lee, Barber & Willett 2023, arXiv 2306.06342 (hierarchical conformal prediction).
 
     Examples
     --------
@@ -207,7 +223,7 @@ def calibrate(detector: Detector, null: Any = None, fpr: float = 0.05) -> Detect
     >>> detector = calibrate(DETECTORS["layer_norms"](), nulls, fpr=0.05)
     >>> verdict = detector(example_log())
     >>> verdict.clients[verdict.flags].tolist(), verdict.null
-    (['client-9'], 'attack-free: 3 runs, 120 scores, fpr 0.05')
+    (['client-9'], 'attack-free: 3 runs, 30 clients, 120 scores, fpr 0.05')
     """
     if not 0 < fpr < 1:
         raise InputError(f"fpr is a rate above 0 and below 1, found {fpr}")
@@ -221,16 +237,13 @@ def calibrate(detector: Detector, null: Any = None, fpr: float = 0.05) -> Detect
     if isinstance(null, UpdateLog):
         logs, what = [null], f"declared clean: {_stretch(null)}"
     else:
-        logs = [_attack_free(source) for source in ([null] if hasattr(null, "log") else null)]
-        what = f"attack-free: {len(logs)} run{'s' if len(logs) != 1 else ''}"
+        logs = [attack_free(source) for source in ([null] if hasattr(null, "log") else null)]
+        what = f"attack-free: {count(len(logs), 'run')}"
     fit = getattr(detector, "fitted", None)  # a panel learns more from the null than a threshold
-    if fit is not None:
-        detector, scores = fit(logs)
-    else:
-        scores = np.concatenate([np.zeros(0), *(_null_scores(detector, log) for log in logs)])
-    return CalibratedDetector(
-        detector, rank_threshold(scores, fpr, what), fpr, f"{what}, {len(scores)} scores, fpr {fpr:g}"
-    )
+    detector, scores = fit(logs) if fit is not None else (detector, _null_scores(detector, logs))
+    last = max((log.last_index for log in logs if len(log)), default=None)
+    basis = f"{what}, {scores.summary}, fpr {fpr:g}"
+    return CalibratedDetector(detector, scores.threshold(fpr, what), fpr, basis, last)
 
 
 @dataclass(frozen=True)
@@ -245,6 +258,8 @@ class CalibratedDetector:
     fpr : float
     null : str
         What the threshold rests on, in words.
+    last : int, optional
+        The latest round of the null.
 
     Examples
     --------
@@ -257,6 +272,7 @@ class CalibratedDetector:
     threshold: float | None
     fpr: float
     null: str
+    last: int | None = None
 
     def __call__(self, log: UpdateLog) -> Verdict:
         verdict = log.verdict(self.detector)
@@ -264,7 +280,15 @@ class CalibratedDetector:
             return replace(verdict, null=self.null)
         threshold = nominal_threshold(verdict.scores, self.fpr) if self.threshold is None else self.threshold
         flags = (verdict.scores > threshold) | np.isposinf(verdict.scores)
-        return replace(verdict, flags=flags, null=self.null)
+        return replace(verdict, flags=flags, null="; ".join(filter(None, [self.null, self._beyond(log)])))
+
+    def _beyond(self, log: UpdateLog) -> str:
+        """Which rounds of a log have no equal in the null, "" where all have."""
+        beyond = getattr(self.detector, "beyond", None)  # a panel compares each round with its own kind
+        if beyond is not None and (remark := beyond(log)):
+            return remark
+        late = 0 if self.last is None else log.last_index - self.last
+        return f"its {latest(late)} later than round {self.last}, the null's last" if late > 0 else ""
 
     def __repr__(self) -> str:
         threshold = "" if self.threshold is None else f", threshold={self.threshold:g}"
@@ -377,43 +401,25 @@ def verdict_on(round_: Round, scores: np.ndarray, threshold: float, **fields: An
     return Verdict(clients, scores, (scores > threshold) | np.isposinf(scores), **fields)
 
 
-def nominal_threshold(scores: np.ndarray, fpr: float) -> float:
-    """Median + normal quantile * 1.4826 MAD of a cohort's scores [client]: the cut of `calibrate` without a null."""
-    finite = scores[np.isfinite(scores)]
-    if not len(finite):
-        return np.inf
-    deviation = np.abs(finite - np.median(finite))
-    sigma = 1.4826 * np.median(deviation) or 1.2533 * deviation.mean()
-    return float(np.median(finite) + ndtri(1 - fpr) * sigma)
+def latest(rounds: int) -> str:
+    """ "last round is", "last 5 rounds are"."""
+    return "last round is" if rounds == 1 else f"last {rounds} rounds are"
 
 
-def rank_threshold(scores: np.ndarray, fpr: float, what: str) -> float:
-    """The null score that a share `fpr` of the null and one more score exceed; raises InputError for too few scores."""
-    flagged = int(np.floor((len(scores) + 1) * fpr + 1e-9))  # of the null and one more, those above the threshold
-    if flagged < 1:
-        needed = int(np.ceil(1 / fpr - 1e-9)) - 1
-        raise InputError(f"calibrate to fpr {fpr:g} needs {needed} null scores, found {len(scores)} ({what})")
-    return float(np.sort(scores)[len(scores) - flagged])
-
-
-def _null_scores(detector: Detector, log: UpdateLog) -> np.ndarray:
-    verdicts = [prefix.verdict(detector) for prefix in log.prefixes()]
-    return np.concatenate([np.zeros(0), *(v.scores for v in verdicts if not v.abstained)])
-
-
-def _attack_free(source: Any) -> UpdateLog:
-    """The log of a null; raises InputError if it is none, or if its run's truth knows of a poisoned update."""
-    if isinstance(source, UpdateLog):
-        return source
-    if not isinstance(getattr(source, "log", None), UpdateLog):
-        raise InputError(f"a null is a sequence of runs or logs, a stretch of a log, or None, found {source!r:.80}")
-    try:
-        poisoned = int(source.truth["poisoned"].sum())
-    except InputError:  # without recorded truth the caller's word counts
-        poisoned = 0
-    if poisoned:
-        raise InputError(f"a null must be free of attacks, found {poisoned} poisoned updates in run {source.name}")
-    return source.log
+def _null_scores(detector: Detector, logs: Sequence[UpdateLog]) -> NullScores:
+    """What a detector says of the clients of attack-free logs, where it does not abstain."""
+    scores, units, left_out = [np.zeros(0)], [np.zeros((0, 2), np.str_)], 0
+    for run, log in enumerate(logs):
+        for prefix in log.prefixes():
+            verdict = prefix.verdict(detector)
+            if verdict.abstained:
+                continue
+            finite = np.isfinite(verdict.scores)
+            scores.append(verdict.scores[finite])
+            units.append(np.stack([np.full(int(finite.sum()), str(run)), verdict.clients[finite]], axis=1))
+            left_out += int((~finite).sum())
+    unit = np.unique(np.concatenate(units), axis=0, return_inverse=True)[1].reshape(-1)
+    return NullScores(np.concatenate(scores), unit, len(logs), left_out)
 
 
 def _stretch(log: UpdateLog) -> str:

@@ -1,6 +1,5 @@
 """The metrics of each detector, averaged over seeds, and the bounds where the data only bound them."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from gradlens.errors import InputError
 from gradlens.evaluation.intervals import mean_interval
 from gradlens.evaluation.ranking import auc, average_precision
 from gradlens.evaluation.score_tables import demand, groups, judged, numbered
+from gradlens.ranks import OtherSeeds, by_other_seeds
 
 METRICS = ("auc", "pr_auc", "tpr_1", "tpr_5", "fpr", "abstained")
 RATES = {"1": 0.01, "5": 0.05}  # suffix of tpr_ and fpr_ -> target false-positive rate
@@ -52,8 +52,10 @@ def evaluate(scores: pd.DataFrame, by: Sequence[str] = (), null: pd.DataFrame | 
       of poisoned updates.
     - tpr_1, tpr_5: the share of poisoned updates above a threshold. Without a null it is the best one that at most 1 %
       or 5 % of the seed's own benign updates exceed, with bound ">=" if a seed has too few of them to resolve that
-      rate. With a null of m scores it is the (m + 1)(1 - fpr)-th smallest, rounded up, as in `calibrate`; if m is too
-      small it is the largest, with bound "<=", since the threshold for that rate cannot be lower.
+      rate. With a null it is the one that an update of one more client exceeds with at most that probability, as in
+      `calibrate`, where a client of a seed counts once (a row, where there is no column client); of a null of too few
+      clients it is the largest score, with bound "<=", since the threshold for that rate cannot be lower. Null scores
+      that are not finite are left out: such updates are flagged whatever the threshold.
     - fpr_1, fpr_5: the share of benign updates above the same threshold; with a null only.
     - fpr: the share of benign updates that are flagged; also without any poisoned update.
     - abstained: the share of updates without a verdict, which do not enter the other metrics.
@@ -86,7 +88,6 @@ def evaluate(scores: pd.DataFrame, by: Sequence[str] = (), null: pd.DataFrame | 
     return pd.DataFrame(rows, columns=[*keys, "metric", "value", "low", "high", "seeds", "bound"])
 
 
-Null = tuple[np.ndarray, np.ndarray, Mapping[Any, int]]  # scores from the highest, their seeds, seed -> number
 Updates = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of one seed: score, flag, malicious, answered
 
 
@@ -107,7 +108,7 @@ def _by_seed(scores: pd.DataFrame, keys: list[str]) -> Iterator[tuple[dict[str, 
         yield dict(key), [(seed, parts[i]) for i, seed in zip(group.index, seeds, strict=True)]
 
 
-def _figures(updates: Updates, null: Null | None, seed: object) -> dict[str, float]:
+def _figures(updates: Updates, null: OtherSeeds | None, seed: object) -> dict[str, float]:
     """Computes the metrics of one seed, NaN where undefined, and the counts that their bounds depend on."""
     answered = updates[3]
     score, flag, malicious = (column[answered] for column in updates[:3])
@@ -124,7 +125,7 @@ def _figures(updates: Updates, null: Null | None, seed: object) -> dict[str, flo
         if null is None:
             figures[f"tpr_{suffix}"] = _tpr_at(rate, score, malicious)
             continue
-        threshold, resolved = _threshold(null, rate, seed)
+        threshold, resolved = null(rate, seed)
         above = (score > threshold) | np.isposinf(score)  # flagged in the same way by `calibrate`
         known = not np.isnan(threshold)
         figures[f"tpr_{suffix}"] = float(above[malicious].mean()) if known and malicious.any() else np.nan
@@ -141,32 +142,20 @@ def _tpr_at(fpr: float, score: np.ndarray, malicious: np.ndarray) -> float:
     return float((score[malicious] > benign[len(benign) - 1 - passing]).mean())
 
 
-def _nulls(null: pd.DataFrame, keys: list[str]) -> Callable[[Mapping[str, object]], Null]:
+def _nulls(null: pd.DataFrame, keys: list[str]) -> Callable[[Mapping[str, object]], OtherSeeds]:
     """Returns a function from a combination of keys to its null, which agrees in all keys that the null has."""
     demand(null, ["detector", "score", "abstained"])
     if "malicious" in null and (poisoned := int(null["malicious"].sum())):
         raise InputError(f"a null must be free of attacks, found {poisoned} malicious rows")
-    shared, known = [key for key in keys if key in null], {}
-    for key, group in groups(null[null["abstained"] == ""], shared):
-        score = group["score"].to_numpy(np.float64)
-        order = np.argsort(-score, kind="stable")
-        seeds = group["seed"].to_numpy()[order] if "seed" in group else np.full(len(order), None)
-        known[tuple(key.values())] = score[order], seeds, dict(Counter(seeds.tolist()))
-    empty = np.zeros(0), np.zeros(0), {}
-    return lambda key: known.get(tuple(key[name] for name in shared), empty)
-
-
-def _threshold(null: Null, rate: float, seed: object) -> tuple[float, bool]:
-    """Returns the threshold from null scores of other seeds and True; their largest (or NaN) and False if too few."""
-    scores, seeds, counts = null
-    same_seed = 0 if seed is None else counts.get(seed, 0)
-    others = len(scores) - same_seed
-    if not others:
-        return np.nan, False
-    passing = int(np.floor((others + 1) * rate + 1e-9))  # of the null scores and one new score, those not below
-    highest = slice(max(passing, 1) + same_seed)  # contains enough scores of other seeds
-    candidates = scores[highest][seeds[highest] != seed] if same_seed else scores[highest]
-    return float(candidates[max(passing, 1) - 1]), passing >= 1
+    null = null[(null["abstained"] == "") & np.isfinite(null["score"].to_numpy(np.float64))]
+    shared, clients = [key for key in keys if key in null], [name for name in ("seed", "client") if name in null]
+    known = {}
+    for key, group in groups(null, shared):
+        units = numbered(group, clients)[0] if "client" in clients else np.arange(len(group))
+        seeds = group["seed"].to_numpy() if "seed" in group else np.full(len(group), None)
+        known[tuple(key.values())] = by_other_seeds(group["score"].to_numpy(np.float64), seeds, units)
+    nothing = by_other_seeds(np.zeros(0), np.zeros(0), np.zeros(0))
+    return lambda key: known.get(tuple(key[name] for name in shared), nothing)
 
 
 def _bound(metric: str, figures: pd.DataFrame, row: Mapping[str, Any]) -> dict[str, object]:

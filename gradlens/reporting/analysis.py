@@ -328,6 +328,12 @@ def thresholds_of(
     return calibrated
 
 
+def rule_of(detector: Detector, run: Run) -> dict[str, Any]:
+    """The threshold of a calibrated detector, None where each cohort sets its own, and its null in the last round."""
+    null = run.log.verdict(detector).null if len(run.log) else getattr(detector, "null", "")
+    return {"threshold": getattr(detector, "threshold", None), "null": null}
+
+
 def labelled(sweep: Sweep, runs: pd.DataFrame, raw: pd.DataFrame) -> pd.DataFrame:
     """Labels the scores of runs and their controls in the attacked rounds, by the truth of the attacked runs.
 
@@ -379,8 +385,7 @@ def _cell(
     for run in part.runs:
         scores.append(detect(run, by_seed[seed_of(run)]).assign(run=run.name, seed=seed_of(run)))
         for name, detector in by_seed[seed_of(run)].items():
-            rule = {key: getattr(detector, key, None) for key in ("threshold", "null")}
-            thresholds.append({"run": run.name, "detector": name, **rule})
+            thresholds.append({"run": run.name, "detector": name, **rule_of(detector, run)})
     raw = pd.concat(scores, ignore_index=True)
     places = localize_sweep(part, permutations=permutations)
     places.insert(0, "condition", _named(sweep, cell, places))

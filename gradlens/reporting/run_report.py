@@ -12,7 +12,7 @@ from gradlens.errors import InputError
 from gradlens.evaluation import evaluate, with_truth
 from gradlens.localization import localize
 from gradlens.plots import CLEAR, PARTLY, count, percent
-from gradlens.reporting.analysis import final, outcome, thresholds_of
+from gradlens.reporting.analysis import final, outcome, rule_of, thresholds_of
 from gradlens.reporting.live import live, live_section
 from gradlens.reporting.page import Block, Section, finding, listed, number, rows_of, section, table, text
 from gradlens.reporting.pictures import (
@@ -82,8 +82,7 @@ def examine(
     calibrated = thresholds_of(detectors, list(null) or around[1], run.scenario.get("seed", 0), fpr)
     raw = detect(run, calibrated)
     free = None if control is None else detect(control, calibrated)
-    said = [{k: getattr(d, k, None) for k in ("threshold", "null")} | {"detector": n} for n, d in calibrated.items()]
-    rules = pd.DataFrame(said).assign(run=run.name)
+    rules = pd.DataFrame([rule_of(d, run) | {"detector": n} for n, d in calibrated.items()]).assign(run=run.name)
     truth = run.truth if run.has_truth else None
     scores, figures, places, nowhere = pd.DataFrame({"control": []}), pd.DataFrame(), pd.DataFrame(), ""
     if truth is not None and truth["poisoned"].astype(bool).any():

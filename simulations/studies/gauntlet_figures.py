@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from gradlens.attribution import attribution_accuracy
+from gradlens.detectors.nulls import nominal_threshold
 from gradlens.detectors.panels import Observed, Panel
-from gradlens.detectors.verdict import nominal_threshold, rank_threshold
 from gradlens.errors import InputError
 from gradlens.evaluation import evaluate, mean_interval, per_client
 from simulations.attacks import build_attack
@@ -120,8 +120,8 @@ def _evaluated(detector: str, null: Sequence[pd.DataFrame], tested: Sequence[Sco
 def _panel_figures(null: Sequence[RunScores], tested: Sequence[RunScores]) -> list[pd.DataFrame]:
     """The panel calibrated on attack-free runs, on the first rounds of the run, and on each cohort itself."""
     unfitted = unfitted_panel()
-    fitted, scores = unfitted.fitted([run.observed for run in null])
-    null_scores = np.split(scores, np.cumsum([len(run.observed.values) for run in null])[:-1])
+    fitted, known = unfitted.fitted([run.observed for run in null])
+    null_scores = np.split(known.scores, np.cumsum([len(run.observed.values) for run in null])[:-1])
     null_tables = [_with_panel_scores(run, of_run) for run, of_run in zip(null, null_scores, strict=True)]
     scored = [(run, _with_panel_scores(run, fitted.scores(run.observed))) for run in tested]
     tables = [_evaluated(PANEL, null_tables, scored)]
@@ -151,9 +151,9 @@ def _flags_by_clean_stretch(unfitted: Panel, run: RunScores) -> dict[str, np.nda
     try:
         fitted, null = unfitted.fitted([stretch])
         scores = fitted.scores(observed)
-        for rate, fpr in sorted(RATES.items(), reverse=True):  # a lower rate needs more scores
-            flags[rate] = (scores > rank_threshold(null, fpr, "")).astype(float)
-    except InputError:  # too few scores
+        for rate, fpr in sorted(RATES.items(), reverse=True):  # a lower rate needs more clients
+            flags[rate] = (scores > null.threshold(fpr)).astype(float)
+    except InputError:  # too few clients
         pass
     return flags
 
@@ -225,7 +225,7 @@ def label_accuracy(results: Sequence[RunScores]) -> pd.DataFrame:
 def _named_labels(runs: Sequence[RunScores]) -> Iterator[Mapping[str, object]]:
     """A row per malicious update in the first attacked rounds: suspected and true target, and whether it is flagged."""
     fitted, null = unfitted_panel().fitted([run.observed for run in calibrating(runs)])
-    threshold = rank_threshold(null, RATES["5"], "attack-free runs")
+    threshold = null.threshold(RATES["5"], "attack-free runs")
     for run in runs:
         target = build_attack(run.scenario.attack).target_label
         if target is None:
