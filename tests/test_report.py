@@ -225,7 +225,7 @@ def test_findings_name_the_malicious_clients_the_layer_and_the_null(made_page):
     assert "Not tested: no condition was run both with and without a filter." in made_page.text
     assert "the attack begins in round 0" in made_page.text
     benign_too = (
-        r"first flags a malicious client in round 0; of 6 benign clients it has flagged by then \d, counted since"
+        r"first flags a malicious client in round 0; of 8 benign clients it has flagged by then \d, counted since"
     )
     assert re.search(benign_too, made_page.text)
 
