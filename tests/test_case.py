@@ -1,0 +1,140 @@
+"""What a case rests on: readings against a naive oracle, what an excluded client can change, and who is taken out."""
+
+import numpy as np
+import pytest
+
+from gradlens import CannotSay, InputError
+from gradlens.case import Benign, peel, readings_of, sums_of
+from gradlens.case.drift import drift_of
+from gradlens.examples import example_log
+from gradlens.log import Round, UpdateLog
+from gradlens.log.accumulated import residuals_of
+
+LAYER = {"weights": "fc1.weight", "biases": "fc1.bias", "final weight": "fc2.weight", "final bias": "fc2.bias"}
+
+
+@pytest.fixture(scope="module")
+def benign():
+    return Benign.of([sums_of(example_log(num_malicious=0, seed=seed)) for seed in range(1, 11)])
+
+
+def changed(log: UpdateLog, change) -> UpdateLog:
+    """The log with other updates: change(layer, updates [client, ...]) -> updates."""
+    rounds = [
+        Round(r.index, r.clients, r.num_examples, {n: change(n, a) for n, a in r.updates.items()}, r.global_model)
+        for r in log
+    ]
+    return UpdateLog(log.model, rounds)
+
+
+def reading(log: UpdateLog, clean: np.ndarray, name: str) -> np.ndarray:
+    names, values = readings_of(sums_of(log), clean)
+    return values[:, names.index(name)]
+
+
+def totals(log: UpdateLog, layer: str) -> np.ndarray:
+    """Every client's summed updates of a layer, float64 [client, number]."""
+    return sum(r.updates[layer].reshape(len(r.clients), -1).astype(np.float64) for r in log)
+
+
+@pytest.mark.parametrize("role", LAYER)
+@pytest.mark.parametrize("excluded", [[], [9], [0, 4, 9]])
+def test_sizes_of_totals_are_those_about_the_clean_mean(role, excluded):
+    log, clean = example_log(num_malicious=0), np.ones(10, bool)
+    clean[excluded] = False
+    about = totals(log, LAYER[role])
+    about = about - about[clean].mean(axis=0)
+    squares = (about**2).sum(axis=1) / np.where(clean, 1 - 1 / clean.sum(), 1 + 1 / clean.sum())
+    expected = np.log(squares / np.median(squares[clean]))
+    np.testing.assert_allclose(reading(log, clean, f"size of totals, {role}"), expected, atol=1e-4)
+
+
+def test_company_of_totals_is_the_mean_of_the_three_largest_cosines():
+    log, clean = example_log(num_malicious=0), np.ones(10, bool)
+    about = totals(log, "fc1.weight")
+    about = about - about.mean(axis=0)
+    unit = about / np.linalg.norm(about, axis=1, keepdims=True)
+    cosines = unit @ unit.T - 2 * np.eye(10)
+    expected = np.sort(cosines, axis=1)[:, -3:].mean(axis=1)
+    np.testing.assert_allclose(reading(log, clean, "company of totals, weights"), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("excluded", [[], [3, 8]])
+def test_what_label_drift_leaves_is_the_residual_of_a_regression_on_the_clean_clients_rounds(excluded):
+    log, clean = example_log(rounds=5, num_malicious=1), np.ones(10, bool)
+    clean[excluded] = False
+    drifts = [residuals_of(round_, "fc2.bias").clipped(0, 4).astype(np.float64) for round_ in log]
+    layers = [residuals_of(round_, "fc1.weight").clipped(0, 128).astype(np.float64) for round_ in log]
+    fit = np.linalg.lstsq(np.concatenate([d[clean] for d in drifts]), np.concatenate([x[clean] for x in layers]))[0]
+    left = sum(layers) - sum(drifts) @ fit
+    unexplained = drift_of(log, log[-1].clients).unexplained("fc1.weight", sum(layers) @ sum(layers).T, clean)
+    np.testing.assert_allclose(unexplained, left @ left.T, atol=1e-5 * np.abs(left @ left.T).max())
+
+
+def test_many_labels_are_not_regressed_on():
+    log = example_log()
+    assert drift_of(log.only("fc1.weight"), log[-1].clients) is None
+    assert drift_of(log, np.array([f"client-{number:04}" for number in range(1025)])) is None
+
+
+@pytest.mark.parametrize("kind", ["size", "company", "spectrum", "distance", "pull"])
+def test_an_excluded_client_changes_nothing_that_rests_on_totals(kind):
+    log, clean = example_log(num_malicious=0), np.arange(10) != 4
+    other = changed(log, lambda name, a: np.where(np.arange(10).reshape(-1, *[1] * (a.ndim - 1)) == 4, -1.4 * a, a))
+    name = f"{kind} of totals, weights"
+    before, after = reading(log, clean, name)[clean], reading(other, clean, name)[clean]
+    np.testing.assert_allclose(after, before, atol=1e-4)
+
+
+def test_the_order_of_clients_changes_nothing(rng, benign):
+    log, order = example_log(num_malicious=3), rng.permutation(10)
+    shuffled = UpdateLog(log.model, [round_.take(order) for round_ in log])
+    one, other = peel(sums_of(log), benign), peel(sums_of(shuffled), benign)
+    np.testing.assert_array_equal(one.order, other.order)
+    np.testing.assert_allclose(one.heights, other.heights, rtol=1e-6)
+
+
+@pytest.mark.parametrize("malicious", [1, 2, 4])
+def test_attackers_are_taken_out_first(malicious, benign):
+    peeling = peel(sums_of(example_log(num_malicious=malicious)), benign)
+    assert set(peeling.order[:malicious]) == set(range(10 - malicious, 10))
+    assert peeling.put_back.shape == (4, 10)
+
+
+def test_innocent_clients_are_as_far_as_in_attack_free_recordings_once_attackers_are_out(benign):
+    free = [peel(sums_of(example_log(num_malicious=0, seed=seed)), benign) for seed in range(20, 30)]
+    usual = max(peeling.heights.max() for peeling in free)
+    peeling = peel(sums_of(example_log(num_malicious=2, seed=3)), benign)
+    attackers = peeling.put_back[1, 8:]
+    innocents = peeling.put_back[1, :8]
+    assert attackers.min() > usual > innocents.max()
+
+
+def test_a_client_that_is_never_comparable_is_not_among_the_clients(rng):
+    log = changed(
+        example_log(), lambda name, a: np.where(np.arange(10).reshape(-1, *[1] * (a.ndim - 1)) == 2, np.nan, a)
+    )
+    sums = sums_of(log)
+    assert "client-2" not in sums.clients.tolist()
+    assert all(np.isfinite(gram).all() for gram in (*sums.of_rounds.values(), *sums.totals.values()))
+
+
+def test_who_takes_part_seldom_is_summed_by_its_own_rounds():
+    log = example_log(rounds=4, num_malicious=0)
+    rounds = [round_ if i % 2 else round_.take(np.arange(9)) for i, round_ in enumerate(log)]
+    sums = sums_of(UpdateLog(log.model, rounds))
+    assert sums.rounds.tolist() == [4] * 9 + [2]
+    assert np.isnan(sums.log_norms["weights"][::2, 9]).all()
+
+
+def test_nothing_to_sum_up_is_said():
+    with pytest.raises(CannotSay, match="no client has a comparable update"):
+        sums_of(example_log()[:0])
+
+
+def test_other_models_and_empty_references_are_refused(benign):
+    with pytest.raises(InputError, match="at least one attack-free recording"):
+        Benign.of([])
+    bare = sums_of(example_log().only("fc1.weight", "fc2.bias"))
+    with pytest.raises(InputError, match="other roles of layers"):
+        benign.distances(bare, np.ones(10, bool))
