@@ -316,6 +316,7 @@ def test_without_a_compiler_it_says_so_and_runs(monkeypatch, make):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.skipif(" " in torch.__file__, reason="torch compiles nothing where its own folder has a space in its name")
 @pytest.mark.parametrize("kind", ["dense", "convolutions"])
 def test_a_compiled_step_is_the_step(kind):
     if kind == "dense":

@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from conftest import ROOT
 
@@ -15,10 +17,30 @@ SECONDS = 200  # half a minute on two idle cores
 
 def ran(script: str, *words: str) -> str:
     """What a script printed, its complaints included; AssertionError where it failed, TimeoutExpired where it hangs."""
-    paths = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
+    with without_spaces() as (python, root):
+        return _ran(python, root, script, *words)
+
+
+@contextmanager
+def without_spaces() -> Iterator[tuple[str, Path]]:
+    """The interpreter and the repository by paths without a space, which Ray and NVFlare cannot start workers from."""
+    prefix, executable = Path(sys.prefix), Path(sys.executable)
+    if " " not in f"{prefix}{ROOT}" or prefix not in executable.parents:
+        yield sys.executable, ROOT
+        return
+    with TemporaryDirectory() as folder:
+        environment, root = Path(folder, "environment"), Path(folder, "root")
+        environment.symlink_to(prefix)
+        root.symlink_to(ROOT)
+        yield str(environment / executable.relative_to(prefix)), root
+
+
+def _ran(python: str, root: Path, script: str, *words: str) -> str:
+    here = root / HERE.relative_to(ROOT)
+    paths = os.pathsep.join([str(root), str(here), os.environ.get("PYTHONPATH", "")])
     setting = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, str(HERE / script), *words],
+        [python, str(here / script), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
