@@ -132,6 +132,26 @@ def centered(gram: np.ndarray, products: np.ndarray, square: float) -> np.ndarra
     return gram - products[:, None] - products[None, :] + square
 
 
+def about_reference_mean(gram: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """The Gram matrix of all vectors minus the mean of those of a reference.
+
+    Parameters
+    ----------
+    gram : ndarray, float64 [vector, vector]
+        Inner products of the vectors.
+    reference : ndarray, bool [vector]
+        Whose mean is subtracted.
+
+    Examples
+    --------
+    >>> x = np.array([[1.0], [3.0], [9.0]])
+    >>> about_reference_mean(x @ x.T, np.array([True, True, False])).diagonal().tolist()
+    [1.0, 1.0, 49.0]
+    """
+    means = gram[:, reference].mean(axis=1)
+    return centered(gram, means, means[reference].mean())
+
+
 def centered_on_mean(gram: np.ndarray) -> np.ndarray:
     """The Gram matrix of the vectors minus their mean, symmetric to the last bit.
 

@@ -5,7 +5,7 @@ import pytest
 
 from gradlens import CannotSay, InputError
 from gradlens.case import Benign, peel, readings_of, sums_of
-from gradlens.case.drift import drift_of
+from gradlens.case.drift import running_drift
 from gradlens.examples import example_log
 from gradlens.log import Round, UpdateLog
 from gradlens.log.accumulated import residuals_of
@@ -67,14 +67,16 @@ def test_what_label_drift_leaves_is_the_residual_of_a_regression_on_the_clean_cl
     layers = [residuals_of(round_, "fc1.weight").clipped(0, 128).astype(np.float64) for round_ in log]
     fit = np.linalg.lstsq(np.concatenate([d[clean] for d in drifts]), np.concatenate([x[clean] for x in layers]))[0]
     left = sum(layers) - sum(drifts) @ fit
-    unexplained = drift_of(log, log[-1].clients).unexplained("fc1.weight", sum(layers) @ sum(layers).T, clean)
+    drift = sums_of(log).drift
+    assert drift is not None
+    unexplained = drift.unexplained("fc1.weight", sum(layers) @ sum(layers).T, clean)
     np.testing.assert_allclose(unexplained, left @ left.T, atol=1e-5 * np.abs(left @ left.T).max())
 
 
 def test_many_labels_are_not_regressed_on():
     log = example_log()
-    assert drift_of(log.only("fc1.weight"), log[-1].clients) is None
-    assert drift_of(log, np.array([f"client-{number:04}" for number in range(1025)])) is None
+    assert running_drift(log.only("fc1.weight").model, log[-1].clients) is None
+    assert running_drift(log.model, np.array([f"client-{number:04}" for number in range(1025)])) is None
 
 
 @pytest.mark.parametrize("kind", ["size", "company", "spectrum", "distance", "pull"])

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradlens.log import ModelSpec, Round, UpdateLog
-from gradlens.log.accumulated import residuals_of, sketch_rows
-from gradlens.log.round import BLOCK
+from gradlens.log import ModelSpec
+from gradlens.log.accumulated import Accumulated, Residuals, sketch_rows
+from gradlens.log.kernels import BLOCK, inner_products
 
 MOST_LABELS, MOST_SUMS = 64, 4_096  # labels, and clients x labels, up to which drift is regressed on
 IN_FULL = 250_000_000  # bytes that the sums of a recording may take; above it they are count sketches
@@ -57,83 +57,79 @@ class Drift:
         return products - crossed - crossed.T + weights @ squared @ weights.T
 
 
-def drift_of(log: UpdateLog, clients: np.ndarray) -> Drift | None:
-    """Sums up what the regression needs, whatever clients are to be left out later.
+def running_drift(model: ModelSpec, clients: np.ndarray) -> "RunningDrift | None":
+    """Begins to sum up what the regression needs, whatever clients are to be left out later.
 
     Parameters
     ----------
-    log : UpdateLog
+    model : ModelSpec
     clients : numpy.ndarray
-        str [client], sorted, those that were comparable in a round.
+        str [client], all that will be added.
 
     Returns
     -------
-    Drift or None
+    RunningDrift or None
         None where the model has no final bias, or one of more than 64 labels, or where clients x labels exceed 4,096.
 
     Examples
     --------
     >>> from gradlens.examples import example_log
     >>> log = example_log()
-    >>> drift = drift_of(log, log[-1].clients)
-    >>> drift.totals.shape, sorted(drift.with_totals)
-    ((10, 4), ['fc1.bias', 'fc1.weight', 'fc2.weight'])
+    >>> running_drift(log.only("fc1.weight").model, log[-1].clients) is None
+    True
     """
-    bias = log.model.final_bias
-    if bias is None or log.model[bias].size > MOST_LABELS or len(clients) * log.model[bias].size > MOST_SUMS:
+    bias = model.final_bias
+    if bias is None or model[bias].size > MOST_LABELS or len(clients) * model[bias].size > MOST_SUMS:
         return None
-    running = _Running(log.model, clients, log.model[bias].size)
-    for round_ in log:
-        running.add(round_, bias)
-    return running.drift(log)
+    return RunningDrift(model, bias, len(clients))
 
 
-class _Running:
-    """The sums over the rounds that were added so far; crossed: layer -> float32 [client, label, number]."""
+class RunningDrift:
+    """The sums over the rounds that were added so far.
 
-    def __init__(self, model: ModelSpec, clients: np.ndarray, labels: int) -> None:
-        count = len(clients)
+    Parameters
+    ----------
+    model : ModelSpec
+    bias : str
+        The final bias.
+    count : int
+        Number of clients.
+    """
+
+    def __init__(self, model: ModelSpec, bias: str, count: int) -> None:
+        self.bias, labels = bias, model[bias].size
         self.sketched = 4 * count * labels * model.num_parameters > IN_FULL
-        self.clients, self.layers = clients, [name for name in model.parameters if name != model.final_bias]
+        self.sizes = {name: model[name].size for name in model.parameters if name != bias}
         self.totals, self.moments = np.zeros((count, labels)), np.zeros((count, labels, labels))
-        widths = {name: self._width(name, model[name].size) for name in self.layers}
+        widths = {name: self._width(name, size) for name, size in self.sizes.items()}
         self.crossed = {name: np.zeros((count, labels, width), np.float32) for name, width in widths.items()}
 
     def _width(self, layer: str, size: int) -> int:
         return sketch_rows(layer, np.zeros((1, size), np.float32)).shape[1] if self.sketched else size
 
-    def add(self, round_: Round, bias: str) -> None:
-        """Adds a round."""
-        rows = np.searchsorted(self.clients, round_.clients[round_.comparable])
-        if not len(rows):
-            return
-        labels = self.totals.shape[1]
-        drift = residuals_of(round_, bias).clipped(0, labels).astype(np.float64)
+    def add(self, rows: np.ndarray, residuals: Mapping[str, Residuals]) -> None:
+        """Adds a round: layer -> residuals of the clients in some rows."""
+        drift = residuals[self.bias].clipped(0, self.totals.shape[1]).astype(np.float64)
         self.totals[rows] += drift
         self.moments[rows] += drift[:, :, None] * drift[:, None, :]
         for layer, sums in self.crossed.items():
-            residuals, size = residuals_of(round_, layer), round_.median[layer].size
+            size = self.sizes[layer]
             if self.sketched:
-                sums[rows] += drift[:, :, None] * sketch_rows(layer, residuals.clipped(0, size))[:, None, :]
+                sums[rows] += drift[:, :, None] * sketch_rows(layer, residuals[layer].clipped(0, size))[:, None, :]
                 continue
             for start in range(0, size, BLOCK):
-                block = residuals.clipped(start, min(start + BLOCK, size))
+                block = residuals[layer].clipped(start, min(start + BLOCK, size))
                 sums[rows, :, start : start + BLOCK] += drift[:, :, None] * block[:, None, :]
 
-    def drift(self, log: UpdateLog) -> Drift:
-        """The inner products of all sums."""
-        accumulated, (count, labels) = log.accumulated, self.totals.shape
-        rows, with_totals, with_each_other = accumulated.of(self.clients), {}, {}
+    def drift(self, accumulated: Accumulated) -> Drift:
+        """The inner products of all sums, also with what the same clients accumulated."""
+        count, labels = self.totals.shape
+        present, with_totals, with_each_other = accumulated.rounds > 0, {}, {}
         for layer, crossed in self.crossed.items():
-            sums = accumulated.sums[layer][rows]
+            sums = accumulated.sums[layer][present]
             if self.sketched and not accumulated.sketched:
                 sums = sketch_rows(layer, sums)
             flat = crossed.reshape(count * labels, -1)
-            products, squares = np.zeros((len(flat), count)), np.zeros((len(flat), len(flat)))
-            for start in range(0, flat.shape[1], BLOCK):
-                block = flat[:, start : start + BLOCK].astype(np.float64)
-                products += block @ sums[:, start : start + BLOCK].astype(np.float64).T
-                squares += block @ block.T
-            with_totals[layer] = products.reshape(count, labels, count)
-            with_each_other[layer] = squares.reshape(count, labels, count, labels)
+            with_totals[layer] = inner_products(flat, sums).reshape(count, labels, count)
+            with_each_other[layer] = inner_products(flat).reshape(count, labels, count, labels)
         return Drift(self.totals, self.moments, with_totals, with_each_other)

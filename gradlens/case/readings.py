@@ -3,7 +3,7 @@
 import numpy as np
 
 from gradlens.case.sums import Sums, typical
-from gradlens.geometry import pairwise_cosines
+from gradlens.geometry import about_reference_mean, mean_of_largest, pairwise_cosines, squared_distances
 
 COMPANIONS = 3  # as many as the accomplices that an attacker is expected to have
 TINY = 1e-300
@@ -81,42 +81,34 @@ def _pairwise(gram: np.ndarray, clean: np.ndarray, of: str) -> dict[str, np.ndar
     products = products / max(float(np.median(np.diagonal(products)[clean])), TINY)
     squares = np.maximum(np.diagonal(products), TINY)
     np.fill_diagonal(products, squares)  # rounding may leave a client in the middle below 0
-    allowed = ~np.outer(clean, ~clean)  # the clean clients look at each other alone
-    np.fill_diagonal(allowed, False)
     leading = np.linalg.eigh(products[np.ix_(clean, clean)])
     direction = leading.eigenvectors[:, -1] / np.sqrt(max(leading.eigenvalues[-1], TINY))
     kinds = {
         "size": np.log(squares),
-        "company": _mean_of_largest(pairwise_cosines(products), allowed),
+        "company": _of_companions(pairwise_cosines(products), clean),
         "spectrum": np.abs(products[:, clean] @ direction),
-        "distance": np.log(np.maximum(_distances(products, allowed & clean[None, :]), TINY)),
+        "distance": np.log(np.maximum(_distances(products, clean), TINY)),
     }
-    return kinds if of == "rounds" else kinds | {"pull": _mean_of_largest(products, allowed)}
+    return kinds if of == "rounds" else kinds | {"pull": _of_companions(products, clean)}
 
 
 def _about_clean_mean(gram: np.ndarray, clean: np.ndarray) -> np.ndarray:
     """Inner products about the clean clients' mean, corrected for whether a client is part of that mean."""
-    means = gram[:, clean].mean(axis=1)
-    centered = gram - means[:, None] - means[None, :] + means[clean].mean()
     count = clean.sum()
     share = np.where(clean, 1 - 1 / count, 1 + 1 / count)  # of the variance of a client's own vector
-    return centered / np.sqrt(np.outer(share, share))
+    return about_reference_mean(gram, clean) / np.sqrt(np.outer(share, share))
 
 
-def _mean_of_largest(values: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """Mean of the largest allowed values of each row, as many as `COMPANIONS` where there are as many."""
-    ordered = -np.sort(-np.where(allowed, values, -np.inf), axis=1)[:, :COMPANIONS]
-    present = np.isfinite(ordered)
-    return np.where(present, ordered, 0).sum(axis=1) / np.maximum(present.sum(axis=1), 1)
+def _of_companions(values: np.ndarray, clean: np.ndarray) -> np.ndarray:
+    """Mean of each client's largest values: of a clean client with other clean ones, of another with anybody."""
+    among_clean = mean_of_largest(values, clean, COMPANIONS)
+    return np.where(clean, among_clean, mean_of_largest(values, np.ones(len(clean), bool), COMPANIONS))
 
 
-def _distances(products: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """Mean distance of each client to the nearer half of the allowed ones."""
-    squares = np.diagonal(products)
-    distances = np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2 * products, 0))
-    ordered = np.sort(np.where(allowed, distances, np.inf), axis=1)
-    nearest = max((int(allowed.sum(axis=1).max()) - 1) // 2, 1)
-    return ordered[:, :nearest].mean(axis=1)
+def _distances(products: np.ndarray, clean: np.ndarray) -> np.ndarray:
+    """Mean distance of each client to the nearer half of the clean ones."""
+    nearness = -np.sqrt(squared_distances(products))
+    return -mean_of_largest(nearness, clean, max((int(clean.sum()) - int(clean.all()) - 1) // 2, 1))
 
 
 def _bursts(log_norms: np.ndarray, clean: np.ndarray) -> np.ndarray:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradlens.case.drift import Drift, drift_of
+from gradlens.case.drift import Drift, running_drift
 from gradlens.errors import CannotSay
+from gradlens.geometry import cosines
 from gradlens.log import ModelSpec, Round, UpdateLog
-from gradlens.log.accumulated import Accumulated, Residuals, residuals_of
-from gradlens.log.round import BLOCK, PAIRWISE
+from gradlens.log.accumulated import Residuals, residuals_of
+from gradlens.log.kernels import BLOCK, inner_products
+from gradlens.log.round import PAIRWISE
 
 ROLES = ("weights", "biases", "final weight", "final bias")
 
@@ -98,18 +100,25 @@ def sums_of(log: UpdateLog) -> Sums:
         raise CannotSay(f"{len(present):,} clients took part: nothing pairwise is formed above {PAIRWISE:,}")
     clients, rounds = accumulated.clients[present], accumulated.rounds[present]
     roles = roles_of(log.model)
-    running = _Running(clients, len(log), roles)
+    running, drifts = _Running(clients, len(log), roles), running_drift(log.model, clients)
     for position, round_ in enumerate(log):
-        running.add(position, round_)
+        rows = np.searchsorted(clients, round_.clients[round_.comparable])
+        if not len(rows):
+            continue
+        residuals = {layer: residuals_of(round_, layer) for layer in log.model.parameters}
+        running.add(position, rows, round_, residuals)
+        if drifts is not None:
+            drifts.add(rows, residuals)
+    products = {name: inner_products(sums)[np.ix_(present, present)] for name, sums in accumulated.sums.items()}
     roots = np.sqrt(np.outer(rounds, rounds))
     return Sums(
         clients,
         rounds,
-        {role: products / roots for role, products in running.products.items()},
-        {layer: _total_products(accumulated, present, layer) / roots for layer in log.model.parameters},
+        {role: product / roots for role, product in running.products.items()},
+        {layer: product / roots for layer, product in products.items()},
         roles,
-        drift_of(log, clients),
-        {role: cosines / rounds for role, cosines in running.cosines.items()},
+        None if drifts is None else drifts.drift(accumulated),
+        {role: cosine / rounds for role, cosine in running.cosines.items()},
         running.log_norms,
     )
 
@@ -146,26 +155,22 @@ class _Running:
 
     def __init__(self, clients: np.ndarray, num_rounds: int, roles: Mapping[str, list[str]]) -> None:
         count = len(clients)
-        self.clients, self.roles = clients, roles
+        self.roles = roles
         self.products = {role: np.zeros((count, count)) for role in roles}
         self.cosines = {role: np.zeros(count) for role in roles}
         self.log_norms = {role: np.full((num_rounds, count), np.nan) for role in roles}
 
-    def add(self, position: int, round_: Round) -> None:
-        """Adds a round."""
-        rows = np.searchsorted(self.clients, round_.clients[round_.comparable])
-        if not len(rows):
-            return
+    def add(self, position: int, rows: np.ndarray, round_: Round, residuals: Mapping[str, Residuals]) -> None:
+        """Adds a round: layer -> residuals of the clients in some rows."""
         for role, layers in self.roles.items():
             log_norms = np.zeros(len(rows))
             for layer in layers:
-                residuals = residuals_of(round_, layer)
-                median = round_.median[layer].reshape(-1).astype(np.float64)
-                products, along = _products(residuals, median)
+                median, norms = round_.median[layer].reshape(-1).astype(np.float64), residuals[layer].norms
+                products, along = _products(residuals[layer], median)
                 scale = typical(np.diagonal(products))
                 self.products[role][np.ix_(rows, rows)] += products / (scale * len(layers))
-                self.cosines[role][rows] += _cosines_to(median, along, residuals.norms) / len(layers)
-                log_norms += np.log(np.maximum(residuals.norms / np.sqrt(scale), 1e-30)) / len(layers)
+                self.cosines[role][rows] += _cosines_to(median, along, norms) / len(layers)
+                log_norms += np.log(np.maximum(norms / np.sqrt(scale), 1e-30)) / len(layers)
             self.log_norms[role][position, rows] = log_norms
 
 
@@ -184,17 +189,7 @@ def _cosines_to(median: np.ndarray, along: np.ndarray, norms: np.ndarray) -> np.
     """Cosines to the median of updates that are the median plus a residual; 0 where either is 0."""
     square = median @ median
     updates = np.sqrt(np.maximum(norms**2 + 2 * along + square, 0))
-    both = updates * np.sqrt(square)
-    return np.divide(along + square, both, out=np.zeros(len(norms)), where=both > 0)
-
-
-def _total_products(accumulated: Accumulated, rows: np.ndarray, layer: str) -> np.ndarray:
-    """Inner products of the sums of residuals in a layer, float64 [client, client]."""
-    products, sums = np.zeros((len(rows), len(rows))), accumulated.sums[layer]
-    for start in range(0, sums.shape[1], BLOCK):
-        block = sums[rows, start : start + BLOCK].astype(np.float64)
-        products += block @ block.T
-    return products
+    return cosines(along + square, updates * np.sqrt(square), clip=False)
 
 
 def typical(squares: np.ndarray) -> float:

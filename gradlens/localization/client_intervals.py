@@ -2,7 +2,7 @@
 
 import numpy as np
 
-CONFIDENCE = 0.95
+from gradlens.evaluation.intervals import CONFIDENCE
 
 
 def client_interval(scores: np.ndarray, malicious: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

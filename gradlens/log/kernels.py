@@ -73,6 +73,34 @@ def gram(columns: Columns, order: np.ndarray, size: int) -> tuple[np.ndarray, np
     return (upper + np.triu(upper, 1).T)[np.ix_(place, place)], squared[place]
 
 
+def inner_products(rows: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
+    """Inner products of the rows of one wide matrix with those of another, summed in float64 block by block.
+
+    Parameters
+    ----------
+    rows : numpy.ndarray
+        [row, number].
+    others : numpy.ndarray, optional
+        [other, number]; by default the same rows.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 [row, other].
+
+    Examples
+    --------
+    >>> inner_products(np.array([[1.0, 2.0], [0.0, 3.0]])).tolist()
+    [[5.0, 6.0], [6.0, 9.0]]
+    """
+    total = np.zeros((len(rows), len(rows if others is None else others)))
+    for start in range(0, rows.shape[1], BLOCK):
+        block = rows[:, start : start + BLOCK].astype(np.float64)
+        other = block if others is None else others[:, start : start + BLOCK].astype(np.float64)
+        total += block @ other.T
+    return total
+
+
 def _row_squares(numbers: np.ndarray) -> np.ndarray:
     return (numbers[:, None, :] @ numbers[:, :, None])[:, 0, 0]
 

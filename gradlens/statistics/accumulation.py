@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from gradlens.errors import CannotSay
-from gradlens.geometry import ROUNDING, TIE, centered, cosines, mean_of_largest, pairwise_cosines
+from gradlens.geometry import ROUNDING, TIE, about_reference_mean, cosines, mean_of_largest, pairwise_cosines
 from gradlens.log import Round, UpdateLog, kernels
-from gradlens.log.round import BLOCK, PAIRWISE
+from gradlens.log.round import PAIRWISE
 from gradlens.settings import whole_number
 from gradlens.statistics.cohort import cohort, table
 
@@ -313,25 +313,16 @@ def form_grams(log: UpdateLog, rounds: np.ndarray, no_reference: np.ndarray) -> 
     usable = accumulated.rounds > 0
     usable[no_reference] = False
     for name, sums in accumulated.sums.items():
-        gram = np.zeros((len(rounds), len(rounds)))
         with np.errstate(all="ignore"):  # a residual that overflowed stays in its own row and column
-            for start in range(0, sums.shape[1], BLOCK):
-                numbers = sums[:, start : start + BLOCK].astype(np.float64)
-                gram += numbers @ numbers.T
+            gram = kernels.inner_products(sums)
             layers[name] = gram / np.sqrt(np.outer(rounds, rounds))
         usable &= np.isfinite(np.diagonal(gram))
     enough = accumulated.rounds >= np.median(accumulated.rounds[usable]) / 2
     return Grams(layers, usable & enough)
 
 
-def _about_mean(gram: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """The Gram matrix of everybody's vectors minus the reference clients' mean vector."""
-    means = gram[:, reference].mean(axis=1)
-    return centered(gram, means, means[reference].mean())
-
-
 def _leading_components(gram: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    about_mean = _about_mean(gram, reference)[:, reference]
+    about_mean = about_reference_mean(gram, reference)[:, reference]
     values, vectors = np.linalg.eigh(about_mean[reference])
     if values[-1] <= ROUNDING * np.trace(gram[np.ix_(reference, reference)]):
         return np.zeros(len(gram))
@@ -343,7 +334,7 @@ def _unexplained(gram: np.ndarray, drift: np.ndarray, reference: np.ndarray) -> 
     count = int(reference.sum())
     if count < 4:
         raise CannotSay(f"{count} clients have enough rounds, at least 4 are needed to tell label drift from the rest")
-    about_mean, drifts = _about_mean(gram, reference), _about_mean(drift, reference)[:, reference]
+    about_mean, drifts = about_reference_mean(gram, reference), about_reference_mean(drift, reference)[:, reference]
     values, vectors = np.linalg.eigh(drifts[reference])
     values, vectors = values[-((count - 1) // 3) :], vectors[:, -((count - 1) // 3) :]
     real = values > TIE * np.trace(drift[np.ix_(reference, reference)])
