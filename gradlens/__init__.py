@@ -11,6 +11,7 @@ from gradlens import moved as _moved
 if TYPE_CHECKING:
     from gradlens.aggregators import AGGREGATORS, filtered
     from gradlens.attribution import influence, label_drift, suspected_labels, sybils
+    from gradlens.case import Case, investigate
     from gradlens.detectors import DETECTORS, Verdict, calibrate, detect, score_by
     from gradlens.errors import CannotSay, InputError
     from gradlens.evaluation import evaluate, per_client, rounds_to_detection, with_truth
@@ -30,6 +31,7 @@ __version__: str
 _HOMES = {
     "aggregators": ("AGGREGATORS", "filtered"),
     "attribution": ("influence", "label_drift", "suspected_labels", "sybils"),
+    "case": ("Case", "investigate"),
     "detectors": ("DETECTORS", "Verdict", "calibrate", "detect", "score_by"),
     "errors": ("CannotSay", "InputError"),
     "evaluation": ("evaluate", "per_client", "rounds_to_detection", "with_truth"),
@@ -51,6 +53,7 @@ __all__ = [
     "SCORERS",
     "STATISTICS",
     "CannotSay",
+    "Case",
     "Evidence",
     "InputError",
     "LogWriter",
@@ -68,6 +71,7 @@ __all__ = [
     "filtered",
     "influence",
     "ingest",
+    "investigate",
     "label_drift",
     "localize",
     "open",

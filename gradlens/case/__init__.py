@@ -1,13 +1,12 @@
-"""From a recording to a conclusion about its clients: what they add up to, who stands out once suspects judge nobody.
+"""From a recording to a case: who can be accused, how sure that is, since when, where, and what cannot be told.
 
-`sums_of` sums a recording up once; `Benign` learns from attack-free recordings what benign clients show; `peel` takes
-suspects out one by one and judges everybody anew by those that are left. The verdict itself, `investigate`, is yet to
-come: these are its parts.
+`sums_of` sums a recording up once. `Scoring` reads it, given which clients are thought clean; `peel` takes suspects out
+one by one and judges everybody anew by those that are left. `Null` says how far attack-free recordings come by the same
+procedure, and `investigate` concludes.
 """
 
-from gradlens.case.benign import Benign
-from gradlens.case.peeling import Peeling, peel
-from gradlens.case.readings import readings_of
-from gradlens.case.sums import Sums, sums_of
+from gradlens.case.accomplices import Group
+from gradlens.case.investigation import Case, investigate
+from gradlens.case.nulls import Null
 
-__all__ = ["Benign", "Peeling", "Sums", "peel", "readings_of", "sums_of"]
+__all__ = ["Case", "Group", "Null", "investigate"]

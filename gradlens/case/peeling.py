@@ -4,42 +4,57 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradlens.case.benign import Benign
+from gradlens.case.scoring import Scoring
 from gradlens.case.sums import Sums
 
-MOST = 0.45  # of the clients that can be suspects; above it there is no majority to judge them by
+SMALLEST = 5  # clients that a verdict needs
+MOST = 0.45  # of the clients that can be accused; above it there is no majority to judge them by
+FURTHER = 0.6  # of the clients that are taken out, to see whether more than that stand out
 
 
 @dataclass(frozen=True, eq=False)
 class Peeling:
-    """The order in which clients were taken out, and how far each was.
+    """The order in which clients were taken out, and how conspicuous each was.
 
     Attributes
     ----------
     order : numpy.ndarray
         int64 [depth], positions of the clients, the first one out first.
     heights : numpy.ndarray
-        float64 [depth], logarithm of the distance of each when it was taken out: the largest among the clean clients.
-    put_back : numpy.ndarray
-        float64 [depth, client], logarithm of every client's distance once the clients up to that depth are out.
+        float64 [depth], score of each when it was taken out: the largest among the clean clients.
 
     Examples
     --------
-    >>> from gradlens.case.sums import sums_of
-    >>> from gradlens.examples import example_log
-    >>> benign = Benign.of([sums_of(example_log(num_malicious=0, seed=seed)) for seed in range(1, 6)])
-    >>> peeling = peel(sums_of(example_log(num_malicious=2)), benign)
-    >>> sorted(peeling.order[:2].tolist())
-    [8, 9]
+    >>> Peeling(np.array([3, 1]), np.array([4.0, -2.0])).highest
+    4.0
     """
 
     order: np.ndarray
     heights: np.ndarray
-    put_back: np.ndarray
+
+    @property
+    def highest(self) -> float:
+        """The largest of all heights: the statistic of the recording."""
+        return float(self.heights.max())
+
+    def up_to(self, depth: int) -> "Peeling":
+        """The first clients alone."""
+        return Peeling(self.order[:depth], self.heights[:depth])
 
 
-def peel(sums: Sums, benign: Benign) -> Peeling:
-    """Takes clients out of the clean set, the farthest first, until 45 % of them are out.
+def most_accused(clients: int, most: float = MOST) -> int:
+    """How many of so many clients can be accused, at least one.
+
+    Examples
+    --------
+    >>> most_accused(20), most_accused(6)
+    (9, 2)
+    """
+    return max(int(most * clients), 1)
+
+
+def peel(sums: Sums, scoring: Scoring, most: float = MOST) -> Peeling:
+    """Takes clients out of the clean set, the most conspicuous first, until a share of them is out.
 
     Each time everything that judges a client, the middle, the scales and the companions, is computed anew from the
     clients that are left: two accomplices do not hide each other, and no innocent client is judged by an attacker that
@@ -49,8 +64,9 @@ def peel(sums: Sums, benign: Benign) -> Peeling:
     Parameters
     ----------
     sums : Sums
-    benign : Benign
-        Learned from other recordings.
+    scoring : Scoring
+    most : float
+        The share.
 
     Returns
     -------
@@ -62,24 +78,52 @@ def peel(sums: Sums, benign: Benign) -> Peeling:
 
     Examples
     --------
+    >>> from gradlens.case.reference import reference
     >>> from gradlens.case.sums import sums_of
     >>> from gradlens.examples import example_log
-    >>> benign = Benign.of([sums_of(example_log(num_malicious=0, seed=seed)) for seed in range(1, 6)])
-    >>> peel(sums_of(example_log()), benign).order[0].item()
+    >>> peel(sums_of(example_log()), reference().scoring).order[0].item()
     9
     """
     clean = np.ones(len(sums.clients), bool)
-    distances = _logarithms(sums, benign, clean)
-    order, heights, put_back = [], [], []
-    for _ in range(int(MOST * len(clean))):
-        farthest = int(np.where(clean, distances, -np.inf).argmax())
-        order.append(farthest)
-        heights.append(distances[farthest])
-        clean[farthest] = False
-        distances = _logarithms(sums, benign, clean)
-        put_back.append(distances)
-    return Peeling(np.array(order, np.int64), np.array(heights), np.array(put_back).reshape(len(order), len(clean)))
+    order, heights = [], []
+    for _ in range(most_accused(len(clean), most)):
+        scores = np.where(clean, scoring.scores(sums, clean), -np.inf)
+        order.append(int(scores.argmax()))
+        heights.append(float(scores.max()))
+        clean[order[-1]] = False
+    return Peeling(np.array(order), np.array(heights))
 
 
-def _logarithms(sums: Sums, benign: Benign, clean: np.ndarray) -> np.ndarray:
-    return np.log(np.maximum(benign.distances(sums, clean), 1e-30))
+def accused(sums: Sums, scoring: Scoring, peeling: Peeling, threshold: float) -> np.ndarray:
+    """Which clients stay above the threshold when each is put back alone, bool [client].
+
+    Suspects are the clients taken out up to the deepest height above the threshold. Each is judged by the clients that
+    are no suspects; who does not reach the threshold is no suspect any more, and the others are judged again.
+
+    Parameters
+    ----------
+    sums : Sums
+    scoring : Scoring
+    peeling : Peeling
+        Of the same recording.
+    threshold : float
+
+    Examples
+    --------
+    >>> from gradlens.case.reference import reference
+    >>> from gradlens.case.sums import sums_of
+    >>> from gradlens.examples import example_log
+    >>> sums, scoring = sums_of(example_log(num_malicious=2)), reference().scoring
+    >>> np.flatnonzero(accused(sums, scoring, peel(sums, scoring), 2.0)).tolist()
+    [8, 9]
+    """
+    suspects = np.zeros(len(sums.clients), bool)
+    above = np.flatnonzero(peeling.heights > threshold)
+    if not len(above):
+        return suspects
+    suspects[peeling.order[: above[-1] + 1]] = True
+    while True:
+        kept = suspects & (scoring.scores(sums, ~suspects) > threshold)
+        if (kept == suspects).all():
+            return suspects
+        suspects = kept

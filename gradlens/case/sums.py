@@ -49,6 +49,8 @@ class Sums:
     log_norms : Mapping
         Role -> float64 [round, client], logarithm of the residual's norm relative to the round; NaN where a client was
         not comparable.
+    squares : Mapping
+        Layer -> float64 [client], mean square of the norm of the client's residuals.
 
     Examples
     --------
@@ -66,6 +68,7 @@ class Sums:
     drift: Drift | None
     agreement: Mapping[str, np.ndarray]
     log_norms: Mapping[str, np.ndarray]
+    squares: Mapping[str, np.ndarray]
 
 
 def sums_of(log: UpdateLog) -> Sums:
@@ -120,6 +123,7 @@ def sums_of(log: UpdateLog) -> Sums:
         None if drifts is None else drifts.drift(accumulated),
         {role: cosine / rounds for role, cosine in running.cosines.items()},
         running.log_norms,
+        {layer: squares[present] / rounds for layer, squares in accumulated.squares.items()},
     )
 
 

@@ -12,6 +12,7 @@ from gradlens.cli.ingest import ingest
 from gradlens.cli.inspect import inspect
 from gradlens.cli.installation import EXTRA_OF, doctor, list_names
 from gradlens.cli.interruption import stoppable
+from gradlens.cli.investigate import investigate
 from gradlens.cli.localize import localize
 from gradlens.cli.output import safe, say
 from gradlens.cli.replay import replay
@@ -34,6 +35,7 @@ for command, example in (
     (demo, "gradlens demo --workers 2"),
     (simulate, "gradlens simulate scenario.toml -o runs/first --set seed=3 --set rounds=10"),
     (inspect, "gradlens inspect runs/demo/0a1b2c3d4e5f"),
+    (investigate, "gradlens investigate runs/demo/0a1b2c3d4e5f -o case.html"),
     (detect, "gradlens detect runs/demo/0a1b2c3d4e5f -d final_bias -d layer_norms --csv"),
     (localize, "gradlens localize runs/demo --csv > localized.csv"),
     (report, "gradlens report runs/demo -o reports/demo.html"),

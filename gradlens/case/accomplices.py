@@ -1,0 +1,71 @@
+"""Which suspects act together, and what binds them."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from gradlens.case.sums import Sums, typical
+from gradlens.geometry import about_reference_mean, pairwise_cosines
+
+
+class Group(NamedTuple):
+    """Suspects who act together.
+
+    Parameters
+    ----------
+    name : str
+        "A", "B", ...
+    clients : tuple of str
+    cosine : float
+        Mean cosine between them, of what they sent over all rounds beyond what the clean clients did.
+    innocent : float
+        The largest such cosine between two clean clients.
+
+    Examples
+    --------
+    >>> Group("A", ("client-3", "client-7"), 0.9, 0.4).clients
+    ('client-3', 'client-7')
+    """
+
+    name: str
+    clients: tuple[str, ...]
+    cosine: float
+    innocent: float
+
+
+def groups_of(sums: Sums, suspects: np.ndarray) -> list[Group]:
+    """Groups of suspects that are more alike than any two clean clients, the largest first.
+
+    Parameters
+    ----------
+    sums : Sums
+    suspects : numpy.ndarray
+        bool [client].
+
+    Examples
+    --------
+    >>> from gradlens.case.sums import sums_of
+    >>> from gradlens.examples import example_log
+    >>> [group] = groups_of(sums_of(example_log(num_malicious=3)), np.arange(10) > 6)
+    >>> group.clients
+    ('client-7', 'client-8', 'client-9')
+    """
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
+
+    clean, positions = ~suspects, np.flatnonzero(suspects)
+    if len(positions) < 2 or clean.sum() < 2:
+        return []
+    products = np.mean([of / typical(np.diagonal(of)) for of in sums.totals.values()], axis=0)
+    cosine = pairwise_cosines(about_reference_mean(products, clean))
+    among_clean = cosine[np.ix_(clean, clean)][np.triu_indices(int(clean.sum()), 1)]
+    innocent = float(among_clean.max())
+    among = cosine[np.ix_(positions, positions)]
+    count, labels = connected_components(csr_array(among > innocent), directed=False)
+    groups = []
+    for members in sorted((np.flatnonzero(labels == label) for label in range(count)), key=len, reverse=True):
+        if len(members) > 1:
+            pairs = among[np.ix_(members, members)][np.triu_indices(len(members), 1)]
+            names = tuple(sums.clients[positions[members]].tolist())
+            groups.append(Group(chr(ord("A") + len(groups) % 26), names, float(pairs.mean()), innocent))
+    return groups
