@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, sem
+from scipy.stats import binom, rankdata, sem
 from scipy.stats import t as student
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
@@ -26,6 +26,7 @@ from gradlens.evaluation import (
     rounds_to_detection,
     with_truth,
 )
+from gradlens.evaluation.ranking import ranks
 
 INF = np.inf
 
@@ -123,6 +124,15 @@ def test_auc_and_curve_against_scikit_learn(rows):
     assert np.trapezoid(points["tpr"], points["fpr"]) == pytest.approx(roc_auc_score(malicious, score))
     ours, theirs = points[["fpr", "tpr"]].to_numpy(), np.column_stack([fpr, tpr])
     assert all(np.isclose(theirs, point).all(axis=1).any() for point in ours)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (40,), (0, 3), (40, 3)])
+def test_ranks_against_scipy(rng, shape):
+    values = rng.choice([0.0, -0.0, 0.5, -3.0, 1e30, INF], size=shape)
+    np.testing.assert_array_equal(ranks(values), rankdata(values, axis=0))
+    if len(values) > 1 and values.ndim > 1:
+        values[3, 1] = np.nan  # ranks of that column alone become unknown
+        np.testing.assert_array_equal(ranks(values), rankdata(values, axis=0))
 
 
 # TPR at FPR

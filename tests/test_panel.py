@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.covariance import ledoit_wolf
 
 import planted
 from gradlens.detectors import calibrate
 from gradlens.detectors.panels import PARTS, Fit, Observed, Panel, Reference, panel
+from gradlens.detectors.reference import _ledoit_wolf
 from gradlens.errors import InputError
 from gradlens.log import Round, UpdateLog
 from gradlens.ranks import rank_threshold
@@ -109,6 +111,14 @@ def test_its_own_rows_are_read_out_of_sample(rng):
     assert inside.readings(fresh).mean() > fit.readings(fresh).mean() + 0.4
     with pytest.raises(InputError, match="at least two folds"):
         Fit.of(rows, np.zeros(60, int), np.zeros((20, 0)))
+
+
+def test_the_covariance_is_to_the_last_bit_that_of_scikit_learn(rng):
+    for rows, features in [(2, 3), (40, 44), (400, 12)]:
+        numbers = watched(rng, rows, features) * rng.exponential(size=features)
+        numbers[:, 0] = 1.0  # a feature in which nobody differs
+        np.testing.assert_array_equal(_ledoit_wolf(numbers), ledoit_wolf(numbers)[0])
+    np.testing.assert_array_equal(_ledoit_wolf(np.zeros((9, 3))), np.zeros((3, 3)))
 
 
 def test_where_the_null_is_constant_the_same_reads_as_usual():

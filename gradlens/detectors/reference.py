@@ -8,6 +8,7 @@ import numpy as np
 from scipy.special import ndtri_exp
 
 from gradlens.errors import InputError
+from gradlens.log.kernels import one_blas_thread
 
 ROWS = 5  # null rows for every feature, where there are as many
 FOLDS = 5
@@ -111,9 +112,12 @@ class Reference:
             others = self.fold != fold
             if not others.any():
                 raise InputError("the null of a panel needs at least two logs, or two clients of one")
+            fit, learned_from = None, np.zeros(0, bool)
             for position in np.unique(self.positions[~others]):
-                rows = ~others & (self.positions == position)
-                scores[rows] = self._fit(self.near(position, others)).readings(self.values[rows]).max(axis=1)
+                rows, near = ~others & (self.positions == position), self.near(position, others)
+                if fit is None or not np.array_equal(near, learned_from):  # the first rounds share theirs, and the last
+                    fit, learned_from = self._fit(near), near
+                scores[rows] = fit.readings(self.values[rows]).max(axis=1)
         return scores
 
     def near(self, position: int, allowed: np.ndarray | None = None) -> np.ndarray:
@@ -131,7 +135,8 @@ class Reference:
             if len(clients) < 2:
                 raise InputError("the null of a panel needs at least two clients in each log, found a log of one")
             fold = fold % FOLDS
-        return Fit.of(self.values[rows], fold, self.directions)
+        with one_blas_thread():  # several would wait for each other most of the time
+            return Fit.of(self.values[rows], fold, self.directions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,14 +218,34 @@ def own_fit(values: np.ndarray, directions: np.ndarray) -> Fit:
 
 def _learned(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scale, mean and precision of rows [row, feature]."""
-    from sklearn.covariance import ledoit_wolf  # takes a second to import
-
     low, high = np.quantile(rows, [0.01, 0.99], axis=0)
     scale = _or_one(np.sqrt(np.mean(np.clip(rows, low, high) ** 2, axis=0)))
     drawn = np.arcsinh(rows / scale)
-    covariance = ledoit_wolf(drawn)[0] if len(rows) > 1 else np.eye(rows.shape[1])
+    covariance = _ledoit_wolf(drawn) if len(rows) > 1 else np.eye(rows.shape[1])
     floor = 1e-6 * max(np.trace(covariance) / len(covariance), 1e-12)
     return scale, drawn.mean(axis=0), np.linalg.inv(covariance + floor * np.eye(len(covariance)))
+
+
+def _ledoit_wolf(rows: np.ndarray) -> np.ndarray:
+    """The covariance of at least two rows [row, feature], shrunk as by Ledoit & Wolf 2004.
+
+    To the last bit what scikit-learn's `ledoit_wolf` gives, which takes a second to import, and each time as long to
+    check its arguments as to compute.
+    """
+    count, features = rows.shape
+    centered = rows - rows.mean(axis=0)
+    squares = centered**2
+    variances = squares.sum(axis=0) / count
+    mean = variances.sum() / features
+    products = np.dot(centered.T, centered)
+    size = np.sum(products**2) / count**2
+    error = 1 / (features * count) * (np.sum(np.dot(squares.T, squares)) / count - size)
+    distance = (size - 2 * mean * variances.sum() + features * mean**2) / features
+    shrinkage = min(error, distance) / distance if min(error, distance) else 0.0
+    covariance = products / count
+    shrunk = (1 - shrinkage) * covariance
+    shrunk.flat[:: features + 1] += shrinkage * (np.trace(covariance) / features)
+    return shrunk
 
 
 def _normal_scores(null: np.ndarray, numbers: np.ndarray) -> np.ndarray:

@@ -22,13 +22,44 @@ def auc(score: np.ndarray, malicious: np.ndarray) -> float:
     >>> auc(np.array([1.0, 2.0, 3.0]), np.array([False, True, True]))
     1.0
     """
-    from scipy.stats import rankdata  # takes 0.3 s to import
-
     positives, negatives = int(malicious.sum()), int((~malicious).sum())
     if not positives or not negatives:
         return np.nan
-    above = rankdata(score)[malicious].sum() - positives * (positives + 1) / 2
+    above = ranks(score)[malicious].sum() - positives * (positives + 1) / 2
     return float(above / (positives * negatives))
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks numbers within each column, 1 for the smallest, ties by their mean rank.
+
+    Parameters
+    ----------
+    values : ndarray, float64 [update] or [update, feature]
+
+    Returns
+    -------
+    ndarray, float64, of the same shape
+        NaN throughout a column in which a number is NaN.
+
+    Notes
+    -----
+    As `scipy.stats.rankdata`, which takes half a second to import.
+
+    Examples
+    --------
+    >>> ranks(np.array([0.2, 0.7, 0.2])).tolist()
+    [1.5, 3.0, 1.5]
+    """
+    placed = np.empty(values.shape)
+    for column, place in zip(np.atleast_2d(values.T), np.atleast_2d(placed.T), strict=True):
+        order = np.argsort(column)
+        ascending = column[order]
+        ends = np.append(np.flatnonzero(ascending[1:] != ascending[:-1]) + 1, len(order))  # after each run of equals
+        sizes = np.diff(ends, prepend=0)
+        place[order] = np.repeat(ends - (sizes - 1) / 2, sizes)
+        if np.isnan(ascending[-1:]).any():
+            place[:] = np.nan
+    return placed
 
 
 def average_precision(score: np.ndarray, malicious: np.ndarray) -> float:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from gradlens.errors import InputError
 from gradlens.evaluation import mean_interval
+from gradlens.evaluation.ranking import ranks
 from gradlens.localization.client_intervals import client_interval
 from gradlens.localization.outliers import Unusual
 from gradlens.localization.permutations import adjusted, labelings
@@ -272,8 +273,7 @@ def _of_control(case: Case, name: str) -> tuple[np.ndarray, np.ndarray]:
     chosen, malicious = _labeled(seen, case)
     aucs = unknown
     if malicious.any() and not malicious.all():
-        ranks = _ranks(seen.scores[chosen])
-        aucs = _auc(malicious[None], ranks, np.ones(len(ranks), np.int64))[0]
+        aucs = _auc(malicious[None], ranks(seen.scores[chosen]), np.ones(len(chosen), np.int64))[0]
     within = np.isin(seen.rounds, list(case.rounds)) & np.isfinite(seen.scores).all(axis=1)
     scores, clients = seen.scores[within], seen.clients[within]
     if not len(scores):
@@ -302,7 +302,7 @@ def _effects(scores: np.ndarray, malicious: np.ndarray) -> np.ndarray:
 def _rank_sums(scores: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
     """Sums the ranks of scores [update, feature] over the updates of each client, [client, feature]."""
     sums = np.zeros((count, scores.shape[1]))
-    np.add.at(sums, owner, _ranks(scores))
+    np.add.at(sums, owner, ranks(scores))
     return sums
 
 
@@ -326,10 +326,3 @@ def _auc(malicious: np.ndarray, sums: np.ndarray, updates: np.ndarray) -> np.nda
     above = malicious.astype(np.float64) @ sums - (positives * (positives + 1) / 2)[:, None]
     with np.errstate(invalid="ignore"):
         return above / (positives * negatives)[:, None]
-
-
-def _ranks(scores: np.ndarray) -> np.ndarray:
-    """Ranks scores [update, feature] within each column, ties by their mean rank."""
-    from scipy.stats import rankdata  # takes 0.3 s to import
-
-    return rankdata(scores, axis=0)

@@ -6,7 +6,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -14,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from gradlens.errors import CannotSay
 from gradlens.evaluation import auc
 from gradlens.log import UpdateLog
-from gradlens.plots.axes import CLEAR, PARTLY, inside, say_instead, titled
+from gradlens.plots.axes import BLUE_TO_RED, CLEAR, PARTLY, heat_map, say_instead, titled
 from gradlens.scorers import robust_zscore
 from gradlens.statistics import final_bias
 from gradlens.words import count, percent, plain
@@ -113,13 +112,11 @@ def _draw_bias(ax: Axes, shown: pd.DataFrame, poisoned: set[str], scale: float, 
     """Draws the cells, hatches the rows that are not comparable, and marks the malicious clients."""
     values = shown.to_numpy(np.float64)
     signs = np.where(values >= scale / 2, "+", np.where(values <= -scale / 2, "\N{MINUS SIGN}", ""))
-    sns.heatmap(
-        values, mask=np.isnan(values), annot=signs, fmt="", cmap="vlag", vmin=-scale, vmax=scale,
-        linewidths=0.4, linecolor="white", ax=ax, xticklabels=False, yticklabels=False,
-        annot_kws={"fontsize": "small", "fontweight": "bold"},
-        cbar_kws={"label": "bias update minus cohort median [logits]", "extend": extend, "shrink": 0.8},
+    heat_map(
+        ax, values, signs, cmap=BLUE_TO_RED, vmin=-scale, vmax=scale, linewidths=0.4, edgecolor="white",
+        fonts={"fontsize": "small", "fontweight": "bold"},
+        bar={"label": "bias update minus cohort median [logits]", "extend": extend, "shrink": 0.8},
     )  # fmt: skip
-    inside(ax)
     for row in np.flatnonzero(np.isnan(values).all(axis=1)).tolist():
         ax.add_patch(Rectangle((0, row), values.shape[1], 1, facecolor="0.9", edgecolor="0.6", hatch="///", lw=0))
         box = {"facecolor": "white", "linewidth": 0, "pad": 1.5}
@@ -208,11 +205,10 @@ def plot_weights(verdicts: pd.DataFrame, truth: pd.DataFrame | None = None, *, a
     values = shown.to_numpy(np.float64)
     fractions = np.char.lstrip(np.char.mod("%.1g", np.nan_to_num(values)), "0")
     symbols = np.where(values == 0, "\N{MULTIPLICATION SIGN}", np.where((values > 0) & (values < 1), fractions, ""))
-    sns.heatmap(
-        values, mask=np.isnan(values), annot=symbols, fmt="", cmap="Greys_r", vmin=-0.6, vmax=1, linewidths=0.4,
-        linecolor="0.8", ax=ax, xticklabels=False, yticklabels=False, annot_kws={"fontsize": "x-small"}, cbar=False,
+    heat_map(
+        ax, values, symbols, cmap="Greys_r", vmin=-0.6, vmax=1, linewidths=0.4, edgecolor="0.8",
+        fonts={"fontsize": "x-small"},
     )  # fmt: skip
-    inside(ax)
     ax.patch.set(facecolor="0.92", hatch="///", edgecolor="0.6")
     poisoners = set() if truth is None else set(truth.loc[truth["poisoned"].astype(bool), "client"].astype(str))
     names = [
@@ -269,13 +265,12 @@ def label_counts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     counts = counts.reindex(index=clients, columns=labels)
     frequent = counts.columns.isin(counts.sum().sort_values(ascending=False, kind="stable").index[:MOST_LABELS])
     shown = counts.loc[clients[:MOST_CLIENTS], frequent]
-    numbers = np.where(shown > 0, shown.astype(int).astype(str), "") if shown.shape[1] <= MOST_NUMBERS else False
-    sns.heatmap(
-        shown.to_numpy(np.float64), annot=numbers, fmt="", cmap="Blues", vmin=0, linewidths=0.4, linecolor="white",
-        ax=ax, xticklabels=False, yticklabels=False, annot_kws={"fontsize": "x-small"},
-        cbar_kws={"label": "samples", "shrink": 0.8, "ticks": MaxNLocator(6, integer=True)},
+    numbered = (shown > 0) & (shown.shape[1] <= MOST_NUMBERS)
+    heat_map(
+        ax, shown.to_numpy(np.float64), np.where(numbered, shown.astype(int).astype(str), ""), cmap="Blues", vmin=0,
+        linewidths=0.4, edgecolor="white", fonts={"fontsize": "x-small"},
+        bar={"label": "samples", "shrink": 0.8, "ticks": MaxNLocator(6, integer=True)},
     )  # fmt: skip
-    inside(ax)
     names = [[plain(name, 12) if str(name).strip() else repr(name) for name in index] for index in shown.axes]
     step = int(np.ceil(len(shown) / 25))  # at most 25 rows are named
     ax.set_yticks(np.arange(len(shown))[::step] + 0.5, names[0][::step], rotation=0, parse_math=False)

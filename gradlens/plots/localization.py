@@ -7,13 +7,23 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from gradlens.errors import InputError
-from gradlens.plots.axes import BELOW, CLEAR, DASHES, PARTLY, inside, is_control, say_instead, titled
+from gradlens.plots.axes import (
+    BELOW,
+    BLUE_TO_RED,
+    CLEAR,
+    COLORS,
+    DASHES,
+    PARTLY,
+    heat_map,
+    is_control,
+    say_instead,
+    titled,
+)
 from gradlens.words import conditions, plain
 
 LOCALIZED = [  # columns of a localization table; all others are varied settings
@@ -91,12 +101,10 @@ def _draw_localization(ax: Axes, table: pd.DataFrame) -> None:
         values[cell] = record.auc
         significant[cell] = bool(getattr(record, "p", 1.0) < 0.05)  # False for NaN
     numbers = np.array([["" if np.isnan(v) else f"{v:.2f}" for v in row] for row in values])
-    sns.heatmap(
-        values, mask=np.isnan(values), annot=numbers, fmt="", cmap="vlag", vmin=0, vmax=1,
-        linewidths=0.6, linecolor="white", ax=ax, xticklabels=False, yticklabels=False,
-        annot_kws={"fontsize": "x-small"}, cbar_kws={"label": "AUC", "shrink": 0.8, "fraction": 0.05, "pad": 0.02},
+    heat_map(
+        ax, values, numbers, cmap=BLUE_TO_RED, vmin=0, vmax=1, linewidths=0.6, edgecolor="white",
+        fonts={"fontsize": "x-small"}, bar={"label": "AUC", "shrink": 0.8, "fraction": 0.05, "pad": 0.02},
     )  # fmt: skip
-    inside(ax)
     for row, column in np.argwhere(significant):
         ax.add_patch(Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor="black", lw=1))
     ticks = [b * (width + 1) + i for b in range(len(blocks)) for i in range(width)]
@@ -290,7 +298,7 @@ def _draw_line(
     bars = np.zeros((2, len(y)))
     if value == "auc":
         bars = np.abs(np.nan_to_num(np.stack([y - line["low"], line["high"] - y]).astype(np.float64)))
-    color = sns.color_palette("colorblind")[number % 10]
+    color = COLORS[number % len(COLORS)]
     ax.errorbar(
         x, y, yerr=bars if bars.any() else None, color=color, linewidth=1.8, markersize=5, elinewidth=1, capsize=2,
         zorder=3, label=_named(place), **style,

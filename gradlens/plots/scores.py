@@ -1,12 +1,10 @@
 """Plots of detection and training: scores over rounds, ROC curves, main accuracy and attack success rate."""
 
-from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -17,6 +15,7 @@ from gradlens.plots.axes import (
     BELOW,
     BENIGN,
     CLEAR,
+    COLORS,
     DASHES,
     MALICIOUS,
     PARTLY,
@@ -134,17 +133,13 @@ def _draw_scores(ax: Axes, scores: pd.DataFrame, malicious: set[str], named: lis
     groups += [(finite["client"].eq(client), _named_style(number)) for number, client in enumerate(named)]
     groups += [(finite["client"].isin(malicious), MALICIOUS_LINE | {"zorder": 3})]
     for rows, style in groups:
-        if rows.any():
-            sns.lineplot(
-                finite[rows], x="round", y="score", units="client", estimator=None, ax=ax, legend=False,
-                markeredgewidth=0, **style,
-            )  # fmt: skip
+        for _, line in finite[rows].sort_values("round").groupby("client"):
+            ax.plot(line["round"], line["score"], markeredgewidth=0, **style)
 
 
 def _named_style(number: int) -> dict[str, Any]:
     """The line of a client that is named in the legend."""
-    color = sns.color_palette("colorblind")[number]
-    return {"color": color, "linewidth": 1.6, "linestyle": DASHES[number], "zorder": 3}
+    return {"color": COLORS[number], "linewidth": 1.6, "linestyle": DASHES[number], "zorder": 3}
 
 
 def _scale_scores(ax: Axes, scores: pd.DataFrame, threshold: float | None, beside: pd.DataFrame | None) -> None:
@@ -249,10 +244,9 @@ def plot_roc(points: pd.DataFrame, *, figures: pd.DataFrame | None = None, ax: A
         lines.append((*_auc_of(str(detector), curve, figures), str(detector), curve, number))
     lines.sort(key=lambda line: (-line[0], line[3]))  # order of the legend; colors follow the order of the table
     ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", zorder=1)
-    colors = sns.color_palette("colorblind")
     for value, low, high, detector, curve, number in lines:
         ax.plot(
-            curve["fpr"], curve["tpr"], drawstyle="steps-post", color=colors[number % 10],
+            curve["fpr"], curve["tpr"], drawstyle="steps-post", color=COLORS[number % len(COLORS)],
             linestyle=DASHES[number % len(DASHES)], linewidth=1.8,
             label=f"{plain(detector)}: AUC {with_interval(value, low, high)}",
         )  # fmt: skip
@@ -318,13 +312,17 @@ def plot_training(metrics: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for (control, name, measure), part in _lines_of(table):
         label, color, marker = MEASURES[measure]
         thin = bool(control) and both
-        sns.lineplot(
-            part, x="round", y=measure, ax=ax, color="0.5" if thin else color,
+        by_round = part.groupby("round")[measure]
+        means = by_round.mean()
+        ax.plot(
+            means.index, means, color="0.5" if thin else color,
             linestyle=DASHES[filters.index(name) % len(DASHES)], linewidth=0.9 if thin else 1.8,
             marker=marker, markersize=3 if thin else 5, markeredgewidth=0, markevery=max(1, rounds // 6),
             label=label + (f", filter {plain(name)}" if name else "") + (", no attack" if thin else ""),
-            errorbar=None if thin else partial(mean_interval, least=0, most=1), err_kws={"linewidth": 0, "alpha": 0.2},
         )  # fmt: skip
+        if not thin:
+            low, high = np.transpose([mean_interval(values, 0, 1) for _, values in by_round])
+            ax.fill_between(means.index, low, high, color=color, linewidth=0, alpha=0.2)
     seeds = table["seed"].nunique()
     ax.spines[["top", "right"]].set_visible(False)
     ax.set(ylim=(-0.02, 1.02), ylabel="share of test samples")

@@ -319,6 +319,9 @@ def thresholds_of(
         Name -> calibrated detector.
     """
     null = [run for run in controls if seed_of(run) != seed]
+    of_scores = {name: detector for name, detector in detectors.items() if not hasattr(detector, "fitted")}
+    for run in null:  # reads each round once; `calibrate` then finds the verdicts in the log's cache
+        detect(run, of_scores)
     calibrated = {}
     for name, detector in detectors.items():
         try:
@@ -378,8 +381,6 @@ def _cell(
     """Computes the tables of one cell's runs, under their names in `Analysis`."""
     controls = [sweep.run(str(name)) for name in cell["control"].unique()]
     part = replace(sweep, runs=[*(sweep.run(str(name)) for name in cell.index), *controls])
-    for run in controls:
-        detect(run, detectors)  # reads each round once; `calibrate` then finds the verdicts in the log's cache
     by_seed = {seed: thresholds_of(detectors, controls, seed, fpr) for seed in dict.fromkeys(map(seed_of, part.runs))}
     scores, thresholds = [], []
     for run in part.runs:

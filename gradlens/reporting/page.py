@@ -17,7 +17,9 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import Bbox
 
 from gradlens.errors import InputError
@@ -30,6 +32,7 @@ Section = dict[str, Any]
 
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 10, "axes.linewidth": 0.7, "legend.fontsize": 8, "figure.facecolor": "white",
+    "axes.titley": 1.0,  # where a title would be put anyway, without measuring all ticks for it
     "svg.fonttype": "path", "svg.hashsalt": "gradlens",  # the same tables give the same bytes
 }  # fmt: skip
 DRAWING = Lock()  # matplotlib is not thread-safe
@@ -226,8 +229,13 @@ def figure(draw: Callable[[Figure], None], size: tuple[float, float], caption: s
         The titles of the Axes are its alternative text.
     """
     with DRAWING, mpl.rc_context(STYLE):
-        canvas = Figure(figsize=size, layout="constrained")
+        layout = ConstrainedLayoutEngine()
+        canvas = Figure(figsize=size, dpi=72, layout=layout)  # an SVG has 72 dots per inch
         draw(canvas)
+        FigureCanvasSVG(canvas)  # measures texts as they will be written
+        if canvas.axes:
+            layout.execute(canvas)
+        canvas.set_layout_engine(None)  # once is enough: a layout takes as long as drawing
         file = BytesIO()
         whole = _nothing_cut(canvas)
         canvas.savefig(file, format="svg", bbox_inches=whole, metadata={"Date": None, "Creator": None})
@@ -238,7 +246,6 @@ def figure(draw: Callable[[Figure], None], size: tuple[float, float], caption: s
 
 def _nothing_cut(canvas: Figure) -> Bbox:
     """The canvas in inches, and what is drawn beyond it, where the layout leaves too little room for a legend."""
-    canvas.draw_without_rendering()
     return Bbox.union([canvas.bbox_inches, canvas.get_tightbbox().padded(0.05)])
 
 
