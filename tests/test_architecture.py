@@ -43,7 +43,7 @@ ARROWS = {
     "plots": {*GROUND, "log", "run", "statistics", "scorers", "evaluation"},
     "reporting": {
         *GROUND, "log", "run", "statistics", "scorers", "detectors", "aggregators", "evaluation", "localization",
-        "plots",
+        "plots", "attribution", "case", "replays",
     },
 }  # fmt: skip
 ABOVE = {"__init__", "__main__", "cli"}  # what may import everything
@@ -51,8 +51,8 @@ ABOVE = {"__init__", "__main__", "cli"}  # what may import everything
 SAME_SUBJECT = {"final_layer", "localization"}
 LONGEST_FUNCTION, LONGEST_FILE = 60, 500
 PUBLIC = {
-    "Round", "ModelSpec", "UpdateLog", "LogWriter", "Run", "Sweep", "Verdict", "CannotSay", "score_by", "calibrate",
-    "filtered", "localize", "evaluate", "report", "open", "STATISTICS", "SCORERS", "DETECTORS", "AGGREGATORS",
+    "Round", "ModelSpec", "UpdateLog", "LogWriter", "Run", "Sweep", "Verdict", "Case", "CannotSay", "score_by",
+    "calibrate", "filtered", "investigate", "localize", "evaluate", "report", "open", "STATISTICS", "SCORERS", "DETECTORS", "AGGREGATORS",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from gradlens import CannotSay
 from gradlens.case.drift import running_drift
 from gradlens.case.peeling import accused, peel
 from gradlens.case.readings import readings_of
-from gradlens.case.reference import reference
+from gradlens.case.shipped import reference
 from gradlens.case.sums import sums_of
 from gradlens.examples import example_log
 from gradlens.log import Round, UpdateLog

@@ -10,9 +10,9 @@ import gradlens
 from gradlens import InputError, investigate
 from gradlens.case.activity import Stretch, stretch_of
 from gradlens.case.looks import looks_of
-from gradlens.case.nulls import Null, needed, null_of
+from gradlens.case.null import Null, needed, null_of
 from gradlens.case.peeling import peel
-from gradlens.case.reference import reference
+from gradlens.case.shipped import reference
 from gradlens.case.several import table_of_cases
 from gradlens.case.spikes import planted, smallest_seen
 from gradlens.case.sums import sums_of

@@ -7,6 +7,6 @@ procedure, and `investigate` concludes.
 
 from gradlens.case.accomplices import Group
 from gradlens.case.investigation import Case, investigate
-from gradlens.case.nulls import Null
+from gradlens.case.null import Null
 
 __all__ = ["Case", "Group", "Null", "investigate"]

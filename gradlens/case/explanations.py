@@ -50,7 +50,7 @@ def left_unexplained(sums: Sums, scoring: Scoring, clean: np.ndarray, examples: 
 
     Examples
     --------
-    >>> from gradlens.case.reference import reference
+    >>> from gradlens.case.shipped import reference
     >>> from gradlens.case.sums import sums_of
     >>> from gradlens.examples import example_log
     >>> log = example_log()

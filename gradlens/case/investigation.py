@@ -12,10 +12,10 @@ from gradlens.case.accomplices import Group, groups_of
 from gradlens.case.activity import activity, stretch_of
 from gradlens.case.explanations import claimed_examples, left_unexplained
 from gradlens.case.looks import looks_of
-from gradlens.case.nulls import Null, null_of
+from gradlens.case.null import Null, null_of
 from gradlens.case.peeling import SMALLEST
 from gradlens.case.places import layers_of, units_of
-from gradlens.case.reference import reference
+from gradlens.case.shipped import reference
 from gradlens.case.sayings import sayings
 from gradlens.case.scoring import Scoring, scales_of
 from gradlens.case.spikes import smallest_seen
@@ -135,7 +135,7 @@ def investigate(run: Any, null: Any = None, fwer: float = 0.05, *, looks: bool =
     Notes
     -----
     The recording is summed up once. Each client's readings are compared with those of the clients thought clean, at
-    first everybody; their weights were learned from simulated recordings (`gradlens.case.reference`). The most
+    first everybody; their weights were learned from simulated recordings (`gradlens.case.shipped`). The most
     conspicuous client is taken out, everything is computed anew, and so on to 45 % of the clients (`peel`); the largest
     height is the statistic of the recording. Its null is the same procedure on attack-free recordings. Suspects are
     those taken out up to the deepest significant height who are significant again when put back alone.

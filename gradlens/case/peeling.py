@@ -78,7 +78,7 @@ def peel(sums: Sums, scoring: Scoring, most: float = MOST) -> Peeling:
 
     Examples
     --------
-    >>> from gradlens.case.reference import reference
+    >>> from gradlens.case.shipped import reference
     >>> from gradlens.case.sums import sums_of
     >>> from gradlens.examples import example_log
     >>> peel(sums_of(example_log()), reference().scoring).order[0].item()
@@ -110,7 +110,7 @@ def accused(sums: Sums, scoring: Scoring, peeling: Peeling, threshold: float) ->
 
     Examples
     --------
-    >>> from gradlens.case.reference import reference
+    >>> from gradlens.case.shipped import reference
     >>> from gradlens.case.sums import sums_of
     >>> from gradlens.examples import example_log
     >>> sums, scoring = sums_of(example_log(num_malicious=2)), reference().scoring

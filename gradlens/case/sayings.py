@@ -3,7 +3,7 @@
 import pandas as pd
 
 from gradlens.case.accomplices import Group
-from gradlens.case.nulls import Null, needed
+from gradlens.case.null import Null, needed
 from gradlens.case.verdicts import CANNOT_SAY, ESTABLISHED, SUSPECTED, Finding
 from gradlens.words import count, percent
 

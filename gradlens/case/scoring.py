@@ -32,7 +32,7 @@ class Scoring:
 
     Examples
     --------
-    >>> from gradlens.case.reference import reference
+    >>> from gradlens.case.shipped import reference
     >>> from gradlens.case.sums import sums_of
     >>> from gradlens.examples import example_log
     >>> scores = reference().scoring.scores(sums_of(example_log()), np.ones(10, bool))

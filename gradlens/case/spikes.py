@@ -31,7 +31,7 @@ def smallest_seen(sums: Sums, scoring: Scoring, threshold: float, seed: int = 0)
 
     Examples
     --------
-    >>> from gradlens.case.reference import reference
+    >>> from gradlens.case.shipped import reference
     >>> from gradlens.case.sums import sums_of
     >>> from gradlens.examples import example_log
     >>> smallest_seen(sums_of(example_log(num_malicious=0)), reference().scoring, np.inf) is None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradlens.case.nulls import Null
+from gradlens.case.null import Null
 from gradlens.case.peeling import FURTHER, MOST, accused, most_accused, peel
 from gradlens.case.sums import Sums
 
@@ -45,7 +45,7 @@ def look(sums: Sums, null: Null, fwer: float) -> Finding:
 
     Examples
     --------
-    >>> from gradlens.case.reference import reference
+    >>> from gradlens.case.shipped import reference
     >>> from gradlens.case.sums import sums_of
     >>> from gradlens.examples import example_log
     >>> np.flatnonzero(look(sums_of(example_log()), reference().null(), 0.05).suspects).tolist()

@@ -34,7 +34,7 @@ class Null:
 
     Examples
     --------
-    >>> from gradlens.case.reference import reference
+    >>> from gradlens.case.shipped import reference
     >>> reference().null().kind
     'reference'
     """
@@ -117,7 +117,7 @@ def null_of(recordings: Sequence[Sequence[Sums]], scoring: Scoring) -> Null:
 
     Examples
     --------
-    >>> from gradlens.case.reference import reference
+    >>> from gradlens.case.shipped import reference
     >>> from gradlens.case.sums import sums_of
     >>> from gradlens.examples import example_log
     >>> free = [[sums_of(example_log(num_malicious=0, seed=seed))] for seed in range(1, 4)]

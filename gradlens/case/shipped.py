@@ -1,6 +1,6 @@
 """The reference that is shipped with the package: weights of readings, and what attack-free recordings show by them.
 
-`python -m simulations.studies.reference` makes it.
+`python -m simulations.studies.shipped_reference` makes it.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gradlens.case.nulls import TRANSFER, Null
+from gradlens.case.null import TRANSFER, Null
 from gradlens.case.scoring import Scoring
 from gradlens.words import percent
 

@@ -1,6 +1,6 @@
 """The reference that `gradlens.investigate` rests on where a recording has no null of its own, in resumable parts.
 
-`python -m simulations.studies.reference` simulates recordings of many small settings (what has run is not run again),
+`python -m simulations.studies.shipped_reference` simulates recordings of many small settings (what has run is not run again),
 learns from the attacked ones among them how much each reading weighs, and writes what the attack-free ones show to
 `gradlens/case/reference.json`. `--minutes` ends the simulation early; the next call goes on.
 """
@@ -268,7 +268,7 @@ def written(folder: Path, path: Path) -> None:
         )
     stored = {
         "version": VERSION,
-        "made by": "python -m simulations.studies.reference",
+        "made by": "python -m simulations.studies.shipped_reference",
         "intercept": round(scoring.intercept, 6),
         "readings": [
             {"name": name, "scale": float(f"{scale:.6g}"), "above": round(above, 6), "below": round(below, 6)}
@@ -281,7 +281,9 @@ def written(folder: Path, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Simulates what is missing; once nothing is, learns and writes the reference."""
-    parser = argparse.ArgumentParser(prog="simulations.studies.reference", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="simulations.studies.shipped_reference", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where recordings are kept (runs/reference)")
     parser.add_argument("--out", type=Path, default=OUT, help="the reference (gradlens/case/reference.json)")
     parser.add_argument("--minutes", type=float, default=90.0, help="of simulation, at most (default: 90)")
