@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 EVERYTHING := simulations,data,cluster,files,flower,nvflare,pfl,notebook,docs,dev
 
-.PHONY: install demo test check docs bench reports gauntlet evidence notebooks clean
+.PHONY: install demo test check docs bench reports gauntlet reference cases evidence notebooks clean
 
 install: .venv/all  ## everything that any target needs
 
@@ -71,6 +71,13 @@ gauntlet: export GRADLENS_DATA ?= ../shared/data
 gauntlet: .venv/all  ## every detector against every attack; a part: make gauntlet SEEDS=7,8 FAMILIES=trigger,label_flip
 	$(BIN)/python -m simulations.studies.gauntlet $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FAMILIES),--families $(FAMILIES)) $(if $(BENIGN),--benign $(BENIGN)) \
 		$(if $(DETECTORS),--detectors $(DETECTORS)) $(if $(ATTACK),--attack $(ATTACK)) $(if $(SETTINGS),--settings $(SETTINGS))
+	$(BIN)/python docs/results.py
+
+reference: .venv/all  ## gradlens/case/reference.json, in parts: call it again until it says nothing is missing
+	$(BIN)/python -m simulations.studies.shipped_reference
+
+cases: .venv/all  ## how often investigations are right: reports/cases.csv, in parts
+	$(BIN)/python -m simulations.studies.cases
 	$(BIN)/python docs/results.py
 
 evidence: export GRADLENS_DATA ?= ../shared/data

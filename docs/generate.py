@@ -89,7 +89,7 @@ API = {
     "gradlens": "Recordings, analysis, reports.",
     "gradlens.plots": "Figures from tidy tables.",
     "gradlens.evaluation": "How well scores tell malicious clients from benign ones.",
-    "gradlens.case": "What a verdict on a whole recording will rest on; `investigate`, which gives it, is yet to come.",
+    "gradlens.case": "From a recording to a case: who can be accused, and how sure that is.",
     "gradlens.mitigation": "What can be done about a backdoor after training.",
     "gradlens.integrations.flower": "Flower, the message API.",
     "gradlens.integrations.flower_classic": "Flower, the classic strategies.",

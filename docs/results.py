@@ -25,9 +25,10 @@ BENCH = {
 
 def pages() -> dict[str, str]:
     """Name -> text of every page that is made of tables."""
-    from simulations.studies import attacks, defenses, gauntlet_figures, gauntlet_page
+    from simulations.studies import attacks, cases, defenses, gauntlet_figures, gauntlet_page
 
     return {
+        "cases.md": titled("Cases", cases.section(cases.committed())),
         "detectors.md": titled("Detectors", gauntlet_page.section(gauntlet_figures.committed())),
         "defenses.md": titled("Defenses", defenses.section(defenses.committed())),
         "attacks.md": titled("Attacks", attacks.section(*attacks.committed())),

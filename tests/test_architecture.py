@@ -52,7 +52,8 @@ SAME_SUBJECT = {"final_layer", "localization"}
 LONGEST_FUNCTION, LONGEST_FILE = 60, 500
 PUBLIC = {
     "Round", "ModelSpec", "UpdateLog", "LogWriter", "Run", "Sweep", "Verdict", "Case", "CannotSay", "score_by",
-    "calibrate", "filtered", "investigate", "localize", "evaluate", "report", "open", "STATISTICS", "SCORERS", "DETECTORS", "AGGREGATORS",
+    "calibrate", "filtered", "investigate", "localize", "evaluate", "report", "open", "STATISTICS", "SCORERS",
+    "DETECTORS", "AGGREGATORS",
 }  # fmt: skip
 
 

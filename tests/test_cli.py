@@ -35,7 +35,8 @@ def planted(tmp_path, model):
 
 
 COMMANDS = (
-    "demo", "simulate", "inspect", "detect", "localize", "report", "replay", "verify", "ingest", "list", "doctor",
+    "demo", "simulate", "inspect", "investigate", "detect", "localize", "report", "replay", "verify", "ingest", "list",
+    "doctor",
 )  # fmt: skip
 
 

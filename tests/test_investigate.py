@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from importlib.resources import files
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -12,14 +14,15 @@ from gradlens.case.activity import Stretch, stretch_of
 from gradlens.case.looks import looks_of
 from gradlens.case.null import Null, needed, null_of
 from gradlens.case.peeling import peel
-from gradlens.case.shipped import reference
 from gradlens.case.several import table_of_cases
+from gradlens.case.shipped import reference
 from gradlens.case.spikes import planted, smallest_seen
 from gradlens.case.sums import sums_of
 from gradlens.examples import example_log, example_run
 from gradlens.log import UpdateLog
 
 ROUNDS = 8
+SCHEMA = json.loads(files("gradlens.case").joinpath("case.schema.json").read_text("utf-8"))
 
 
 def free_logs(count: int, first: int = 100) -> list[UpdateLog]:
@@ -173,7 +176,7 @@ def test_a_case_as_json_has_its_keys_and_nothing_that_json_does_not_know(null):
     for log in (example_log(ROUNDS, num_malicious=2), example_log(num_clients=3)):
         plain = investigate(log, null).as_dict()
         assert list(plain) == ["verdict", "p", "suspects", "ambiguous", "groups", "clients", "null", "fwer", "says"]
-        json.dumps(plain, allow_nan=False)
+        jsonschema.validate(json.loads(json.dumps(plain, allow_nan=False)), SCHEMA)
 
 
 def test_a_stretch_is_where_two_means_fit_best():

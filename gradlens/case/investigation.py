@@ -15,9 +15,9 @@ from gradlens.case.looks import looks_of
 from gradlens.case.null import Null, null_of
 from gradlens.case.peeling import SMALLEST
 from gradlens.case.places import layers_of, units_of
-from gradlens.case.shipped import reference
 from gradlens.case.sayings import sayings
 from gradlens.case.scoring import Scoring, scales_of
+from gradlens.case.shipped import reference
 from gradlens.case.spikes import smallest_seen
 from gradlens.case.sums import Sums, sums_of
 from gradlens.case.verdicts import CANNOT_SAY, ESTABLISHED, NOT_ESTABLISHED, SUSPECTED, SUSPICION, Finding, look

@@ -78,7 +78,7 @@ def _averaged(products: list[np.ndarray]) -> np.ndarray:
 def _pairwise(gram: np.ndarray, clean: np.ndarray, of: str) -> dict[str, np.ndarray]:
     """The readings that follow from inner products [client, client]."""
     products = _about_clean_mean(gram, clean)
-    products = products / max(float(np.median(np.diagonal(products)[clean])), TINY)
+    products = products / typical(np.diagonal(products)[clean])
     squares = np.maximum(np.diagonal(products), TINY)
     np.fill_diagonal(products, squares)  # rounding may leave a client in the middle below 0
     leading = np.linalg.eigh(products[np.ix_(clean, clean)])

@@ -78,9 +78,10 @@ def _found(
             "majority that could judge the other."
         )
     if verdict == CANNOT_SAY:
+        are = "is 1" if null.recordings == 1 else f"are {null.recordings}"
         return (
             f"Nobody is accused, since the null is too small for a rate of {percent(fwer)}: {needed(fwer)} attack-free "
-            f"recordings of this setting are needed, there are {null.recordings}; {first} is the most conspicuous."
+            f"recordings of this setting are needed, there {are}; {first} is the most conspicuous."
         )
     if ambiguous:
         verb = "stands" if len(ambiguous) == 1 else "stand"

@@ -10,6 +10,7 @@ from gradlens.case.sums import Sums
 
 WITHIN, SIGMAS = 0.4, 0.5244  # this share of normal deviations is at most so many sigmas: nearer than the median's .5,
 # so that a scale rests on fewer than half of the clients
+FARTHEST = 50.0  # what an infinite deviation counts, drawn in
 MAD = 1.4826  # sigma of normal numbers over their median absolute deviation
 
 
@@ -83,7 +84,7 @@ def deviations(sums: Sums, clean: np.ndarray, readings: Sequence[str], scales: n
     here = np.quantile(np.abs(apart[clean]), WITHIN, axis=0) / SIGMAS
     table = np.zeros((len(values), len(readings)))
     table[:, columns] = np.arcsinh(apart / np.maximum(scales[columns], here))
-    return table
+    return np.nan_to_num(table, nan=0.0, posinf=FARTHEST, neginf=-FARTHEST)
 
 
 def split(table: np.ndarray) -> np.ndarray:

@@ -34,6 +34,14 @@ def _simulate(*names: str) -> tuple[str, ...]:
 
 
 STUDIES = {
+    "shipped_reference": Study(
+        "what investigations rest on where a recording has no null of its own: gradlens/case/reference.json",
+        ("python -m simulations.studies.shipped_reference",),
+    ),
+    "cases": Study(
+        "how often an investigation finds attackers, and how often it accuses innocent clients: cases.csv",
+        ("python -m simulations.studies.cases",),
+    ),
     "gauntlet": Study(
         "every detector against every attack, beside attack-free runs: gauntlet.csv, gauntlet.html",
         ("python -m simulations.studies.gauntlet",),

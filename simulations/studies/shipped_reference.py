@@ -1,18 +1,19 @@
 """The reference that `gradlens.investigate` rests on where a recording has no null of its own, in resumable parts.
 
-`python -m simulations.studies.shipped_reference` simulates recordings of many small settings (what has run is not run again),
-learns from the attacked ones among them how much each reading weighs, and writes what the attack-free ones show to
-`gradlens/case/reference.json`. `--minutes` ends the simulation early; the next call goes on.
+`python -m simulations.studies.shipped_reference` simulates recordings of many small settings (what has run is not run
+again), learns from the attacked ones among them how much each reading weighs, and writes what the attack-free ones show
+to `gradlens/case/reference.json`. `--minutes` ends the simulation early; the next call goes on.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import Executor, as_completed
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -236,36 +237,22 @@ def last_sums(of: dict[str, np.ndarray]) -> Sums:
     return sums_at(of, int(of["rounds"]))
 
 
-def heights_of(of: dict[str, np.ndarray], scoring: Scoring) -> tuple[float, float]:
-    """The highest score after the last round, and over all looks."""
-    heights = [
-        peel(sums, scoring).highest for look in looks_of(int(of["rounds"])) if _enough(sums := sums_at(of, look))
-    ]
+def heights_of(path: Path, scoring: Scoring) -> tuple[float, float] | None:
+    """The highest score of a recording after the last round, and over all looks; None where it was impossible."""
+    of = loaded(path)
+    if "impossible" in of:
+        return None
+    looks = [sums_at(of, look) for look in looks_of(int(of["rounds"]))]
+    heights = [peel(sums, scoring).highest for sums in looks if len(sums.clients) >= SMALLEST]
     return heights[-1], max(heights)
 
 
-def _enough(sums: Sums) -> bool:
-    return len(sums.clients) >= SMALLEST
-
-
-def written(folder: Path, path: Path) -> None:
+def written(folder: Path, path: Path, workers: int) -> None:
     """Learns the weights, reads all attack-free recordings by them, and writes the reference."""
     scoring = learned(*examples(folder))
     readings = zip(scoring.readings, scoring.scales, scoring.above, scoring.below, strict=True)
-    settings = []
-    for number in REFERENCE:
-        kept = [loaded(folder / f"reference-{number}-free-{seed}.npz") for seed in RECORDINGS]
-        heights = [heights_of(of, scoring) for of in kept if "impossible" not in of]
-        scenario = setting(number)
-        settings.append(
-            {
-                "setting": {name: scenario.label(name) for name in DESCRIBED},
-                "clients": scenario.num_clients,
-                "sampled": scenario.clients_per_round is not None,
-                "last": [round(last, 3) for last, _ in heights],
-                "looks": [round(looks, 3) for _, looks in heights],
-            }
-        )
+    with processes(workers) as pool:
+        settings = [described(number, folder, scoring, pool) for number in tqdm(REFERENCE, "settings", disable=None)]
     stored = {
         "version": VERSION,
         "made by": "python -m simulations.studies.shipped_reference",
@@ -277,6 +264,19 @@ def written(folder: Path, path: Path) -> None:
         "settings": settings,
     }
     path.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
+
+
+def described(number: int, folder: Path, scoring: Scoring, pool: Executor) -> dict[str, Any]:
+    """A setting of the reference: what it is, and how high its attack-free recordings come."""
+    scenario, paths = setting(number), [folder / f"reference-{number}-free-{seed}.npz" for seed in RECORDINGS]
+    heights = [of for of in pool.map(heights_of, paths, repeat(scoring)) if of is not None]
+    return {
+        "setting": {name: scenario.label(name) for name in DESCRIBED},
+        "clients": scenario.num_clients,
+        "sampled": scenario.clients_per_round is not None,
+        "last": [round(last, 3) for last, _ in heights],
+        "looks": [round(looks, 3) for _, looks in heights],
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if missing := simulate(options.folder, options.minutes, options.workers):
         print(f"{missing:,} recordings are missing yet: call this again")
     else:
-        written(options.folder, options.out)
+        written(options.folder, options.out, options.workers)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,225 @@
+"""How often `gradlens.investigate` is right, in resumable parts: `python -m simulations.studies.cases`.
+
+Recordings by seeds and in settings that chose nothing: attack-free ones in settings that the shipped reference lacks,
+ones with an odd honest client, and attacked ones with 1, 4, 8, 10 and 12 of 20 and 5 of 50 clients malicious. A row per
+recording and null goes to `reports/cases.csv` as soon as it is there; the next call goes on. `section` is the text that
+the results show of it.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gradlens.case import Null, investigate
+from gradlens.case.null import null_of
+from gradlens.case.shipped import reference
+from gradlens.case.sums import sums_of
+from gradlens.processes import processes
+from gradlens.reporting.page import number
+from simulations import Scenario, load_sweep, run
+from simulations.scenario import SCENARIOS
+from simulations.studies.conditions import main_part
+from simulations.studies.reference_settings import setting
+from simulations.studies.results import REPORTS, append, markdown, run_as_command, share
+from simulations.studies.shipped_reference import odd_variants
+
+CSV = REPORTS / "cases.csv"
+UNSEEN, FREE = (*range(2_000, 2_008), "digits iid", "digits dirichlet"), range(700, 725)
+NULL_SEEDS = range(800, 820)  # attack-free recordings of the same setting
+ATTACKED, MALICIOUS = range(900, 902), (1, 4, 8, 10, 12)
+ODD = range(950, 955)
+ASR_GAIN, ACCURACY_LOSS = 0.3, 0.05  # of a family, on average, from which on it works
+Job = tuple[dict[str, Any], Scenario]  # what a row says of its recording, and how it is simulated
+
+
+def bases() -> dict[str, Scenario]:
+    """The settings of the attacked recordings: digits with 20 clients, iid and with skewed labels."""
+    scenarios = load_sweep(SCENARIOS / "gauntlet_digits.toml", seed=0).scenarios
+    return {f"digits {next(iter(base.partition))}": base for base in scenarios if base.is_control}
+
+
+def families() -> list[Scenario]:
+    """One way of every attack of the gauntlet, in both settings."""
+    return [base for base in load_sweep(SCENARIOS / "gauntlet_digits.toml", seed=0).scenarios if not base.is_control]
+
+
+def jobs() -> Iterator[Job]:
+    """All recordings, attack-free ones first."""
+    digits = bases()
+    for seed in FREE:
+        for name in UNSEEN:
+            base = digits[name] if isinstance(name, str) else setting(name)
+            label = name if isinstance(name, str) else f"drawn {name}"
+            yield _row("attack-free", label, "none", 0, seed), base.replace(seed=seed)
+    for seed in ODD:
+        for label, base in digits.items():
+            for kind, scenario in odd_variants(base).items():
+                yield _row("odd client", label, kind, 0, seed), scenario.replace(seed=seed)
+    for seed in ATTACKED:
+        for base in families():
+            label = f"digits {next(iter(base.partition))}"
+            for count in MALICIOUS:
+                row = _row("attacked", label, main_part(base.attack), count, seed)
+                yield row, base.replace(num_malicious=count, seed=seed)
+            row = _row("attacked, 50 clients", label, main_part(base.attack), 5, seed)
+            yield row, base.replace(num_malicious=5, num_clients=50, seed=seed)
+
+
+def _row(kind: str, label: str, family: str, count: int, seed: int) -> dict[str, Any]:
+    return {"kind": kind, "setting": label, "family": family, "malicious": count, "seed": seed}
+
+
+def judged(job: Job, null: Null | None) -> pd.DataFrame:
+    """Rows of one recording: its case by the shipped reference, and by attack-free recordings of its setting."""
+    row, scenario = job
+    with TemporaryDirectory() as place:
+        recording = run(scenario, place)
+        truth, metrics = recording.truth, recording.metrics
+        poisoned = set(truth["client"][truth["poisoned"].astype(bool)])
+        malicious = poisoned if row["kind"].startswith("attacked") else set()
+        last = metrics.tail(3).mean(numeric_only=True)
+        outcome = {name: last.get(name, np.nan) for name in ("main_accuracy", "asr")}
+        cases = {"reference": investigate(recording)} | ({} if null is None else {"own": investigate(recording, null)})
+    rows = []
+    for of, case in cases.items():
+        accused, ambiguous = set(case.suspects["client"]), set(case.ambiguous["client"])
+        first = set(case.clients["client"].head(len(malicious)))
+        rows.append(
+            row
+            | outcome
+            | {"null": of, "verdict": case.verdict, "p": case.p, "attackers": len(malicious)}
+            | {"found": len(accused & malicious), "innocent": len(accused - malicious)}
+            | {"ambiguous_attackers": len(ambiguous & malicious), "ambiguous_innocent": len(ambiguous - malicious)}
+            | {"on_top": len(first & malicious)}
+        )
+    return pd.DataFrame(rows)
+
+
+def own_null(base: Scenario) -> Null:
+    """The null of attack-free recordings of a setting, by seeds of their own."""
+    recordings = []
+    for seed in NULL_SEEDS:
+        with TemporaryDirectory() as place:
+            recordings.append([sums_of(run(base.replace(seed=seed), place).log)])
+    return null_of(recordings, reference().scoring)
+
+
+def nulls_of(base: Scenario) -> dict[int, Null]:
+    """Number of clients -> the null of a setting with so many."""
+    return {clients: own_null(base.replace(num_clients=clients)) for clients in (20, 50)}
+
+
+def computed(path: Path, minutes: float, workers: int) -> int:
+    """Judges what is missing for some minutes; the number of recordings that are still missing."""
+    keys = ["kind", "setting", "family", "malicious", "seed"]
+    done = set(pd.read_csv(path)[keys].itertuples(index=False, name=None)) if path.exists() else set()
+    missing = [job for job in jobs() if tuple(job[0].values()) not in done]
+    end = time.monotonic() + 60 * minutes
+    with processes(workers) as pool:
+        named = bases()
+        nulls = dict(zip(named, pool.map(nulls_of, named.values()), strict=True)) if missing else {}
+        of = [nulls.get(row["setting"], {}).get(scenario.num_clients) for row, scenario in missing]
+        for start in range(0, len(missing), 4 * workers):
+            if time.monotonic() > end:
+                break
+            part = slice(start, start + 4 * workers)
+            append(pd.concat(pool.map(judged, missing[part], of[part])), path, float_format="%.4f")
+            done |= {tuple(row.values()) for row, _ in missing[part]}
+    return sum(tuple(row.values()) not in done for row, _ in missing)
+
+
+def committed() -> pd.DataFrame:
+    """The table in `reports/`."""
+    return pd.read_csv(CSV)
+
+
+def working(table: pd.DataFrame) -> pd.DataFrame:
+    """The attacked recordings of families that work: by ASR above the control's, or accuracy lost, on average."""
+    free = table[(table["kind"] == "attack-free") & (table["null"] == "reference")]
+    accuracy = free.groupby("setting")["main_accuracy"].mean()
+    attacked = table[table["kind"].str.startswith("attacked")].copy()
+    attacked["lost"] = attacked["setting"].map(accuracy) - attacked["main_accuracy"]
+    groups = attacked.groupby(["kind", "setting", "family", "malicious"])
+    gain, lost = groups["asr"].transform("mean") - 0.1, groups["lost"].transform("mean")
+    return attacked[(gain.fillna(0) >= ASR_GAIN) | (lost >= ACCURACY_LOSS)]
+
+
+def section(table: pd.DataFrame) -> str:
+    """What the table shows, in Markdown."""
+    return "\n\n".join((free_text(table), attacked_text(table), odd_text(table)))
+
+
+def free_text(table: pd.DataFrame) -> str:
+    """How many attack-free recordings were accused, by setting."""
+    free = table[(table["kind"] == "attack-free") & (table["null"] == "reference")]
+    accused = free.assign(accused=free["innocent"] > 0).groupby("setting", sort=False)["accused"].agg(["sum", "count"])
+    rows = [[str(name), str(int(row["sum"])), str(int(row["count"]))] for name, row in accused.iterrows()]
+    small = [share(float((free["p"] <= level).mean())) for level in (0.05, 0.1, 0.2)]
+    return (
+        f"Of {len(free)} attack-free recordings in {len(accused)} settings that the reference lacks, "
+        f"{int(accused['sum'].sum())} had anybody accused at 5 %; p was at most 0.05, 0.1 and 0.2 in {small[0]}, "
+        f"{small[1]} and {small[2]} of them.\n\n" + markdown(["setting", "accused", "recordings"], rows)
+    )
+
+
+def attacked_text(table: pd.DataFrame) -> str:
+    """Attackers found and innocents accused, averaged over the families that work."""
+    rows = []
+    for (kind, setting_, count, null), part in working(table).groupby(["kind", "setting", "malicious", "null"]):
+        by_family = part.assign(
+            share=part["found"] / part["attackers"].clip(lower=1),
+            any=part["innocent"] > 0,
+            silent=part["verdict"] == "cannot say",
+        ).groupby("family")[["share", "innocent", "any", "silent", "ambiguous_attackers", "ambiguous_innocent"]]
+        mean = by_family.mean().mean()
+        clients = 50 if "50" in str(kind) else 20
+        rows.append(
+            [
+                str(setting_),
+                f"{count} of {clients}",
+                str(null),
+                str(part["family"].nunique()),
+                share(mean["share"]),
+                number(mean["innocent"]),
+                share(mean["any"]),
+                share(mean["silent"]),
+                number(mean["ambiguous_attackers"]),
+                number(mean["ambiguous_innocent"]),
+            ]
+        )
+    columns = ["setting", "malicious", "null", "families", "attackers found", "innocents a recording"]
+    columns += ["recordings that accuse any", "cannot say", "attackers ambiguous", "innocents ambiguous"]
+    return markdown(columns, rows)
+
+
+def odd_text(table: pd.DataFrame) -> str:
+    """What became of odd honest clients."""
+    odd = table[(table["kind"] == "odd client") & (table["null"] == "reference")]
+    accused = int((odd["innocent"] > 0).sum())
+    ambiguous = float(odd["ambiguous_innocent"].mean()) if len(odd) else np.nan
+    return (
+        f"Of {len(odd)} recordings with one odd honest client (one label, ten times the examples, 20 % wrong labels, "
+        f"another way of writing) {accused} had anybody accused, and {number(ambiguous)} clients a recording were "
+        "called ambiguous."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Judges what is missing."""
+    parser = argparse.ArgumentParser(prog="simulations.studies.cases", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=CSV, help="the table (default: reports/cases.csv)")
+    parser.add_argument("--minutes", type=float, default=90.0, help="at most (default: 90)")
+    parser.add_argument("--workers", type=int, default=2, help="recordings at a time (default: 2)")
+    options = parser.parse_args(arguments)
+    if missing := computed(options.out, options.minutes, options.workers):
+        print(f"{missing:,} recordings are missing yet: call this again")
+
+
+if __name__ == "__main__":
+    run_as_command(main)
