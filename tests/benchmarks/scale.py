@@ -1,9 +1,9 @@
 """Times the analysis of long and large logs and takes its own memory: python tests/benchmarks/scale.py --help.
 
 A log of 1,000 rounds x 20 clients x 1,060,138 parameters (85 GB) is stood for by one that repeats a few recorded
-rounds, mapped from files as any other. Two questions: the final bias of every round, which reads that layer alone; and
-the whole analysis, every statistic and every detector of the tables after every round. Each is asked in a process of
-its own. Its own memory is the most that it held beside mapped files (RssAnon).
+rounds, mapped from files as any other. Three questions: the final bias of every round, which reads that layer alone;
+the whole analysis, every statistic and every detector of the tables after every round; and one investigation of the
+whole log. Each is asked in a process of its own. Its own memory is the most that it held beside mapped files (RssAnon).
 """
 
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from workloads import LAYERS, shapes_of
 
+from gradlens.case import investigate
 from gradlens.detectors import DETECTORS
 from gradlens.errors import CannotSay
 from gradlens.log import ModelSpec, Round, UpdateLog
@@ -42,6 +43,8 @@ QUESTIONS = (  # work, width, rounds
     ("all", 8_192, 24),
     ("all", 4_084, 12),
     ("all", 2_036, 12),
+    ("all", 8_192, 50),
+    ("case", 8_192, 50),
 )
 
 
@@ -50,22 +53,33 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "reports" / "scale.csv", help="(default: reports/scale.csv)")
     parser.add_argument("--folder", type=Path, help="where the recorded rounds are (default: made, then removed)")
-    parser.add_argument("--work", choices=("final bias", "all"), help="answer this alone, as JSON")
+    parser.add_argument("--work", choices=("final bias", "all", "case"), help="answer this alone, as JSON")
     parser.add_argument("--width", type=int, default=WIDTHS[-1], help="of the largest layer")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--only", type=int, metavar="ROUNDS", help="ask those of so many rounds, and keep other rows")
     asked = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as made:
         folder = asked.folder or Path(made)
         if asked.work:
             print(json.dumps(answer(asked.work, folder, asked.width, asked.rounds)))
             return
-        rows = [answered(folder, *question) for question in QUESTIONS]
+        asks = [question for question in QUESTIONS if asked.only in (None, question[2])]
+        rows = [*kept(asked.out, asks), *(answered(folder, *question) for question in asks)]
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with open(asked.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     print(f"{len(rows)} rows: {asked.out}")
+
+
+def kept(path: Path, asks: Sequence[tuple[str, int, int]]) -> list[dict[str, str]]:
+    """Rows of the table that are not asked for anew; none if all are."""
+    if len(asks) == len(QUESTIONS) or not path.exists():
+        return []
+    anew = {(work, str(model_of(width).num_parameters), str(rounds)) for work, width, rounds in asks}
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if (row["work"], row["parameters"], row["rounds"]) not in anew]
 
 
 def answered(folder: Path, work: str, width: int, rounds: int) -> dict[str, str]:
@@ -97,6 +111,8 @@ def answer(work: str, folder: Path, width: int, rounds: int) -> dict[str, float]
             assert log.model.final_bias is not None
             for prefix in log.only(log.model.final_bias).prefixes():
                 STATISTICS["final_bias"](prefix)
+        elif work == "case":
+            investigate(log)
         else:
             detectors = [build() for build in DETECTORS.values()]
             for prefix in log.prefixes():
