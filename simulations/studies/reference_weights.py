@@ -102,5 +102,5 @@ def fitted(values: np.ndarray, malicious: np.ndarray, weights: np.ndarray, befor
     spread = parts.std(axis=0) + 0.05
     model = LogisticRegression(C=1 / (2 * STRENGTH), max_iter=1_000)
     model.fit(parts / spread, malicious, sample_weight=weights)
-    above, below = np.split(model.coef_[0] / spread, 2)
+    above, below = np.split(model.coef_[0].astype(np.float64) / spread, 2)
     return Scoring(before.readings, before.scales, above, below, float(np.ravel(model.intercept_)[0]))
