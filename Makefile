@@ -81,7 +81,7 @@ cases: .venv/all  ## how often investigations are right: reports/cases.csv, in p
 	$(BIN)/python docs/results.py
 
 evidence: export GRADLENS_DATA ?= ../shared/data
-evidence: .venv/all  ## verdicts on sketches beside those on whole updates; keeps 45 GB of runs
+evidence: .venv/all  ## verdicts on sketches beside those on whole updates; keeps 100 GB of runs
 	$(BIN)/python -m simulations.studies.gauntlet --keep
 	$(BIN)/python -m simulations.studies.evidence_levels runs/gauntlet
 

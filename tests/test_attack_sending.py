@@ -10,6 +10,7 @@ from simulations.attacks.boosting import (
     explicit_boosting,
     layer_substitution,
     model_replacement,
+    norm_cap,
     scaling,
     train_and_scale,
 )
@@ -110,6 +111,40 @@ def test_an_update_of_zeros_cannot_be_scaled_to_a_norm():
 def test_train_and_scale_makes_up_for_a_norm_bound():
     attack = build_attack({"train_and_scale": {"bound": 1.0}, "scaling": {"factor": 10.0}})
     np.testing.assert_allclose(np.linalg.norm(flat(send(attack, TRAINED, OTHERS)), axis=1), 10, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("quantile", "cap"), [(0.0, 1.0), (0.5, 2.0), (0.75, 3.0), (1.0, 4.0)])
+def test_a_norm_cap_is_a_quantile_of_the_attackers_honest_norms(quantile, cap):
+    axis = np.eye(23)[5]
+    honest = rows_of(np.outer([4.0, 1.0, 2.0], axis))  # norms 1, 2 and 4
+    trained = rows_of(np.outer([10.0, 0.5, -3.5], axis))
+    sent = flat(send(norm_cap(quantile=quantile), trained, OTHERS, honest=lambda: honest))
+    np.testing.assert_allclose(sent, np.outer([cap, 0.5, -min(cap, 3.5)], axis), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "boost",
+    [
+        {"scaling": {"factor": 50.0}},
+        {"model_replacement": {}},
+        {"explicit_boosting": {}},
+        {"gaussian": {}},
+        {"copies": {}},
+    ],
+)
+def test_no_boost_gets_past_a_norm_cap(boost):
+    attack = build_attack({"norm_cap": {"quantile": 1.0}, **boost})
+    longest = np.linalg.norm(flat(updates_of(2, seed=9)), axis=1).max()
+    sent = send(attack, TRAINED, OTHERS, honest=lambda: updates_of(2, seed=9))
+    assert (np.linalg.norm(flat(sent), axis=1) <= longest * (1 + 1e-6)).all()
+
+
+def test_a_norm_cap_rests_on_finite_honest_updates():
+    honest = rows_of([np.eye(23)[0], np.full(23, np.inf)])
+    sent = flat(send(norm_cap(quantile=1.0), rows_of(np.full((2, 23), 3.0)), OTHERS, honest=lambda: honest))
+    np.testing.assert_allclose(np.linalg.norm(sent, axis=1), 1, rtol=1e-6)
+    broken = rows_of(np.full((2, 23), np.nan))
+    np.testing.assert_array_equal(flat(send(norm_cap(), TRAINED, OTHERS, honest=lambda: broken)), flat(TRAINED))
 
 
 def test_simple_ones():

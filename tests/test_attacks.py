@@ -286,7 +286,7 @@ def test_parts_compose_in_one_order():
 
 def test_the_order_of_the_table():
     order = list(ATTACKS)
-    assert order[-2:] == ["hiding", "copies"]
+    assert order[-3:] == ["hiding", "norm_cap", "copies"]
     assert order.index("writer_class") < order.index("own_training") < order.index("layer_substitution")
     assert order.index("norm_bound") < order.index("scaling") < order.index("sign_flip")
 

@@ -26,6 +26,7 @@ from simulations.attacks.boosting import (
     explicit_boosting,
     layer_substitution,
     model_replacement,
+    norm_cap,
     scaling,
     train_and_scale,
 )
@@ -102,6 +103,7 @@ ATTACKS: Mapping[str, Callable[..., Attack]] = {  # in the order in which parts 
     "min_sum": min_sum,
     "mimic": mimic,
     "hiding": hiding,
+    "norm_cap": norm_cap,
     "copies": copies,
 }
 NEXT_STAGE = {"data": "own_training", "training": "layer_substitution"}  # stage -> first built-in part of the next one

@@ -230,6 +230,55 @@ def layer_substitution(tau: Annotated[float, Field(ge=0, le=1)] = 0.8) -> Attack
     return Attack(send=send, deviates=False)
 
 
+@attack_part
+def norm_cap(quantile: Annotated[float, Field(ge=0, le=1)] = 0.9) -> Attack:
+    """Shortens what is sent to a norm that honest updates of the round reach.
+
+    Stage: sending, after boosts. The attackers need their own data alone: each trains honestly besides, and together
+    they estimate how long honest updates are.
+
+    Parameters
+    ----------
+    quantile : float
+        Of the norms of the attackers' own honest updates, linearly interpolated; 0.9 is a plain choice, 1 their
+        longest one.
+
+    Returns
+    -------
+    Attack
+        Shorter updates stay as they are, as do all where no honest update is finite. A client without a poisoned sample
+        counts as honest.
+
+    Notes
+    -----
+    u becomes min(1, c / ||u||) u, where c is the quantile of ||h|| over the honest updates h of the round's attackers.
+    Norms are over all parameters. It has no published source; [1]_ bounds the norm by a constant that the server gives
+    away, as `norm_bound` and `train_and_scale` can.
+
+    **Fails when** the backdoor needs a boost that honest norms leave no room for, or when a detector looks at
+    directions or single layers.
+
+    References
+    ----------
+    .. [1] Sun et al. 2019, arXiv:1911.07963.
+
+    Examples
+    --------
+    >>> norm_cap(quantile=0.5)
+    norm_cap(quantile=0.5)
+    """
+
+    def send(trained: Updates, others: Updates, situation: Situation) -> Updates:
+        honest, parameters = finite(situation.honest()), situation.model.parameters
+        if count(honest) == 0:
+            return trained
+        cap, norms = np.quantile(_norms(honest, parameters), quantile), _norms(trained, parameters)
+        factors = np.divide(cap, norms, out=np.ones_like(norms), where=norms > cap)
+        return changed(trained, trained, situation.model, lambda mine, _: per_client(factors, mine) * mine)
+
+    return Attack(send=send, deviates=False)
+
+
 def scaled(updates: Updates, factor: float) -> Updates:
     """All layers times a factor; those of whole numbers stay."""
     return {

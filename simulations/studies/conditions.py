@@ -9,13 +9,19 @@ from simulations import Scenario
 
 CELL = ["task", "setting", "partition", "family"]  # the columns that name a cell of the gauntlet
 TASK_NAMES = {"fashion_mnist": "Fashion-MNIST", "digits": "digits"}
+ADAPTIVE = {  # attacks made to pass for benign
+    "constrain_and_scale", "norm_bound", "layer_substitution", "train_and_scale", "hiding", "a_little_is_enough",
+    "min_max", "min_sum", "mimic",
+}  # fmt: skip
+UNCAPPED = {"constrain_and_scale", "norm_bound", "layer_substitution", "hiding"}  # those that can outgrow benign norms
 PARTITION_NAMES = {"iid": "iid", "dirichlet": "Dirichlet 0.5"}
 
 
 def main_part(attack: Iterable[str]) -> str:
     """The part of an attack that a figure is about; "none" without an attack.
 
-    That is the first part, the one that poisons data; beside a plain trigger it is what the trigger is combined with.
+    That is the first part, the one that poisons data; beside a plain trigger it is what the trigger is combined with. A
+    cap on the norm is never what a figure is about.
 
     Examples
     --------
@@ -24,10 +30,27 @@ def main_part(attack: Iterable[str]) -> str:
     >>> main_part(["trigger", "norm_bound", "scaling"])
     'norm_bound'
     """
-    first, *others = list(attack) or ["none"]
+    first, *others = [name for name in attack if name != "norm_cap"] or ["none"]
     if first != "trigger" or not others:
         return first
     return next((name for name in others if name != "scaling"), "scaling")
+
+
+def family(attack: Iterable[str]) -> str:
+    """The family of an attack in the gauntlet: its main part, marked as loud where no cap keeps it to benign norms.
+
+    That concerns adaptive attacks alone, which claim to pass for benign.
+
+    Examples
+    --------
+    >>> family(["trigger", "norm_bound", "scaling"])
+    'norm_bound (loud)'
+    >>> family(["trigger", "norm_bound", "scaling", "norm_cap"])
+    'norm_bound'
+    """
+    parts = list(attack)
+    name = main_part(parts)
+    return f"{name} (loud)" if name in UNCAPPED and "norm_cap" not in parts else name
 
 
 def cell_of(scenario: Scenario) -> dict[str, str]:
@@ -37,7 +60,7 @@ def cell_of(scenario: Scenario) -> dict[str, str]:
         "task": scenario.task,
         "setting": ("sampled" if scenario.clients_per_round else "full") + alternating,
         "partition": next(iter(scenario.partition)),
-        "family": main_part(scenario.attack),
+        "family": family(scenario.attack),
     }
 
 

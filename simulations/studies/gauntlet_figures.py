@@ -1,7 +1,8 @@
 """The figures of the gauntlet: from the scores of single runs to the table `gauntlet.csv`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,35 +13,51 @@ from gradlens.detectors.nulls import nominal_threshold
 from gradlens.detectors.panels import Observed, Panel
 from gradlens.errors import InputError
 from gradlens.evaluation import evaluate, mean_interval, per_client
+from gradlens.evaluation.score_tables import judged
 from simulations.attacks import build_attack
-from simulations.studies.conditions import CELL
-from simulations.studies.gauntlet_scores import PANEL, RunScores, clean_rounds, unfitted_panel
+from simulations.studies.conditions import ADAPTIVE, CELL, UNCAPPED
+from simulations.studies.gauntlet_scores import ATTACK_FREE, CHOOSE, PANEL, RunScores, clean_rounds, unfitted_panel
 from simulations.studies.results import REPORTS
 
 CSV = REPORTS / "gauntlet.csv"
 WORKING_GAIN = 0.2  # an attack works from here on: ASR above the control's, or main accuracy below it
 RATES = {"1": 0.01, "5": 0.05}  # ending of tpr_ and fpr_ -> false-positive rate
-ADAPTIVE = {  # attacks made to pass for benign
-    "constrain_and_scale", "norm_bound", "layer_substitution", "train_and_scale", "hiding", "a_little_is_enough",
-    "min_max", "min_sum", "mimic",
-}  # fmt: skip
 CUMULATIVE = {  # detectors whose last score of a client covers all of its rounds; scores of the others are averaged
     "accumulated_norms", "accumulated_spectral", "accumulated_neighbours", "accomplices", "label_drift_residual",
     "persistence", "foolsgold", "fldetector", "flanders", "panel", "panel (clean stretch)", "panel (each cohort)",
 }  # fmt: skip
 CLEAN_STRETCH, EACH_COHORT = "panel (clean stretch)", "panel (each cohort)"  # the panel under its other nulls
-METRICS = ("auc", "tpr_1", "tpr_5", "fpr_1", "fpr_5")
+KEYS = [*CELL, "purpose"]  # figures of the seeds that choose and of those that confirm are never mixed
+METRICS = (
+    "auc",  # within attacked runs
+    "tpr_1", "tpr_5", "fpr_1", "fpr_5",  # thresholds set on attack-free runs; fpr of an attack's cell: while attacked
+    "tpr_1_matched", "tpr_5_matched", "fpr_1_matched", "fpr_5_matched",  # set on benign clients of attacked runs
+    # figures of whole recordings, "per" a case, are a group of their own here
+)  # fmt: skip
 COLUMNS = [
-    "detector", "family", "adaptive", "works", "partition", "per", "metric", "value", "low", "high", "seeds", "bound",
-    "task", "setting",
+    "detector", "family", "adaptive", "norm", "works", "partition", "purpose", "per", "metric", "value", "low", "high",
+    "seeds", "bound", "task", "setting",
 ]  # fmt: skip
 
+Cell = tuple[str, ...]  # values of CELL
 Scored = tuple[RunScores, pd.DataFrame]  # a run, and its updates with the scores of a detector
 
 
 def committed(path: Path = CSV) -> pd.DataFrame:
-    """The figures in a `gauntlet.csv`, by default the one in `reports/`."""
-    return pd.read_csv(path, keep_default_na=False, na_values=["nan", ""], dtype={"family": str}).fillna({"bound": ""})
+    """The figures in a `gauntlet.csv`, by default the one in `reports/`.
+
+    A file from before seeds were split has those that choose alone, and no matched thresholds. Those of its adaptive
+    attacks that can outgrow benign norms are loud.
+    """
+    table = pd.read_csv(path, keep_default_na=False, na_values=["nan", ""], dtype={"family": str})
+    table = table.fillna({"bound": ""})
+    if "purpose" not in table:
+        loud = table["family"].isin(UNCAPPED)
+        table["family"] = table["family"].where(~loud, table["family"] + " (loud)")
+        table["adaptive"] = table["adaptive"].where(~loud, 0)
+        table["purpose"] = np.where(table["family"].eq("none"), ATTACK_FREE, CHOOSE)
+        table["norm"] = np.nan
+    return table
 
 
 def figures(results: Sequence[RunScores], executor: Executor | None = None) -> pd.DataFrame:
@@ -58,24 +75,34 @@ def figures(results: Sequence[RunScores], executor: Executor | None = None) -> p
     DataFrame
         In the columns of `gauntlet.csv`; a detector has no row for a metric that it has no answer for.
     """
-    mean_gains = gains(results)
+    working = {cell for cell, gain in gains(results).items() if gain >= WORKING_GAIN}
     groups = list(sharing_a_null(results).values())
-    parts = map(_group_figures, groups) if executor is None else executor.map(_group_figures, groups)
+    of_group = partial(_group_figures, working=working)
+    parts = map(of_group, groups) if executor is None else executor.map(of_group, groups)
     table = pd.concat(list(parts), ignore_index=True)
-    cells = table[CELL].itertuples(index=False, name=None)
-    table["works"] = [int(mean_gains.get(tuple(cell), 0.0) >= WORKING_GAIN) for cell in cells]
+    cells, lengths = list(table[CELL].itertuples(index=False, name=None)), norms(results)
+    table["works"] = [int(cell in working) for cell in cells]
+    table["norm"] = [lengths.get(cell, np.nan) for cell in cells]
     table["adaptive"] = table["family"].isin(ADAPTIVE).astype(int)
     table = table[table["metric"].isin(METRICS) & table["value"].notna()]
-    return table.sort_values([*CELL, "detector", "per", "metric"], kind="stable")[COLUMNS].reset_index(drop=True)
+    return table.sort_values([*KEYS, "detector", "per", "metric"], kind="stable")[COLUMNS].reset_index(drop=True)
 
 
-def gains(results: Sequence[RunScores]) -> dict[tuple[str, ...], float]:
-    """Cell -> how far its attack works, the mean over its runs."""
-    gains_of: dict[tuple[str, ...], list[float]] = {}
-    for run in results:
-        if not run.scenario.is_control:
-            gains_of.setdefault(tuple(run.cell.values()), []).append(run.gain)
-    return {cell: float(np.mean(values)) for cell, values in gains_of.items()}
+def gains(results: Sequence[RunScores]) -> dict[Cell, float]:
+    """Cell -> how far its attack works, the mean over its runs of all seeds."""
+    return _means((run, run.gain) for run in results if not run.scenario.is_control)
+
+
+def norms(results: Sequence[RunScores]) -> dict[Cell, float]:
+    """Cell -> how long poisoned updates are, in norms of benign ones, the mean over its runs of all seeds."""
+    return _means((run, run.norm) for run in results if not run.scenario.is_control)
+
+
+def _means(of_runs: Iterable[tuple[RunScores, float]]) -> dict[Cell, float]:
+    values: dict[Cell, list[float]] = {}
+    for run, value in of_runs:
+        values.setdefault(tuple(run.cell.values()), []).append(value)
+    return {cell: float(np.mean(of_cell)) for cell, of_cell in values.items()}
 
 
 def sharing_a_null(results: Sequence[RunScores]) -> dict[tuple[object, ...], list[RunScores]]:
@@ -92,54 +119,156 @@ def calibrating(runs: Sequence[RunScores]) -> list[RunScores]:
     return [run for run in runs if run.is_attack_free and run.scenario.seed % 2 == 0]
 
 
-def _group_figures(runs: Sequence[RunScores]) -> pd.DataFrame:
+def _group_figures(runs: Sequence[RunScores], working: Collection[Cell]) -> pd.DataFrame:
     """The figures of runs that share a null."""
     null = calibrating(runs)
     tested = [run for run in runs if not run.scenario.is_control or (run.is_attack_free and run.scenario.seed % 2)]
     names = [name for name in runs[0].arrays["detectors"].tolist() if not name.startswith(PANEL)]
     tables = [
-        _evaluated(name, [run.scored_by(name) for run in null], [(run, run.scored_by(name)) for run in tested])
+        _evaluated(name, [run.scored_by(name) for run in null], [(run, run.scored_by(name)) for run in tested], working)
         for name in names
     ]
-    return pd.concat([*tables, *_panel_figures(null, tested)], ignore_index=True)
+    return pd.concat([*tables, *_panel_figures(null, tested, working)], ignore_index=True)
 
 
-def _evaluated(detector: str, null: Sequence[pd.DataFrame], tested: Sequence[Scored]) -> pd.DataFrame:
-    """The figures of one detector per update and per client, its thresholds set on the null."""
-    scores = pd.concat([table.assign(**run.cell) for run, table in tested], ignore_index=True)
-    scores, null_scores = scores.assign(detector=detector), pd.concat(null, ignore_index=True).assign(detector=detector)
-    how = "last" if detector in CUMULATIVE else "mean"
-    by_client = evaluate(per_client(scores, CELL, how), CELL, per_client(null_scores, (), how))
-    tables = [evaluate(scores, CELL, null_scores).assign(per="update"), by_client.assign(per="client")]
+def _evaluated(
+    detector: str, null: Sequence[pd.DataFrame], tested: Sequence[Scored], working: Collection[Cell]
+) -> pd.DataFrame:
+    """The figures of one detector per update and per client."""
+    null_scores, tables = pd.concat(null, ignore_index=True).assign(detector=detector), []
+    for per, scores in _by_unit(detector, tested).items():
+        of_unit = null_scores if per == "update" else per_client(null_scores, (), _summary(detector))
+        tables += [evaluate(scores, KEYS, of_unit).assign(per=per), matched_rates(scores, working).assign(per=per)]
     return pd.concat(tables, ignore_index=True)
+
+
+def _by_unit(detector: str, tested: Sequence[Scored]) -> dict[str, pd.DataFrame]:
+    """What is judged: the updates since the attack began, and the clients over all of their rounds."""
+    tables = [table.assign(**run.cell, purpose=run.purpose) for run, table in tested]
+    scores = pd.concat(tables, ignore_index=True).assign(detector=detector)
+    return {"update": scores[scores["begun"]], "client": per_client(scores, KEYS, _summary(detector))}
+
+
+def _summary(detector: str) -> str:
+    return "last" if detector in CUMULATIVE else "mean"
+
+
+# Thresholds by which all detectors pay alike --------------------------------------------------------------------
+
+
+def matched_rates(scores: pd.DataFrame, working: Collection[Cell]) -> pd.DataFrame:
+    """The shares of malicious and of benign rows above thresholds that benign rows of attacked runs set.
+
+    A cell is judged at the `matched_threshold` of the other cells of its group in which the attack works, at seeds of
+    the same purpose; of its own runs where there is no other.
+
+    Parameters
+    ----------
+    scores : DataFrame
+        Of one detector in a group of cells that share a null, per update or per client; columns of `KEYS`, detector,
+        seed, score, abstained, malicious and, per update, compromised.
+    working : collection of tuple
+        The cells in which the attack works.
+
+    Returns
+    -------
+    DataFrame
+        Columns of `KEYS`, detector, metric, value, low, high, seeds, bound.
+    """
+    known = judged(scores)
+    known = known[known["abstained"].eq("") & known["purpose"].ne(ATTACK_FREE)]
+    tables = []
+    for _, part in known.groupby("purpose"):
+        cells = dict(list(part.groupby(CELL)))
+        benign = {cell: rows.loc[~rows["malicious"], "score"].to_numpy() for cell, rows in cells.items()}
+        pools = {cell: values for cell, values in benign.items() if cell in working and len(values)}
+        for cell, rows in cells.items():
+            others = [values for other, values in pools.items() if other != cell] or list(pools.values())
+            for rate, fpr in RATES.items() if others else ():
+                flagged = rows["score"].gt(matched_threshold(others, fpr)) | np.isposinf(rows["score"])
+                resolved = sum(map(len, others)) * fpr >= 1
+                tables.append(_shares(rows.assign(flagged=flagged), f"{rate}_matched", resolved=resolved))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def matched_threshold(benign: Sequence[np.ndarray], fpr: float) -> float:
+    """The smallest score that, on average over cells, at most a share `fpr` of the benign scores of a cell exceeds.
+
+    Parameters
+    ----------
+    benign : sequence of ndarray
+        The benign scores of each cell; none is empty.
+    fpr : float
+        Above 0 and below 1.
+
+    Examples
+    --------
+    >>> matched_threshold([np.arange(10.0)], 0.2)
+    7.0
+    >>> matched_threshold([np.arange(10.0), np.zeros(1000)], 0.2)  # cells weigh the same, however large they are
+    5.0
+    """
+    weights = np.concatenate([np.full(len(scores), 1 / len(scores) / len(benign)) for scores in benign])
+    values, places = np.unique(np.concatenate(benign), return_inverse=True)
+    above = 1 - np.cumsum(np.bincount(places, weights))
+    return float(values[above <= fpr + 1e-9][0])
+
+
+def _shares(rows: pd.DataFrame, suffix: str, *, resolved: bool = True) -> pd.DataFrame:
+    """The shares of malicious and of benign rows that are flagged, means over seeds.
+
+    Where no benign row is, the rate is the upper limit that `evaluate` gives. Not resolved: benign rows are so few that
+    the threshold should be higher, and a true-positive rate is at most the share.
+    """
+    figures = []
+    for key, cell in rows.groupby([*KEYS, "detector", "malicious"], sort=False):
+        shares = cell.groupby("seed")["flagged"].mean().to_numpy(np.float64)
+        low, high = mean_interval(shares, 0, 1)
+        row = dict(zip([*KEYS, "detector"], key[:-1], strict=True)) | {
+            "metric": f"{'tpr' if key[-1] else 'fpr'}_{suffix}"
+        }
+        row |= {"value": shares.mean(), "low": low, "high": high, "seeds": len(shares), "bound": ""}
+        if not key[-1] and not cell["flagged"].any():
+            limit = 1 - 0.05 ** (1 / len(cell))
+            row |= {"value": limit, "low": 0.0, "high": limit, "bound": "<="}
+        elif key[-1] and not resolved:
+            row |= {"low": 0.0, "high": shares.mean() if np.isnan(high) else high, "bound": "<="}
+        figures.append(row)
+    return pd.DataFrame(figures)
 
 
 # The panel under the three nulls of `calibrate` ------------------------------------------------------------------
 
 
-def _panel_figures(null: Sequence[RunScores], tested: Sequence[RunScores]) -> list[pd.DataFrame]:
+def _panel_figures(
+    null: Sequence[RunScores], tested: Sequence[RunScores], working: Collection[Cell]
+) -> list[pd.DataFrame]:
     """The panel calibrated on attack-free runs, on the first rounds of the run, and on each cohort itself."""
     unfitted = unfitted_panel()
     fitted, known = unfitted.fitted([run.observed for run in null])
     null_scores = np.split(known.scores, np.cumsum([len(run.observed.values) for run in null])[:-1])
     null_tables = [_with_panel_scores(run, of_run) for run, of_run in zip(null, null_scores, strict=True)]
     scored = [(run, _with_panel_scores(run, fitted.scores(run.observed))) for run in tested]
-    tables = [_evaluated(PANEL, null_tables, scored)]
-    for name, judge in ((CLEAN_STRETCH, _flags_by_clean_stretch), (EACH_COHORT, _flags_by_cohort)):
-        flagged = [(run, flags) for run in tested if (flags := judge(unfitted, run))]
-        for rate in RATES:
-            parts = [
-                _with_panel_scores(run, flags[rate]).assign(**run.cell, detector=name)
-                for run, flags in flagged
-                if rate in flags
-            ]
-            if parts:
-                tables.append(_flag_rates(pd.concat(parts, ignore_index=True), rate))
+    tables = [_evaluated(PANEL, null_tables, scored, working)]
+    for name, judge in ((CLEAN_STRETCH, _by_clean_stretch), (EACH_COHORT, _by_cohort)):
+        answers = [(run, answer) for run in tested if (answer := judge(unfitted, run))]
+        for kind in ("scores", *RATES):
+            scored = [(run, _with_panel_scores(run, answer[kind])) for run, answer in answers if kind in answer]
+            for per, units in _by_unit(name, scored).items() if scored else ():
+                if kind == "scores":
+                    figures = matched_rates(units, working)
+                else:  # a threshold of each run or cohort: scores are 1 above it
+                    rows = judged(units)
+                    figures = _shares(rows.assign(flagged=rows["score"].gt(0)), kind)
+                tables.append(figures.assign(per=per))
     return tables
 
 
-def _flags_by_clean_stretch(unfitted: Panel, run: RunScores) -> dict[str, np.ndarray]:
-    """Whom the panel flags at each rate, float64 [row], its null being the clean first rounds where they suffice."""
+def _by_clean_stretch(unfitted: Panel, run: RunScores) -> dict[str, np.ndarray]:
+    """The panel's scores, its null being the clean first rounds, and whom it flags at each rate where they suffice.
+
+    Returns "scores" and rates -> float64 [row]; nothing where the first rounds do not suffice for any rate.
+    """
     observed = run.observed
     clean = observed.positions < clean_rounds(run.scenario, run.setting)
     if not clean.any():
@@ -147,26 +276,33 @@ def _flags_by_clean_stretch(unfitted: Panel, run: RunScores) -> dict[str, np.nda
     stretch = Observed(
         observed.positions[clean], observed.clients[clean], observed.features, observed.values[clean], observed.heard
     )
-    flags = {}
+    answer: dict[str, np.ndarray] = {}
     try:
         fitted, null = unfitted.fitted([stretch])
         scores = fitted.scores(observed)
         for rate, fpr in sorted(RATES.items(), reverse=True):  # a lower rate needs more clients
-            flags[rate] = (scores > null.threshold(fpr)).astype(float)
+            answer[rate] = (scores > null.threshold(fpr)).astype(float)
+            answer["scores"] = scores
     except InputError:  # too few clients
         pass
-    return flags
+    return answer
 
 
-def _flags_by_cohort(unfitted: Panel, run: RunScores) -> dict[str, np.ndarray]:
-    """Whom the panel flags at each rate, float64 [row], where each cohort is its own null."""
+def _by_cohort(unfitted: Panel, run: RunScores) -> dict[str, np.ndarray]:
+    """The panel's scores, in spreads above the median of each cohort, and whom it flags at each rate.
+
+    Returns "scores" and rates -> float64 [row]; each cohort is its own null.
+    """
     observed, scores = run.observed, unfitted.scores(run.observed)
     cohorts = [scores[observed.positions == position] for position in range(int(observed.positions.max()) + 1)]
-    flags = {}
-    for rate, fpr in RATES.items():
-        thresholds = np.array([nominal_threshold(cohort, fpr) for cohort in cohorts])
-        flags[rate] = (scores > thresholds[observed.positions]).astype(float)
-    return flags
+
+    def thresholds(fpr: float) -> np.ndarray:
+        return np.array([nominal_threshold(cohort, fpr) for cohort in cohorts])[observed.positions]
+
+    center = thresholds(0.5)
+    spread = thresholds(RATES["5"]) - center
+    spreads = np.divide(scores - center, spread, out=np.zeros_like(scores), where=spread > 0)  # 0 where all agree
+    return {"scores": spreads} | {rate: (scores > thresholds(fpr)).astype(float) for rate, fpr in RATES.items()}
 
 
 def _with_panel_scores(run: RunScores, scores: np.ndarray) -> pd.DataFrame:
@@ -177,25 +313,6 @@ def _with_panel_scores(run: RunScores, scores: np.ndarray) -> pd.DataFrame:
     known = run.answers(PANEL)[0].astype(np.float64)
     known[np.isfinite(known)] = scores  # NaN where the panel abstained
     return run.updates(known, np.isinf(known) | (known == 1))
-
-
-def _flag_rates(scores: pd.DataFrame, rate: str) -> pd.DataFrame:
-    """The shares of malicious and of benign updates, and clients, that a calibrated detector flags."""
-    flags = scores.assign(score=scores["flag"].astype(float))  # so that a client's last flag is its last score
-    judged = flags[flags["malicious"] | ~flags["compromised"]]
-    rows = []
-    for per, table in (("update", judged), ("client", per_client(flags, CELL, "last"))):
-        for key, cell in table.groupby([*CELL, "detector", "malicious"], sort=False):
-            shares = cell.groupby("seed")["score"].mean().to_numpy()
-            low, high = mean_interval(shares, 0, 1)
-            metric = f"{'tpr' if key[-1] else 'fpr'}_{rate}"
-            row = dict(zip([*CELL, "detector"], key[:-1], strict=True)) | {"per": per, "metric": metric, "bound": ""}
-            row |= {"value": shares.mean(), "low": low, "high": high, "seeds": len(shares)}
-            if metric.startswith("fpr") and not cell["score"].any():
-                limit = 1 - 0.05 ** (1 / len(cell))
-                row |= {"value": limit, "low": 0.0, "high": limit, "bound": "<="}
-            rows.append(row)
-    return pd.DataFrame(rows)
 
 
 # The suspected target label --------------------------------------------------------------------------------------

@@ -18,14 +18,37 @@ from simulations.studies.gauntlet_figures import (
     WORKING_GAIN,
     gains,
     label_accuracy,
+    norms,
 )
-from simulations.studies.gauntlet_scores import PANEL, RunScores
+from simulations.studies.gauntlet_scores import ATTACK_FREE, CHOOSE, CHOOSE_SEEDS, CONFIRM, PANEL, RunScores
 from simulations.studies.results import markdown, share, value_at
 
-FOUND_ENOUGH = 0.5  # TPR at 5 % FPR, per client: in a cell where no detector reaches it, all of them fail
+FOUND_ENOUGH = 0.5  # TPR by which detectors are ranked: in a cell where no detector reaches it, all of them fail
 SECTION_ROWS, HARD_ROWS = 10, 8  # best detectors in the results section, and in a table of hard cells
 GROUP = ["task", "partition", "setting"]  # cells of one group differ in the attack only
-HARD_METRICS = (("AUC", "auc", False), ("TPR at 5 %", "tpr_5", True), ("TPR at 1 %", "tpr_1", True))  # is it a share?
+MATCHED, UNMATCHED = "tpr_5_matched", "tpr_5"  # what ranks the detectors, and what did in tables that lack it
+HARD_METRICS = (  # title, metric, is it a share?
+    ("AUC", "auc", False),
+    ("TPR at 5 %, matched", "tpr_5_matched", True),
+    ("TPR at 1 %, matched", "tpr_1_matched", True),
+    ("TPR at 5 %, attack-free threshold", "tpr_5", True),
+)
+RANKED = (  # title, column of `ranking`
+    ("TPR at 5 %, matched", "tpr_5_matched"),
+    ("TPR at 1 %, matched", "tpr_1_matched"),
+    ("matched 5 %, not adaptive", "tpr_5_matched_plain"),
+    ("FPR at matched 5 %", "fpr_5_matched"),
+    ("TPR at attack-free 5 %", "tpr_5"),
+    ("TPR at attack-free 1 %", "tpr_1"),
+    ("FPR while attacked, 5 %", "fpr_5"),
+    ("FPR while attacked, 1 %", "fpr_1"),
+)
+MATCHED_HOW = (
+    "Matched: a cell is judged at the threshold that 5 % (or 1 %) of the benign clients of attacked runs exceed, on "
+    "average over the other cells in which the attack works: those of the same task, partition and way of drawing "
+    "clients, at seeds of the same purpose, choosing or confirming. Where there is no other, the cell's own runs set "
+    "it. By this figure detectors are ranked."
+)
 
 
 def write(figures: pd.DataFrame, results: Sequence[RunScores], path: Path) -> None:
@@ -40,21 +63,46 @@ def write(figures: pd.DataFrame, results: Sequence[RunScores], path: Path) -> No
     path : Path
         Of the page, in HTML.
     """
-    by_client = figures[figures["per"].eq("client")]
+    purpose = ranking_purpose(figures)
+    by_client = of_purpose(figures, purpose).query("per == 'client'")
     working = by_client[by_client["works"].eq(1)]
     ranked = ranking(working)
+    shown = [run for run in results if run.purpose in (purpose, ATTACK_FREE)]
     sections = [
         report_page.section("how", "What was run", _how(results)),
+        report_page.section("ranking", "Detectors over all cells in which the attack works", _rankings(figures)),
+        report_page.section("cells", "Cell by cell: attackers found", _heat_maps(working, headline(working))),
         report_page.section(
-            "ranking", "Detectors over all cells in which the attack works", _ranking_blocks(figures, ranked)
+            "alarms", "Cell by cell: benign clients flagged while attacked", _heat_maps(working, "fpr_5")
         ),
-        report_page.section("cells", "Cell by cell", _heat_maps(working)),
         report_page.section("hard", "Clients drawn at random, attackers that come and go", _hard_cells(by_client)),
-        report_page.section("panel", "The panel under the three nulls", _panel_nulls(figures)),
-        report_page.section("labels", "Which label the attackers want", _target_labels(results)),
-        report_page.section("weak", "Cells in which the attack does not work", _failed_attacks(figures, results)),
+        report_page.section("panel", "The panel under the three nulls", _panel_nulls(of_purpose(figures, purpose))),
+        report_page.section("labels", "Which label the attackers want", _target_labels(shown)),
+        report_page.section("attacks", "The attacks", _attacks(by_client, results)),
+        # what becomes of whole recordings (how many are accused, innocents named, attackers found) has its section here
     ]
-    report_page.write(render("Gauntlet", _lead(results), _findings(figures, working, ranked), sections), path)
+    report_page.write(render("Gauntlet", _lead(results), _findings(by_client, working, ranked), sections), path)
+
+
+def ranking_purpose(figures: pd.DataFrame) -> str:
+    """The seeds whose figures rank the detectors: those that confirm or, without any, those that choose."""
+    return CONFIRM if figures["purpose"].eq(CONFIRM).any() else CHOOSE
+
+
+def of_purpose(figures: pd.DataFrame, purpose: str) -> pd.DataFrame:
+    """The figures of attacked runs of a purpose, and of attack-free runs."""
+    return figures[figures["purpose"].isin((purpose, ATTACK_FREE))]
+
+
+def headline(figures: pd.DataFrame) -> str:
+    """The metric that ranks the detectors; tables from before thresholds were matched have another."""
+    return MATCHED if figures["metric"].eq(MATCHED).any() else UNMATCHED
+
+
+def observed(figures: pd.DataFrame) -> pd.Series:
+    """The values, with 0 in place of the upper limit where no false positive was seen, so that they can be averaged."""
+    is_limit = figures["bound"].eq("<=") & figures["low"].eq(0) & figures["value"].eq(figures["high"])
+    return figures["value"].where(~(figures["metric"].str.startswith("fpr") & is_limit), 0.0)
 
 
 def ranking(working: pd.DataFrame) -> pd.DataFrame:
@@ -68,16 +116,15 @@ def ranking(working: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Index detector, the best first; columns auc, tpr_1, tpr_5, and tpr_1_plain, tpr_5_plain over the cells whose
-        attack is not adaptive.
+        Index detector, the best by `headline` first; a column for every metric and, with the ending _plain, one for its
+        mean over the cells whose attack is not adaptive.
     """
-    known = working[working["metric"].isin(("auc", "tpr_1", "tpr_5"))]
-    means, plain_means = (
+    known = working.assign(value=observed(working))
+    means, plain = (
         rows.pivot_table(index="detector", columns="metric", values="value", aggfunc="mean")
         for rows in (known, known[known["adaptive"].eq(0)])
     )
-    means = means.join(plain_means[["tpr_1", "tpr_5"]].add_suffix("_plain"))
-    return means.sort_values("tpr_5", ascending=False)
+    return means.join(plain.add_suffix("_plain")).sort_values(headline(working), ascending=False)
 
 
 # The section of the results ------------------------------------------------------------------------------------
@@ -85,30 +132,55 @@ def ranking(working: pd.DataFrame) -> pd.DataFrame:
 
 def section(figures: pd.DataFrame) -> str:
     """The section of the results on detectors, in Markdown, from the figures."""
-    by_client = figures[figures["per"].eq("client")]
+    purpose = ranking_purpose(figures)
+    by_client = of_purpose(figures, purpose).query("per == 'client'")
     working = by_client[by_client["works"].eq(1)]
-    attack_free = by_client[by_client["family"].eq("none") & by_client["metric"].eq("fpr_5")]
     ranked = ranking(working)
-    columns = ["detector", "AUC", "TPR at 5 % FPR", "TPR at 1 % FPR", "5 %, nobody hides", "attack-free at 5 %"]
-    rows = []
-    for name, row in zip(ranked.index.astype(str), ranked.head(SECTION_ROWS).to_dict("records"), strict=False):
-        alarms = attack_free[attack_free["detector"].eq(name)]["value"].mean()
-        rates = [row["tpr_5"], row["tpr_1"], row["tpr_5_plain"], alarms]
-        rows.append([f"`{name}`", number(row["auc"]), *(share(rate) for rate in rates)])
+    rows = _ranked_rows(ranked.head(SECTION_ROWS), by_client)
+    chosen = figures[figures["purpose"].eq(CHOOSE) & figures["per"].eq("client") & figures["works"].eq(1)]
+    for row, name in zip(rows, ranked.index, strict=False):
+        row["detector"] = f"`{name}`"
+        if purpose == CONFIRM and len(chosen):
+            row["matched 5 %, choosing seeds"] = share(value_at(ranking(chosen), name, MATCHED))
+    columns = [title for title in rows[0] if any(row[title] != "–" for row in rows)]
     lead = (
         f"{len(ranked)} detectors against {working['family'].nunique()} attacks that work, in {_count_cells(working)} "
-        "cells (task, partition, attack, way of drawing clients), per client over a run; thresholds come from "
-        f"attack-free runs of other seeds. The table shows the {len(rows)} best on average; all of them, cell by cell "
-        "with intervals, are in [`reports/gauntlet.html`](reports/gauntlet.html). `make gauntlet` runs it, "
+        "cells (task, partition, attack, way of drawing clients), per client over a run. The table shows the "
+        f"{len(rows)} best on average; all of them, cell by cell with intervals, are in "
+        "[`reports/gauntlet.html`](reports/gauntlet.html). `make gauntlet` runs it, "
         "`make gauntlet SEEDS=7,8 FAMILIES=trigger` a part of it."
     )
-    return "\n\n".join(["## The detectors, measured", lead, markdown(columns, rows), *_hard_sentences(by_client)])
+    body = markdown(columns, [[row[title] for title in columns] for row in rows])
+    return "\n\n".join(
+        ["## The detectors, measured", lead, *_caveats(working, purpose), body, *_hard_sentences(by_client)]
+    )
+
+
+def _caveats(working: pd.DataFrame, purpose: str) -> list[str]:
+    """Which seeds and thresholds the figures are of, and plainly what a table does not have yet."""
+    seeds = f"seeds {CHOOSE_SEEDS[0]} to {CHOOSE_SEEDS[-1]}"
+    sentences = [
+        "Attack-free thresholds come from attack-free runs of other seeds. FPR while attacked is the share of benign "
+        "clients of attacked runs above them, FPR attack-free that of the clients of further attack-free runs."
+    ]
+    if headline(working) == MATCHED:
+        sentences.insert(0, MATCHED_HOW)
+    else:
+        sentences.append(
+            "**Thresholds are not matched in this table**: detectors pay with different false-positive rates while "
+            "attacked, and are ranked by what they find at the attack-free threshold. The next full run matches them."
+        )
+    if purpose == CONFIRM:
+        sentences.append(f"Detectors were chosen on {seeds}; all figures but those named so are of other seeds.")
+    else:
+        sentences.append(f"**Not confirmed**: all figures are of {seeds}, on which the detectors were chosen.")
+    return [" ".join(sentences)]
 
 
 def _hard_sentences(by_client: pd.DataFrame) -> list[str]:
     """What the panel and the best other detector find where only a fifth of the clients is drawn in a round."""
     sampled = by_client[
-        by_client["setting"].ne("full") & by_client["family"].ne("none") & by_client["metric"].eq("tpr_5")
+        by_client["setting"].ne("full") & by_client["family"].ne("none") & by_client["metric"].eq(headline(by_client))
     ]
     sentences = []
     for setting, part in sampled.groupby("setting", sort=False):
@@ -140,34 +212,44 @@ def _lead(results: Sequence[RunScores]) -> str:
     tasks = sorted({TASK_NAMES.get(run.scenario.task, run.scenario.task) for run in results})
     return (
         f"{len(families)} attacks on {' and '.join(tasks)}, {len(attacked)} attacked runs and {len(attack_free)} "
-        f"attack-free ones, {len(results[0].arrays['detectors'])} detectors and settings. Scores of attack-free runs "
-        "of other seeds set every threshold; further attack-free runs test it."
+        f"attack-free ones, {len(results[0].arrays['detectors'])} detectors and settings. They are ranked on seeds "
+        "that confirm, at thresholds at which all of them flag as many benign clients of attacked runs. Beside it "
+        "stand thresholds from attack-free runs of other seeds, tested on further ones."
     )
 
 
-def _findings(figures: pd.DataFrame, working: pd.DataFrame, ranked: pd.DataFrame) -> list[Block]:
-    blocks = [_best_detector(working, ranked)] if len(ranked) else []
-    of_panel = figures[figures["family"].eq("none") & figures["detector"].eq(PANEL)]
-    points = [
-        f"{_place(row)}, per {row['per']}: {_with_interval(row)}"
-        for _, row in of_panel[of_panel["metric"].eq("fpr_5") & of_panel["per"].eq("client")].iterrows()
-    ]
-    if points:
-        about = "Of attack-free clients the panel flags, at the threshold set for 5 %:"
-        blocks.append(finding("False alarms", about, points))
-    tpr = working[working["metric"].eq("tpr_5")]
-    return [*blocks, _failures(tpr)] if len(tpr) else blocks
+def _findings(by_client: pd.DataFrame, working: pd.DataFrame, ranked: pd.DataFrame) -> list[Block]:
+    if not len(ranked):
+        return []
+    blocks = [_best_detector(working, ranked), _false_alarms(by_client, ranked)]
+    return [*blocks, _failures(working[working["metric"].eq(headline(working))])]
 
 
 def _best_detector(working: pd.DataFrame, ranked: pd.DataFrame) -> Block:
-    name, best = str(ranked.index[0]), ranked.iloc[0]
-    runners_up = [f"{other} {share(value_at(ranked, other, 'tpr_5'))}" for other in ranked.index[1:4]]
+    name, best, by = str(ranked.index[0]), ranked.iloc[0], headline(working)
+    runners_up = [f"{other} {share(value_at(ranked, other, by))}" for other in ranked.index[1:4]]
     return finding(
         "The best detector",
-        f"{name} finds {share(best['tpr_5'])} of the malicious clients at 5 % false positives and "
-        f"{share(best['tpr_1'])} at 1 %, on average over the {_count_cells(working)} cells in which the attack "
-        f"works ({share(best['tpr_5_plain'])} and {share(best['tpr_1_plain'])} where it does not hide).",
+        f"{name} finds {share(best[by])} of the malicious clients where 5 % of the benign clients of attacked runs are "
+        f"flagged, on average over the {_count_cells(working)} cells in which the attack works "
+        f"({share(value_at(ranked, name, f'{by}_plain'))} where it does not hide).",
         [f"Next: {listed(runners_up)}."],
+    )
+
+
+def _false_alarms(by_client: pd.DataFrame, ranked: pd.DataFrame) -> Block:
+    """What attack-free thresholds cost while attacked, for the detectors ranked highest, and what the panel's cost."""
+    costs = [f"{name} {share(value_at(ranked, name, 'fpr_5'))}" for name in ranked.index[:4]]
+    sentence = (
+        "At the threshold that 5 % of attack-free clients should exceed, so many benign clients of attacked runs do: "
+        f"{listed(costs)}."
+    )
+    attack_free = by_client[by_client["family"].eq("none") & by_client["metric"].eq("fpr_5")]
+    of_panel = attack_free[attack_free["detector"].eq(PANEL)]
+    return finding(
+        "False alarms",
+        sentence,
+        [f"Attack-free, {PANEL}, {_place(row)}: {_with_interval(row)}" for _, row in of_panel.iterrows()],
     )
 
 
@@ -226,81 +308,100 @@ def _how(results: Sequence[RunScores]) -> list[Block]:
             }
         )
     about = (
-        "A cell is a task, a partition, a way of drawing clients and an attack. Half of the attack-free runs of a "
-        "task and partition set the thresholds (by the ranks of their scores), the other half tests them. Per client: "
-        "the last score of a detector that accumulates over rounds, the mean over the client's rounds of any other. An "
-        "attack works where its ASR lies 20 points above its control's or, for one without a target, main accuracy 20 "
-        "points below. Intervals are over runs, 95 %. Detectors that need data of the server's own "
+        "A cell is a task, a partition, a way of drawing clients and an attack. Detectors were chosen on seeds "
+        f"{CHOOSE_SEEDS[0]} to {CHOOSE_SEEDS[-1]}; what is shown is of the other seeds where there are any. "
+        f"{MATCHED_HOW} "
+        "Beside it: half of the attack-free runs of a task and partition set thresholds (by the ranks of their "
+        "scores), the other half tests them. Updates of an attacked run count from its first poisoned one on. Per "
+        "client: the last score of a detector that accumulates over rounds, the mean over the client's rounds of any "
+        "other. An attack works where its ASR lies 20 points above its control's or, for one without a target, main "
+        "accuracy 20 points below. Adaptive attacks keep to benign norms; the same ones without a cap are called loud "
+        "and count as not adaptive. Intervals are over runs, 95 %. Detectors that need data of the server's own "
         "(fltrust, and the part of deepsight that queries a model) are left out."
     )
     caption = "What was run. Each attacked run has a control of the same seed, by which the attack is judged."
     return [text(about), table(rows, caption)]
 
 
-def _ranking_blocks(figures: pd.DataFrame, ranked: pd.DataFrame) -> list[Block]:
-    if not len(ranked):
-        return [text("No attack works here.")]
-    attack_free = figures[figures["family"].eq("none") & figures["per"].eq("client")]
-    alarms = attack_free.pivot_table(index="detector", columns="metric", values="value", aggfunc="mean")
-    updates = figures[figures["works"].eq(1) & figures["per"].eq("update")]
-    by_update = updates.pivot_table(index="detector", columns="metric", values="value", aggfunc="mean")
-    rows = [
-        {
-            "detector": str(name),
-            "AUC": number(row["auc"]),
-            "TPR at 5 %": share(row["tpr_5"]),
-            "TPR at 1 %": share(row["tpr_1"]),
-            "not adaptive, 5 %": share(row["tpr_5_plain"]),
-            "attack-free, 5 %": share(value_at(alarms, name, "fpr_5")),
-            "per update: AUC": number(value_at(by_update, name, "auc")),
-            "TPR at 5 % ": share(value_at(by_update, name, "tpr_5")),
-        }
-        for name, row in ranked.iterrows()
-    ]
-    caption = (
-        "Means over cells in which the attack works, per client and, on the right, per update. Attack-free: share of "
-        "benign clients above the threshold set for 5 %."
-    )
-    return [table(rows, caption, folded=False)]
-
-
-def _heat_maps(working: pd.DataFrame) -> list[Block]:
+def _rankings(figures: pd.DataFrame) -> list[Block]:
+    """The ranking by the seeds that confirm and, folded, by those that choose."""
     blocks = []
-    for key, part in working[working["metric"].eq("tpr_5")].groupby(GROUP, sort=False):
+    for purpose, seeds in ((CONFIRM, "Seeds that confirm"), (CHOOSE, "Seeds on which detectors were chosen")):
+        part = of_purpose(figures, purpose)
+        working = part[part["works"].eq(1)]
+        if not len(working):
+            continue
+        by_client, by_update = (working[working["per"].eq(per)] for per in ("client", "update"))
+        ranked, updates = ranking(by_client), ranking(by_update)
+        rows = _ranked_rows(ranked, part[part["per"].eq("client")])
+        for row, name in zip(rows, ranked.index, strict=True):
+            row["per update: AUC"] = number(value_at(updates, name, "auc"))
+            row["TPR at 5 %, matched "] = share(value_at(updates, name, MATCHED))
+            row["FPR while attacked "] = share(value_at(updates, name, "fpr_5"))
+        caption = f"{seeds}: means over cells in which the attack works, per client and, on the right, per update."
+        blocks.append(table(rows, caption, folded=bool(blocks)))
+    return blocks or [text("No attack works here.")]
+
+
+def _ranked_rows(ranked: pd.DataFrame, by_client: pd.DataFrame) -> list[dict[str, str]]:
+    """A row per detector: what it finds and what that costs, attacked and attack-free."""
+    attack_free = by_client[by_client["family"].eq("none")]
+    alarms = attack_free.assign(value=observed(attack_free)).pivot_table(
+        index="detector", columns="metric", values="value", aggfunc="mean"
+    )
+    return [
+        {"detector": str(name), "AUC": number(value_at(ranked, name, "auc"))}
+        | {title: share(value_at(ranked, name, column)) for title, column in RANKED}
+        | {f"FPR attack-free, {rate} %": share(value_at(alarms, name, f"fpr_{rate}")) for rate in (5, 1)}
+        for name in ranked.index
+    ]
+
+
+def _heat_maps(working: pd.DataFrame, metric: str) -> list[Block]:
+    blocks = []
+    known = working[working["metric"].eq(metric)].assign(value=lambda rows: observed(rows))
+    for key, part in known.groupby(GROUP, sort=False):
         grid = part.pivot_table(index="detector", columns="family", values="value")
         grid = grid.loc[grid.mean(axis=1).sort_values(ascending=False).index]
         if grid.shape[1] > 2:
-            blocks.append(_heat_map(grid, _place(dict(zip(GROUP, key, strict=True)))))
+            blocks.append(_heat_map(grid, _place(dict(zip(GROUP, key, strict=True))), metric))
     return blocks
 
 
-def _heat_map(grid: pd.DataFrame, place: str) -> Block:
-    best, hardest = str(grid.index[0]), str(grid.max(axis=0).idxmin())
-    title = f"{place}: {best} finds most ({share(grid.iloc[0].mean())}); {hardest} hides best"
+def _heat_map(grid: pd.DataFrame, place: str, metric: str) -> Block:
+    first, hardest = str(grid.index[0]), str(grid.max(axis=0).idxmin())
+    if metric.startswith("tpr"):
+        title = f"{place}: {first} finds most ({share(grid.iloc[0].mean())}); {hardest} hides best"
+        axis = "TPR at 5 % FPR while attacked, per client (%)"
+        caption = "Share of malicious clients above the threshold that 5 % of benign clients of attacked runs exceed."
+    else:
+        title = f"{place}: {first} flags most benign clients ({share(grid.iloc[0].mean())})"
+        axis = "FPR while attacked, per client (%)"
+        caption = "Share of benign clients of attacked runs above the threshold set for 5 % of attack-free clients."
 
     def draw(canvas: Figure) -> None:
         ax = canvas.subplots()
         sns.heatmap(
             grid * 100, vmin=0, vmax=100, cmap="Greys", annot=True, fmt=".0f", annot_kws={"size": 6.5}, linewidths=0.3,
-            linecolor="white", cbar_kws={"label": "TPR at 5 % FPR, per client (%)", "shrink": 0.6}, ax=ax,
+            linecolor="white", cbar_kws={"label": axis, "shrink": 0.6}, ax=ax,
         )  # fmt: skip
         ax.set(xlabel="attack", ylabel="detector")
         ax.tick_params(axis="both", labelsize=7.5)
         ax.set_title(title, loc="left")
 
-    size = (2.8 + 0.34 * grid.shape[1], 1.7 + 0.19 * len(grid))
-    return figure(draw, size, "Share of malicious clients above the threshold that 5 % of attack-free clients pass.")
+    return figure(draw, (2.8 + 0.34 * grid.shape[1], 1.7 + 0.19 * len(grid)), caption)
 
 
 def _hard_cells(by_client: pd.DataFrame) -> list[Block]:
-    sampled = by_client[by_client["setting"].ne("full") & by_client["metric"].isin(("auc", "tpr_5", "tpr_1"))]
+    shown = [metric for _, metric, _ in HARD_METRICS]
+    sampled = by_client[by_client["setting"].ne("full") & by_client["metric"].isin(shown)]
     attacked = sampled[sampled["family"].ne("none")]
     if not len(attacked):
         return [text("Not run.")]
     blocks = []
     for setting, part in attacked.groupby("setting", sort=False):
         grid = part.pivot_table(index="detector", columns="metric", values=["value", "low", "high"])
-        order = grid["value"]["tpr_5"].sort_values(ascending=False).index[:HARD_ROWS]
+        order = grid["value"][headline(part)].sort_values(ascending=False).index[:HARD_ROWS]
         rows = []
         for name in order:
             row = {"detector": str(name)}
@@ -330,14 +431,17 @@ def _panel_nulls(figures: pd.DataFrame) -> list[Block]:
         "round; the first rounds of a run, declared clean, show only what they do early; a cohort by itself has fewer "
         "clients than features, and its rate is nominal."
     )
-    return [text(about), table(rows, "Flags at 5 %; attack-free: the share of benign clients flagged.", folded=False)]
+    caption = "At 5 %, means over cells in which the attack works; attack-free: the share of benign clients flagged."
+    return [text(about), table(rows, caption, folded=False)]
 
 
 def _rates_under_null(figures: pd.DataFrame) -> dict[str, str]:
     row = {}
     for per in ("client", "update"):
         rows = figures[figures["per"].eq(per)]
-        row[f"TPR at 5 %, per {per}"] = share(rows[rows["works"].eq(1) & rows["metric"].eq("tpr_5")]["value"].mean())
+        of_works = rows[rows["works"].eq(1)].assign(value=lambda known: observed(known))
+        for title, metric in (("TPR, matched", MATCHED), ("TPR", "tpr_5"), ("FPR while attacked", "fpr_5")):
+            row[f"{title}, per {per}"] = share(of_works[of_works["metric"].eq(metric)]["value"].mean())
         alarms = rows[rows["family"].eq("none") & rows["metric"].eq("fpr_5")]
         row[f"attack-free, per {per}"] = _with_interval(alarms.iloc[0]) if len(alarms) else "–"
     return row
@@ -362,17 +466,24 @@ def _target_labels(results: Sequence[RunScores]) -> list[Block]:
     return [text(about), table(rows, "Share of updates whose suspected target label is the attack's.")]
 
 
-def _failed_attacks(figures: pd.DataFrame, results: Sequence[RunScores]) -> list[Block]:
-    of_panel = figures[figures["detector"].eq(PANEL) & figures["per"].eq("client") & figures["metric"].eq("tpr_5")]
+def _attacks(by_client: pd.DataFrame, results: Sequence[RunScores]) -> list[Block]:
+    """How far each attack works and how loud it is, cell by cell."""
+    of_panel = by_client[by_client["detector"].eq(PANEL) & by_client["metric"].eq(headline(by_client))]
     tpr = {tuple(key): value for *key, value in of_panel[[*CELL, "value"]].itertuples(index=False, name=None)}
+    lengths, adaptive = norms(results), set(by_client.loc[by_client["adaptive"].eq(1), "family"])
     rows = [
         {
             "cell": _cell_name(key),
+            "adaptive": "yes" if dict(zip(CELL, key, strict=True))["family"] in adaptive else "",
+            "norm": number(lengths[key]),
             "gain": number(100 * gain, 0),
+            "works": "yes" if gain >= WORKING_GAIN else "no",
             "panel, TPR at 5 %": share(tpr.get(key, np.nan)),
         }
-        for key, gain in gains(results).items()
-        if gain < WORKING_GAIN
+        for key, gain in sorted(gains(results).items(), key=lambda item: item[1])
     ]
-    caption = "Points of ASR above the control, or of main accuracy below it; these cells are in no mean above."
+    caption = (
+        "Norm: of poisoned updates, in median norms of their round's benign ones. Gain: points of ASR above the "
+        "control, or of main accuracy below it. Cells in which the attack does not work are in no mean above."
+    )
     return [table(rows, caption)]

@@ -26,11 +26,15 @@ from simulations.scenario import SCENARIOS
 from simulations.studies.conditions import cell_of
 
 ATTACK_FREE_SEED = 1_000  # first seed of the attack-free runs that calibrate (even seeds) and test (odd seeds)
+CHOOSE_SEEDS = range(5)  # of the attacked runs on which detectors were chosen and tuned
+CONFIRM_SEEDS = range(5, 10)  # of those that confirm; nothing was chosen on them
+CHOOSE, CONFIRM, ATTACK_FREE = "choose", "confirm", "attack-free"  # the purpose of a run
 NAMED_ROUNDS = 3  # attacked rounds in which the target label is named
 NEED_SERVER_DATA = {"fltrust"}  # left out unless named: the server holds no data here
 PANEL = "panel"
 ANALYSIS = ("detectors", "statistics", "log")  # the packages and modules of gradlens that scores are made by
 ANALYSIS_MODULES = ("scorers", "geometry", "clustering")
+SAVED = 2  # counts the changes of what `analyze` saves, so that files of before are not read
 
 DetectorNames = tuple[str, ...]
 
@@ -75,7 +79,7 @@ def digest(names: DetectorNames) -> str:
     files |= {file for name in ANALYSIS_MODULES if (file := package / f"{name}.py").exists()}
     files |= {file for name in names if name not in DETECTORS and (file := _source(name)) is not None}
     code = [ast.dump(_without_docstrings(ast.parse(file.read_text("utf-8")))) for file in sorted(files)]
-    return hashlib.sha256("".join([repr(sorted(names)), *code]).encode()).hexdigest()[:8]
+    return hashlib.sha256("".join([repr((sorted(names), SAVED)), *code]).encode()).hexdigest()[:8]
 
 
 def _source(name: str) -> Path | None:
@@ -133,6 +137,21 @@ class RunScores:
         return self.scenario.is_control and self.scenario.seed >= ATTACK_FREE_SEED
 
     @property
+    def purpose(self) -> str:
+        """Whether detectors were chosen on the run, or are confirmed by it; attack-free runs do neither."""
+        if self.scenario.is_control:
+            return ATTACK_FREE
+        return CHOOSE if self.scenario.seed in CHOOSE_SEEDS else CONFIRM
+
+    @property
+    def norm(self) -> float:
+        """How long poisoned updates are: their median norm, each in median norms of its round's benign updates."""
+        rounds, norms, poisoned = (self.arrays[name] for name in ("round", "norms", "poisoned"))
+        benign = ~(self.arrays["compromised"] | poisoned)
+        medians = pd.Series(norms[benign]).groupby(rounds[benign]).median()
+        return float(np.nanmedian(norms[poisoned] / medians.reindex(rounds[poisoned]).to_numpy()))
+
+    @property
     def gain(self) -> float:
         """How far the attack works: ASR above the control's, or main accuracy below it for attacks without a target."""
         asr, control_asr, accuracy, control_accuracy = self.arrays["asr"]
@@ -155,17 +174,22 @@ class RunScores:
         return self.arrays["answers"][self.arrays["detectors"].tolist().index(detector)]
 
     def updates(self, score: np.ndarray, flag: np.ndarray) -> pd.DataFrame:
-        """A row per update: round, client, score, flag, abstained, malicious, compromised, seed."""
-        abstained = np.isnan(score)
+        """A row per update: round, client, score, flag, abstained, malicious, compromised, begun, seed.
+
+        Begun is what came in or after the first round with a poisoned update, in attack-free runs everything.
+        """
+        abstained, rounds, poisoned = np.isnan(score), self.arrays["round"], self.arrays["poisoned"]
+        first = rounds[poisoned].min() if poisoned.any() else 0
         return pd.DataFrame(
             {
-                "round": self.arrays["round"],
+                "round": rounds,
                 "client": self.arrays["client"],
                 "score": np.where(abstained, 0, score).astype(np.float64),
                 "flag": np.where(abstained, 0, flag).astype(bool),
                 "abstained": np.where(abstained, "cannot say", ""),
-                "malicious": self.arrays["poisoned"],
+                "malicious": poisoned,
                 "compromised": self.arrays["compromised"],
+                "begun": rounds >= first,
                 "seed": self.scenario.seed,
             }
         )
@@ -201,7 +225,7 @@ def analyze(
     run = Run.open(folder)
     judges = detectors(names)
     first = clean_rounds(stored_scenario(run), setting)
-    rounds, clients, answers = _verdicts(run.log, judges)
+    rounds, clients, norms, answers = _verdicts(run.log, judges)
     labels = [named_labels(run.log[: k + 1]) for k in range(first, min(first + NAMED_ROUNDS, len(run.log)))]
     judge = judges[PANEL]
     assert isinstance(judge, Panel)
@@ -213,6 +237,7 @@ def analyze(
         {
             "round": rounds,
             "client": clients,
+            "norms": norms,
             "poisoned": truth["poisoned"].to_numpy(bool),
             "compromised": truth["compromised"].to_numpy(bool),
             "detectors": np.array(list(judges)),
@@ -230,17 +255,19 @@ def analyze(
     )
 
 
-def _verdicts(log: UpdateLog, judges: Mapping[str, Detector]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Round [update], client [update], and scores and flags, float32 [detector, 2, update], NaN where one abstains."""
-    rounds, clients, answers = [], [], []
+def _verdicts(log: UpdateLog, judges: Mapping[str, Detector]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Round, client and norm [update], and scores and flags, float32 [detector, 2, update], NaN where one abstains."""
+    rounds, clients, norms, answers = [], [], [], []
     for prefix in log.prefixes():
         verdicts = [prefix.verdict(judge) for judge in judges.values()]
         clients.append(verdicts[0].clients)
         rounds.append(np.full(len(verdicts[0].clients), prefix.last_index))
+        of_client = pd.Series(prefix[-1].total_norms, index=prefix[-1].clients)
+        norms.append(of_client.reindex(verdicts[0].clients).to_numpy(np.float64))  # NaN for one that was refused
         known = [np.nan if verdict.abstained else 1.0 for verdict in verdicts]
         pairs = [(verdict.scores * one, verdict.flags * one) for verdict, one in zip(verdicts, known, strict=True)]
         answers.append(np.array(pairs).astype(np.float32))
-    return np.concatenate(rounds), np.concatenate(clients), np.concatenate(answers, axis=2)
+    return np.concatenate(rounds), np.concatenate(clients), np.concatenate(norms), np.concatenate(answers, axis=2)
 
 
 def named_labels(log: UpdateLog) -> pd.Series:
