@@ -24,7 +24,7 @@ from gradlens.processes import processes
 from gradlens.reporting.page import number
 from simulations import Scenario, load_sweep, run
 from simulations.scenario import SCENARIOS
-from simulations.studies.conditions import main_part
+from simulations.studies.conditions import family
 from simulations.studies.reference_settings import setting
 from simulations.studies.results import REPORTS, append, markdown, run_as_command, share
 from simulations.studies.shipped_reference import odd_variants
@@ -65,9 +65,9 @@ def jobs() -> Iterator[Job]:
         for base in families():
             label = f"digits {next(iter(base.partition))}"
             for count in MALICIOUS:
-                row = _row("attacked", label, main_part(base.attack), count, seed)
+                row = _row("attacked", label, family(base.attack), count, seed)
                 yield row, base.replace(num_malicious=count, seed=seed)
-            row = _row("attacked, 50 clients", label, main_part(base.attack), 5, seed)
+            row = _row("attacked, 50 clients", label, family(base.attack), 5, seed)
             yield row, base.replace(num_malicious=5, num_clients=50, seed=seed)
 
 

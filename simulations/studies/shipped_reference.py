@@ -88,7 +88,7 @@ def learning() -> Iterator[tuple[str, Scenario]]:
             for kind, odd in odd_variants(base).items():
                 for seed in ODD:
                     yield f"learning-{skew}-odd-{kind}-{seed}", odd.replace(seed=seed)
-        else:
+        elif "norm_cap" not in base.attack:  # capped ones are kept apart, as attacks that nothing was learned from
             for count in DIGITS_MALICIOUS:
                 for seed in DIGITS_ATTACKED:
                     name = f"learning-{skew}-attacked-{main_part(base.attack)}-{count}-{seed}"
