@@ -20,8 +20,10 @@ from gradlens.case import Null, investigate
 from gradlens.case.null import null_of
 from gradlens.case.shipped import reference
 from gradlens.case.sums import sums_of
+from gradlens.evaluation import mean_interval
 from gradlens.processes import processes
 from gradlens.reporting.page import number
+from gradlens.words import with_interval
 from simulations import Scenario, load_sweep, run
 from simulations.scenario import SCENARIOS
 from simulations.studies.conditions import family
@@ -34,6 +36,7 @@ UNSEEN, FREE = (*range(2_000, 2_008), "digits iid", "digits dirichlet"), range(7
 NULL_SEEDS = range(800, 820)  # attack-free recordings of the same setting
 ATTACKED, MALICIOUS = range(900, 902), (1, 4, 8, 10, 12)
 ODD = range(950, 955)
+FIGURES = ("share", "innocent", "any", "silent", "ambiguous_attackers", "ambiguous_innocent")
 ASR_GAIN, ACCURACY_LOSS = 0.3, 0.05  # of a family, on average, from which on it works
 Job = tuple[dict[str, Any], Scenario]  # what a row says of its recording, and how it is simulated
 
@@ -143,11 +146,16 @@ def working(table: pd.DataFrame) -> pd.DataFrame:
     """The attacked recordings of families that work: by ASR above the control's, or accuracy lost, on average."""
     free = table[(table["kind"] == "attack-free") & (table["null"] == "reference")]
     accuracy = free.groupby("setting")["main_accuracy"].mean()
-    attacked = table[table["kind"].str.startswith("attacked")].copy()
+    attacked = attacked_in(table)
     attacked["lost"] = attacked["setting"].map(accuracy) - attacked["main_accuracy"]
     groups = attacked.groupby(["kind", "setting", "family", "malicious"])
     gain, lost = groups["asr"].transform("mean") - 0.1, groups["lost"].transform("mean")
     return attacked[(gain.fillna(0) >= ASR_GAIN) | (lost >= ACCURACY_LOSS)]
+
+
+def attacked_in(table: pd.DataFrame) -> pd.DataFrame:
+    """The attacked recordings."""
+    return table[table["kind"].str.startswith("attacked")].copy()
 
 
 def section(table: pd.DataFrame) -> str:
@@ -172,12 +180,13 @@ def attacked_text(table: pd.DataFrame) -> str:
     """Attackers found and innocents accused, averaged over the families that work."""
     rows = []
     for (kind, setting_, count, null), part in working(table).groupby(["kind", "setting", "malicious", "null"]):
-        by_family = part.assign(
+        figures = part.assign(
             share=part["found"] / part["attackers"].clip(lower=1),
             any=part["innocent"] > 0,
             silent=part["verdict"] == "cannot say",
-        ).groupby("family")[["share", "innocent", "any", "silent", "ambiguous_attackers", "ambiguous_innocent"]]
-        mean = by_family.mean().mean()
+        )
+        by_family = figures.groupby("family")[list(FIGURES)].mean()
+        mean, found = by_family.mean(), by_family["share"].to_numpy(float)
         clients = 50 if "50" in str(kind) else 20
         rows.append(
             [
@@ -185,7 +194,7 @@ def attacked_text(table: pd.DataFrame) -> str:
                 f"{count} of {clients}",
                 str(null),
                 str(part["family"].nunique()),
-                share(mean["share"]),
+                with_interval(mean["share"], *mean_interval(found, 0, 1)),
                 number(mean["innocent"]),
                 share(mean["any"]),
                 share(mean["silent"]),
@@ -195,7 +204,12 @@ def attacked_text(table: pd.DataFrame) -> str:
         )
     columns = ["setting", "malicious", "null", "families", "attackers found", "innocents a recording"]
     columns += ["recordings that accuse any", "cannot say", "attackers ambiguous", "innocents ambiguous"]
-    return markdown(columns, rows)
+    idle = sorted(set(attacked_in(table)["family"]) - set(working(table)["family"]))
+    return (
+        "Attackers found and innocents accused, averaged over the families of attacks that work; in brackets 95 % "
+        "intervals over families.\n\n" + markdown(columns, rows) + "\n\nNot averaged, because they work nowhere here: "
+        f"{', '.join(idle) or 'none'}."
+    )
 
 
 def odd_text(table: pd.DataFrame) -> str:
