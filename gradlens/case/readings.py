@@ -58,7 +58,7 @@ def _totals(sums: Sums) -> dict[str, np.ndarray]:
 
 
 def _unexplained(sums: Sums, clean: np.ndarray) -> dict[str, np.ndarray]:
-    """The same of what label drift leaves of them; none where it would explain everything, as it does the final bias."""
+    """The same of what label drift leaves of them; none where it explains everything, as it does the final bias."""
     drift = sums.drift
     if drift is None or sums.rounds[clean].sum() < drift.totals.shape[1] + 2:
         return {}
