@@ -1,5 +1,6 @@
 """What would have been seen: the smallest planted deviation that an investigation of this recording finds."""
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -41,14 +42,19 @@ def smallest_seen(sums: Sums, scoring: Scoring, threshold: float, seed: int = 0)
         return None
     rng = np.random.default_rng(seed)
     clients = rng.permutation(len(sums.clients))[:PLANTED]
-    for size in SIZES:
-        seen = 0
-        for client in clients:
-            spiked = planted(sums, int(client), size)
-            seen += bool(accused(spiked, scoring, peel(spiked, scoring), threshold)[client])
-        if seen >= FOUND / PLANTED * len(clients):
-            return size
-    return None
+
+    def enough(size: float) -> bool:
+        seen = sum(_is_seen(planted(sums, int(client), size), int(client), scoring, threshold) for client in clients)
+        return seen >= FOUND / PLANTED * len(clients)
+
+    place = bisect_left(SIZES, True, key=enough)  # what is found at one size is found at every larger one
+    return SIZES[place] if place < len(SIZES) else None
+
+
+def _is_seen(sums: Sums, client: int, scoring: Scoring, threshold: float) -> bool:
+    """Whether a client is taken out first, above the threshold, and is above it again when put back."""
+    first = peel(sums, scoring, 0.0)
+    return bool(first.order[0] == client and accused(sums, scoring, first, threshold)[client])
 
 
 def planted(sums: Sums, client: int, size: float) -> Sums:
