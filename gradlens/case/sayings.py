@@ -4,6 +4,7 @@ import pandas as pd
 
 from gradlens.case.accomplices import Group
 from gradlens.case.null import Null, needed
+from gradlens.case.spikes import SIZES
 from gradlens.case.verdicts import CANNOT_SAY, ESTABLISHED, SUSPECTED, Finding
 from gradlens.words import count, percent
 
@@ -122,7 +123,7 @@ def _untold(verdict: str, clients: pd.DataFrame, seen: float | None) -> str:
     if verdict == CANNOT_SAY:
         return "The ranking is shown all the same; a place in it is no accusation."
     if seen is None:
-        return "Not even a planted deviation five times a typical client's would surely have been found here."
+        return f"Not even a planted deviation {SIZES[-1]:g} times a typical client's would surely have been found here."
     return (
         f"A client that in every round had added {seen:g} times a typical client's deviation would have been found in "
         "8 of 10 trials; a weaker or a well-hidden attack may be there."

@@ -10,12 +10,12 @@ from gradlens.case.peeling import accused, peel
 from gradlens.case.scoring import Scoring
 from gradlens.case.sums import Sums, typical
 
-SIZES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
+SIZES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 PLANTED, FOUND = 10, 8  # of so many planted clients so many are to be found
 
 
 def smallest_seen(sums: Sums, scoring: Scoring, threshold: float, seed: int = 0) -> float | None:
-    """The smallest of ten sizes at which 8 of 10 planted clients would have been accused; None if none is enough.
+    """The smallest of eleven sizes at which 8 of 10 planted clients would have been accused; None if none is enough.
 
     Parameters
     ----------
