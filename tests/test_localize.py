@@ -190,7 +190,7 @@ def scored(scores, malicious):
         scores.reshape(clients * rounds, layers),
     )
     labels = {(r, name): int(i < malicious) for i, name in enumerate(names) for r in range(rounds)}
-    return effects.Case({"s": seen}, labels, range(rounds))
+    return effects.LabeledRun({"s": seen}, labels, range(rounds))
 
 
 def normal_scores(rng, clients, malicious, shift, layers, rounds=5):

@@ -19,7 +19,7 @@ COLUMNS += ["effect", "control_auc", "control_effect", "labels"]
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class LabeledRun:
     """A run in which an attack is to be localized, with its ground truth and its control.
 
     Parameters
@@ -39,7 +39,7 @@ class Case:
     >>> from gradlens.localization import unusual
     >>> log = example_log()
     >>> labels = {(round_.index, client): int(client == "client-9") for round_ in log for client in round_.clients}
-    >>> case = Case(unusual(log), labels, rounds=[0, 1, 2, 3])
+    >>> case = LabeledRun(unusual(log), labels, rounds=[0, 1, 2, 3])
     >>> case.during([0]).rounds
     [0]
     """
@@ -49,11 +49,11 @@ class Case:
     rounds: Collection[int]
     control: Mapping[str, Unusual] | None = None
 
-    def during(self, rounds: Collection[int]) -> "Case":
+    def during(self, rounds: Collection[int]) -> "LabeledRun":
         """Returns the same run with other rounds to compare."""
         return replace(self, rounds=rounds)
 
-    def on_control(self) -> "Case":
+    def on_control(self) -> "LabeledRun":
         """Returns the control in place of the run, with the run's labels; the case must have a control."""
         assert self.control is not None
         return replace(self, seen=self.control, control=None)
@@ -94,12 +94,12 @@ class Found:
     control_effects: np.ndarray
 
 
-def located(cases: Sequence[Case], permutations: int, seed: int) -> pd.DataFrame:
+def located(cases: Sequence[LabeledRun], permutations: int, seed: int) -> pd.DataFrame:
     """Builds the table of `localize` from runs of one setting.
 
     Parameters
     ----------
-    cases : sequence of Case
+    cases : sequence of LabeledRun
         The runs, one per seed.
     permutations : int
         Number of permutations behind the p-values.
@@ -123,7 +123,7 @@ def located(cases: Sequence[Case], permutations: int, seed: int) -> pd.DataFrame
     >>> from gradlens.localization import unusual
     >>> log = example_log()
     >>> labels = {(round_.index, client): int(client == "client-9") for round_ in log for client in round_.clients}
-    >>> table = located([Case(unusual(log), labels, range(4))], permutations=99, seed=0)
+    >>> table = located([LabeledRun(unusual(log), labels, range(4))], permutations=99, seed=0)
     >>> table.loc[table["statistic"].eq("layer_norms"), ["layer", "auc"]].values.tolist()
     [['fc1.weight', 1.0], ['fc1.bias', 1.0], ['fc2.weight', 1.0], ['fc2.bias', 1.0]]
     """
@@ -142,7 +142,7 @@ def located(cases: Sequence[Case], permutations: int, seed: int) -> pd.DataFrame
     return table
 
 
-def _rows(name: str, cases: Sequence[Case], results: Mapping[int, Found]) -> Iterator[tuple[Any, ...]]:
+def _rows(name: str, cases: Sequence[LabeledRun], results: Mapping[int, Found]) -> Iterator[tuple[Any, ...]]:
     """Yields the table's rows of one statistic, combined over runs, without p-values."""
     found = list(results.values())
     aucs = np.stack([result.aucs for result in found])
@@ -157,7 +157,7 @@ def _rows(name: str, cases: Sequence[Case], results: Mapping[int, Found]) -> Ite
 
 
 def _highest(
-    cases: Sequence[Case], figures: Mapping[str, Mapping[int, Found]], permutations: int, seed: int
+    cases: Sequence[LabeledRun], figures: Mapping[str, Mapping[int, Found]], permutations: int, seed: int
 ) -> tuple[np.ndarray, bool]:
     """Returns the highest AUC of all layers and statistics [labeling], and whether these are all labelings.
 
@@ -236,7 +236,7 @@ def labels_of(truth: pd.DataFrame) -> dict[tuple[int, str], int]:
     return dict(zip(zip(truth["round"].tolist(), truth["client"].tolist(), strict=True), label.tolist(), strict=True))
 
 
-def _result(case: Case, name: str) -> Found | None:
+def _result(case: LabeledRun, name: str) -> Found | None:
     """Evaluates one statistic in one run; None if its rounds have no poisoned or no benign update.
 
     Permutations exchange whole clients: the AUC follows from each client's sum of ranks, so that all permutations are
@@ -262,7 +262,7 @@ def _result(case: Case, name: str) -> Found | None:
     )
 
 
-def _of_control(case: Case, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _of_control(case: LabeledRun, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns AUCs of the same labels on the control and effects of its most extreme client, [feature], or NaN."""
     unknown = np.full(len(case.seen[name].features), np.nan)
     if case.control is None or name not in case.control:
@@ -282,7 +282,7 @@ def _of_control(case: Case, name: str) -> tuple[np.ndarray, np.ndarray]:
     return aucs, np.max(medians, axis=0) - np.median(scores, axis=0)
 
 
-def _labeled(seen: Unusual, case: Case) -> tuple[np.ndarray, np.ndarray]:
+def _labeled(seen: Unusual, case: LabeledRun) -> tuple[np.ndarray, np.ndarray]:
     """Returns positions of the poisoned and benign updates of the case's rounds, and which of them are poisoned."""
     chosen = np.flatnonzero(np.isin(seen.rounds, list(case.rounds)))
     updates = zip(seen.rounds[chosen].tolist(), seen.clients[chosen].tolist(), strict=True)

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from gradlens.errors import InputError
-from gradlens.localization.effects import Case, attacked_rounds, labels_of, located
+from gradlens.localization.effects import LabeledRun, attacked_rounds, labels_of, located
 from gradlens.localization.outliers import LOCATED_BY, unusual
 from gradlens.log import UpdateLog
 from gradlens.statistics import Statistic
@@ -104,7 +104,7 @@ def localize(
         truth = _truth_of(run) if suspects is None else _as_truth(_log_of(run), suspects)
         chosen = attacked_rounds(truth) if rounds is None else sorted(set(rounds))
         control_seen = None if control_log is None else unusual(control_log, statistics, chosen)
-        cases.append(Case(unusual(_log_of(run), statistics, chosen), labels_of(truth), chosen, control_seen))
+        cases.append(LabeledRun(unusual(_log_of(run), statistics, chosen), labels_of(truth), chosen, control_seen))
     table = located(cases, permutations, seed).assign(labels="truth" if suspects is None else "suspects")
     if table.empty:
         raise InputError(

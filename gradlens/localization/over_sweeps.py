@@ -10,7 +10,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from gradlens.errors import InputError
-from gradlens.localization.effects import COLUMNS, Case, attacked_rounds, labels_of, located
+from gradlens.localization.effects import COLUMNS, LabeledRun, attacked_rounds, labels_of, located
 from gradlens.localization.outliers import LOCATED_BY, Unusual, unusual
 from gradlens.run import Run
 from gradlens.statistics import Statistic
@@ -204,7 +204,7 @@ def _located_in(
         cases = []
         for run, control in ((_opened(run), control) for run, control in runs):
             control_seen = None if control is None else seen(control)
-            case = Case(unusual(run.log, statistics), labels_of(run.truth), (), control_seen)
+            case = LabeledRun(unusual(run.log, statistics), labels_of(run.truth), (), control_seen)
             cases.append((case, parts(attacked_rounds(run.truth))))
         located_parts = []
         for control in (False, True):
