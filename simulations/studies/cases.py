@@ -34,6 +34,7 @@ from simulations.studies.shipped_reference import odd_variants
 CSV = REPORTS / "cases.csv"
 UNSEEN, FREE = (*range(2_000, 2_008), "digits iid", "digits dirichlet"), range(700, 725)
 NULL_SEEDS = range(800, 820)  # attack-free recordings of the same setting
+SOON = 5  # seeds of attack-free recordings that come first
 ATTACKED, MALICIOUS = range(900, 902), (1, 4, 8, 10, 12)
 ODD = range(950, 955)
 FIGURES = ("share", "innocent", "any", "silent", "ambiguous_attackers", "ambiguous_innocent")
@@ -53,25 +54,44 @@ def families() -> list[Scenario]:
 
 
 def jobs() -> Iterator[Job]:
-    """All recordings, attack-free ones first."""
-    digits = bases()
-    for seed in FREE:
-        for name in UNSEEN:
-            base = digits[name] if isinstance(name, str) else setting(name)
-            label = name if isinstance(name, str) else f"drawn {name}"
-            yield _row("attack-free", label, "none", 0, seed), base.replace(seed=seed)
+    """All recordings, in an order in which a part of them says something of every question."""
+    for seed in FREE[:SOON]:
+        yield from free(seed)
+    for count in MALICIOUS:
+        yield from attacked(ATTACKED[0], count)
     for seed in ODD:
-        for label, base in digits.items():
-            for kind, scenario in odd_variants(base).items():
-                yield _row("odd client", label, kind, 0, seed), scenario.replace(seed=seed)
+        yield from odd(seed)
+    for seed in FREE[SOON:]:
+        yield from free(seed)
     for seed in ATTACKED:
-        for base in families():
-            label = f"digits {next(iter(base.partition))}"
-            for count in MALICIOUS:
-                row = _row("attacked", label, family(base.attack), count, seed)
-                yield row, base.replace(num_malicious=count, seed=seed)
-            row = _row("attacked, 50 clients", label, family(base.attack), 5, seed)
-            yield row, base.replace(num_malicious=5, num_clients=50, seed=seed)
+        yield from attacked(seed, 5, clients=50)
+    for seed in ATTACKED[1:]:
+        for count in MALICIOUS:
+            yield from attacked(seed, count)
+
+
+def free(seed: int) -> Iterator[Job]:
+    """Attack-free recordings of one seed, in settings that the reference lacks."""
+    digits = bases()
+    for name in UNSEEN:
+        base = digits[name] if isinstance(name, str) else setting(name)
+        label = name if isinstance(name, str) else f"drawn {name}"
+        yield _row("attack-free", label, "none", 0, seed), base.replace(seed=seed)
+
+
+def odd(seed: int) -> Iterator[Job]:
+    """Recordings of one seed with one odd honest client."""
+    for label, base in bases().items():
+        for kind, scenario in odd_variants(base).items():
+            yield _row("odd client", label, kind, 0, seed), scenario.replace(seed=seed)
+
+
+def attacked(seed: int, count: int, clients: int = 20) -> Iterator[Job]:
+    """Recordings of one seed under each attack of the gauntlet."""
+    kind = "attacked" if clients == 20 else f"attacked, {clients} clients"
+    for base in families():
+        scenario = base.replace(num_malicious=count, num_clients=clients, seed=seed)
+        yield _row(kind, f"digits {next(iter(base.partition))}", family(base.attack), count, seed), scenario
 
 
 def _row(kind: str, label: str, family: str, count: int, seed: int) -> dict[str, Any]:
@@ -113,9 +133,9 @@ def own_null(base: Scenario) -> Null:
     return null_of(recordings, reference().scoring)
 
 
-def nulls_of(base: Scenario) -> dict[int, Null]:
-    """Number of clients -> the null of a setting with so many."""
-    return {clients: own_null(base.replace(num_clients=clients)) for clients in (20, 50)}
+def _of(job: Job) -> tuple[str, int]:
+    """The setting of a recording and its number of clients, by which its own null is known."""
+    return job[0]["setting"], job[1].num_clients
 
 
 def computed(path: Path, minutes: float, workers: int) -> int:
@@ -125,15 +145,19 @@ def computed(path: Path, minutes: float, workers: int) -> int:
     missing = [job for job in jobs() if tuple(job[0].values()) not in done]
     end = time.monotonic() + 60 * minutes
     with processes(workers) as pool:
-        named = bases()
-        nulls = dict(zip(named, pool.map(nulls_of, named.values()), strict=True)) if missing else {}
-        of = [nulls.get(row["setting"], {}).get(scenario.num_clients) for row, scenario in missing]
+        settings = {
+            (label, clients): base.replace(num_clients=clients)
+            for label, base in bases().items()
+            for clients in (20, 50)
+        }
+        wanted = {place: of for place, of in settings.items() if any(_of(job) == place for job in missing)}
+        nulls = dict(zip(wanted, pool.map(own_null, wanted.values()), strict=True))
         for start in range(0, len(missing), 4 * workers):
             if time.monotonic() > end:
                 break
-            part = slice(start, start + 4 * workers)
-            append(pd.concat(pool.map(judged, missing[part], of[part])), path, float_format="%.4f")
-            done |= {tuple(row.values()) for row, _ in missing[part]}
+            part = missing[start : start + 4 * workers]
+            append(pd.concat(pool.map(judged, part, [nulls.get(_of(job)) for job in part])), path, float_format="%.4f")
+            done |= {tuple(row.values()) for row, _ in part}
     return sum(tuple(row.values()) not in done for row, _ in missing)
 
 
