@@ -1,7 +1,5 @@
 """What to do after a verdict, in plain words, and what no verdict says."""
 
-import shlex
-
 import numpy as np
 import pandas as pd
 
@@ -58,11 +56,9 @@ def unsaid(verdict: str) -> list[str]:
 
 def _established(evidence: CaseEvidence) -> tuple[str, list[str]]:
     names, case = evidence.accused, evidence.case
-    without = " ".join(f"--without {shlex.quote(name)}" for name in names)
     points = [
         f"Leave {listed(names)} out of further rounds until this is explained.",
-        f"Compute what the model would have been without them: "
-        f"gradlens replay {shlex.quote(str(evidence.run.path))} {without}",
+        "Compute what the model would have been without them: gradlens replay, as written out in the last section.",
         "Ask those who run them for their training data and logs.",
     ]
     begins = case.suspects["first_earliest"].dropna()

@@ -1,4 +1,4 @@
-"""Pages of a case file on single clients: when, by what, for which label and with whom; and the table of all clients."""
+"""A case file on single clients: when, by what, for which label and with whom; and the table of all clients."""
 
 from typing import Any
 
@@ -148,10 +148,10 @@ def _readings_table(evidence: CaseEvidence, client: str) -> Block:
     for reading in rows_of(readings[readings["adds"] > 0].head(MOST_READINGS)):
         words, role = reading_in_words(reading.reading)
         sigmas, adds = number(reading.sigmas, 1), number(reading.adds)
-        rows.append({"What was read": words, "Layers": role, "Sigmas": sigmas, "Adds to the score": adds})
+        rows.append({"What was read": words, "Layers": role, "Sigmas": sigmas, "Adds": adds})
     caption = (
-        f"What speaks against {client}: the readings that add most to its score. Sigmas are robust standard deviations "
-        "of clean clients; a negative one lies below their middle."
+        f"What speaks against {client}: the readings that add most to its score, and how much. Sigmas are robust "
+        "standard deviations of clean clients; a negative one lies below their middle."
     )
     return table(rows, caption, folded=False)
 
@@ -216,6 +216,8 @@ def next_in_line(evidence: CaseEvidence) -> str:
         return f"First in line, and not accused, is {row.client} at {number(row.score, 1)}; there is no threshold."
     gap = row.threshold - row.score
     where = f"{number(abs(gap), 1)} {'below' if gap >= 0 else 'above'} the threshold of {number(row.threshold, 1)}"
+    if gap < 0:
+        where += ", which it does not reach when it is judged without the other conspicuous clients"
     return f"Next in line, and not accused, is {row.client}: its score of {number(row.score, 1)} lies {where}."
 
 

@@ -91,15 +91,17 @@ def case_file(run: Run, case: Case, out: Path | str, *, measure: Measure | None 
     '<!doctype html>'
     """
     evidence, verified = evidence_of(run, case), run.verify()
-    sections = [
-        section("clients", "1. Who, and what speaks against them", _clients_section(evidence)),
-        section("where", "2. Where in the model", _where_section(evidence)),
-        section("without", "3. The model without them", _without_section(evidence, measure)),
-        section("all", "4. All clients", _all_section(evidence)),
-        section("method", "5. How this was found", _method_section(case)),
-        section("integrity", "6. Is the evidence what was recorded?", _integrity_section(run, verified)),
-        section("again", "7. To do it again", [_commands(run, case)]),
+    parts = [
+        ("clients", "Who, and what speaks against them", _clients_section(evidence)),
+        ("where", "Where in the model", _where_section(evidence)),
+        ("without", "The model without them", _without_section(evidence, measure)),
+        ("all", "All clients", _all_section(evidence)),
+        ("method", "How this was found", _method_section(case)),
+        ("integrity", "Is the evidence what was recorded?", _integrity_section(run, verified)),
+        ("again", "To do it again", [_commands(run, case)]),
     ]
+    told = [part for part in parts if part[2]]
+    sections = [section(name, f"{place}. {title}", blocks) for place, (name, title, blocks) in enumerate(told, 1)]
     lead = f"Verdict: {case.verdict}{_with_p(case)}. {_size(run)}"
     page = render(f"Case file of {run.name}", lead, _first_page(evidence, verified), sections, CASE_WORDS)
     return write(page, out)
@@ -144,13 +146,11 @@ def _who(evidence: CaseEvidence) -> tuple[str, list[str]]:
     sentence = f"{count(len(case.suspects), 'client')} accused"
     if len(case.ambiguous):
         sentence += f", {len(case.ambiguous)} ambiguous, and these are not accused"
-    return f"{sentence}. {next_in_line(evidence)}", points
+    return f"{sentence}.", points
 
 
 def _clients_section(evidence: CaseEvidence) -> list[Block]:
     named = [*evidence.accused, *evidence.ambiguous]
-    if not evidence.shown:
-        return [text("Nobody is accused, and nobody is ambiguous: there is no client to look at one by one.")]
     blocks = [block for client in evidence.shown for block in client_blocks(evidence, client)]
     if len(named) > MOST_SHOWN:
         rest = f"{count(len(named) - MOST_SHOWN, 'more client')} of those above have no page: the table of all clients"
@@ -162,7 +162,7 @@ def _where_section(evidence: CaseEvidence) -> list[Block]:
     """Layers and units that separate the suspects from everybody else, in the rounds in which they were active."""
     names = evidence.accused
     if not names:
-        return [text("Nobody is accused: there is nothing to compare with the other clients.")]
+        return []
     stretches = [stretch for client in evidence.shown if (stretch := evidence.stretch(client)) is not None]
     log = evidence.run.log
     positions = sorted({place for of in stretches for place in range(of.first, of.last + 1)})
@@ -204,7 +204,7 @@ def _without_section(evidence: CaseEvidence, measure: Measure | None) -> list[Bl
     """What the server's rule makes of the recorded updates without the accused."""
     names, run = evidence.accused, evidence.run
     if not names:
-        return [text("Nobody is accused: nobody was left out.")]
+        return []
     if measure is None:
         return [
             text(
@@ -253,7 +253,7 @@ def _integrity_section(run: Run, verified: Any) -> list[Block]:
         "Committed rounds": str(verified.rounds),
         "State": "closed" if verified.closed else f"open; {verified.in_flight}".rstrip("; "),
         "Committed files": str(len(run.manifest.named())),
-        "Evidence level": str(run.evidence),
+        "Evidence level": run.evidence.level,
         "Head": verified.head,
         "Faults": "none" if verified.intact else "; ".join(verified.faults),
         "Date of this page": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -341,8 +341,8 @@ def _cases_findings(ranked: pd.DataFrame) -> list[Block]:
     established, others = ranked[ranked["verdict"].eq(ESTABLISHED)], ranked[~ranked["verdict"].eq(ESTABLISHED)]
     sure = int((established["q"] <= LEVEL).sum())
     several = (
-        f"{count(len(established), 'recording')} {'is' if len(established) == 1 else 'are'} established; of these {sure} "
-        f"would be even if only {percent(LEVEL)} of all recordings named may be attack-free (q at most {LEVEL:g})."
+        f"{listed(established['recording'].tolist())}. Of these, {sure} with q at most {LEVEL:g}: of those "
+        f"named so, at most {percent(LEVEL)} are expected to be attack-free."
     )
     known = others[others["p"].notna()]
     following = "None of the other recordings has a p."

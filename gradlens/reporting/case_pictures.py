@@ -43,17 +43,19 @@ def activity_picture(evidence: CaseEvidence, client: str) -> Block:
         ax.plot(rounds, own, label=plain(client), zorder=4, **line)
         if stretch is not None:
             start, end = rounds[stretch.earliest] - 0.5, rounds[stretch.latest] + 0.5
-            ax.axvspan(start, end, facecolor="none", edgecolor="0.35", hatch="////", linewidth=0.6, label="onset")
+            ax.axvspan(start, end, facecolor="#f0c674", alpha=0.45, linewidth=0, zorder=0.5, label="onset")
+            for edge in (start, end):
+                ax.axvline(edge, color="0.35", linewidth=0.8, linestyle=":")
         ticks = [s for s in SIGMAS if _lowest(own, others) <= np.arcsinh(s) <= _highest(own, others)]
         ax.set_yticks(np.arcsinh(ticks), [f"{tick:,}" for tick in ticks])
         _finished(ax, "round", "activity (sigmas of the clean clients)")
         titled(ax, f"{plain(client)}: {_activity_in_words(own, others, stretch, rounds)}")
 
-    onset = "" if stretch is None else " Hatched: the rounds in which it may have begun, 95 % range."
+    onset = "" if stretch is None else " Between the dotted lines: the rounds in which it may have begun, 95 % range."
     caption = (
         f"Activity of {client} round by round: how far its update goes along with what it sent in its other rounds. "
-        f"Light band: all {len(names)} clients thought clean; dark band: the middle half of them; the clean client that "
-        f"comes highest is named. A round without a dot is one in which it took no part.{onset}"
+        f"Light band: all {len(names)} clients thought clean; dark band: the middle half of them; the one that comes "
+        f"highest is named. A round without a dot is one in which it took no part.{onset}"
     )
     return figure(draw, (7.4, 3.9), caption)
 

@@ -41,8 +41,8 @@ CASE_WORDS = [
     ),
     (
         "Main accuracy, attack success rate",
-        "Share of held-out samples that the model labels correctly, and of those that an attack is meant to change that "
-        "get the attacker's label.",
+        "Share of held-out samples that the model labels correctly, and of those that an attack is meant to change "
+        "that get the attacker's label.",
     ),
     ("Head", "A fingerprint (SHA-256) of the whole recording. Any change of the evidence changes it."),
 ]
@@ -52,9 +52,9 @@ METHOD = (
     "are, how alike those of others, how far apart from most, also once the client's labels are accounted for.",
     "Each reading is compared with those of the clients thought clean, at first everybody. A score adds the readings "
     "up; how much each counts was learned from simulated recordings with and without attacks.",
-    "The most conspicuous client is taken out and everything is computed anew, since an attacker makes innocent clients "
-    "look odd, and so on to 45 % of the clients. The same is done with recordings in which nobody attacks. Accused are "
-    "those who come higher than these allow, also when they are put back alone.",
+    "The most conspicuous client is taken out and everything is computed anew, since an attacker makes innocent "
+    "clients look odd, and so on to 45 % of the clients. The same is done with recordings in which nobody attacks. "
+    "Accused are those who come higher than these allow, also when they are put back alone.",
     "Whoever claims many more examples than others, or has other labels, differs without guilt. What that explains is "
     "taken off; clients who then no longer stand out are called ambiguous.",
     "The error rate is that of recordings without an attack. While somebody attacks, innocent clients react to it, and "
