@@ -1,6 +1,6 @@
 """Replays: what another aggregation rule, or a filter, would have made of the updates that a run holds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +9,12 @@ import pandas as pd
 from gradlens.aggregators import AGGREGATORS, Aggregator, FilteredAggregator, calibrated_filter, step
 from gradlens.detectors import DETECTORS
 from gradlens.errors import InputError
+from gradlens.log import UpdateLog
 from gradlens.log.writer import VERDICT_COLUMNS
 from gradlens.names import named
 from gradlens.run import Run
 
-__all__ = ["Replay", "replay", "rule_named"]
+__all__ = ["Replay", "leaving_out", "replay", "rule_named"]
 
 State = Mapping[str, np.ndarray]  # layer -> array
 NUM_SHOWN = 20  # clients that the text names
@@ -157,6 +158,33 @@ def replay(
         before, state, recorded = state, moved, after
     table = pd.concat(decisions, ignore_index=True) if decisions else pd.DataFrame(columns=list(VERDICT_COLUMNS))
     return Replay(pd.DataFrame(rows), table, state)
+
+
+def leaving_out(aggregate: Aggregator, clients: Collection[str]) -> Aggregator:
+    """The rule applied to all clients but some, whatever these send.
+
+    Parameters
+    ----------
+    aggregate : Aggregator
+        A rule, or a filter in front of one.
+    clients : collection of str
+        Who is left out.
+
+    Examples
+    --------
+    >>> from gradlens import AGGREGATORS
+    >>> from gradlens.examples import example_log
+    >>> log = example_log()
+    >>> everybody, without = (AGGREGATORS["mean"](), leaving_out(AGGREGATORS["mean"](), ["client-9"]))
+    >>> float(everybody(log)["fc2.bias"][1]) > float(without(log)["fc2.bias"][1])
+    True
+    """
+    names = list(clients)
+
+    def rule(log: UpdateLog) -> dict[str, np.ndarray]:
+        return aggregate(log.keep(~np.isin(log[-1].clients, names)))
+
+    return rule
 
 
 def rule_named(

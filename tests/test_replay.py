@@ -10,6 +10,7 @@ import gradlens
 import planted
 from gradlens import AGGREGATORS, DETECTORS, InputError, Recorder, calibrate, filtered, replay
 from gradlens.log.writer import VERDICT_COLUMNS
+from gradlens.replays import leaving_out
 from simulations import Scenario, measure_of, run
 
 ATTACKED = Scenario(
@@ -140,3 +141,20 @@ def test_without_its_data_a_run_is_replayed_unmeasured(attacked, monkeypatch, ca
     assert code == 0
     assert said.out.splitlines()[0] == "round,clients,left_out,change,recorded_change,distance"
     assert "accuracy and ASR are not measured: task: expected digits" in said.err
+
+
+def test_named_clients_are_left_out_as_if_they_had_sent_nothing(attacked, monkeypatch, capsys):
+    names = attacked.log[0].clients[[0, 3]].tolist()
+    rule = leaving_out(AGGREGATORS["mean"](), names)
+    found = replay(attacked, rule, server_learning_rate=1.0, server_momentum=0.0)
+    start = attacked.log[0].global_model
+    for layer in attacked.model.parameters:
+        others = [round_.updates[layer][~np.isin(round_.clients, names)] for round_ in attacked.log]
+        moved = start[layer] + sum(update.mean(axis=0) for update in others)
+        np.testing.assert_allclose(found.state[layer], moved, atol=1e-5)
+    code, said = asked(monkeypatch, capsys, attacked.path, "--without", names[0], "--without", "nobody", "--csv")
+    assert code == 2
+    assert "--without: the run has no client 'nobody'" in said.err
+    code, said = asked(monkeypatch, capsys, attacked.path, "--without", names[0], "--csv")
+    assert code == 0
+    assert len(said.out.splitlines()) == 6

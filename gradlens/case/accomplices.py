@@ -33,6 +33,27 @@ class Group(NamedTuple):
     innocent: float
 
 
+def likeness(sums: Sums, clean: np.ndarray) -> np.ndarray:
+    """Cosines between what clients sent over all rounds beyond what the clean ones did, float64 [client, client].
+
+    Parameters
+    ----------
+    sums : Sums
+    clean : numpy.ndarray
+        bool [client], the clients that are no suspects.
+
+    Examples
+    --------
+    >>> from gradlens.case.sums import sums_of
+    >>> from gradlens.examples import example_log
+    >>> cosine = likeness(sums_of(example_log(num_malicious=3)), np.arange(10) < 7)
+    >>> sorted(cosine[9].argsort()[-3:].tolist())
+    [7, 8, 9]
+    """
+    products = np.mean([of / typical(np.diagonal(of)) for of in sums.totals.values()], axis=0)
+    return pairwise_cosines(about_reference_mean(products, clean))
+
+
 def groups_of(sums: Sums, suspects: np.ndarray) -> list[Group]:
     """Groups of suspects that are more alike than any two clean clients, the largest first.
 
@@ -56,8 +77,7 @@ def groups_of(sums: Sums, suspects: np.ndarray) -> list[Group]:
     clean, positions = ~suspects, np.flatnonzero(suspects)
     if len(positions) < 2 or clean.sum() < 2:
         return []
-    products = np.mean([of / typical(np.diagonal(of)) for of in sums.totals.values()], axis=0)
-    cosine = pairwise_cosines(about_reference_mean(products, clean))
+    cosine = likeness(sums, clean)
     among_clean = cosine[np.ix_(clean, clean)][np.triu_indices(int(clean.sum()), 1)]
     innocent = float(among_clean.max())
     among = cosine[np.ix_(positions, positions)]

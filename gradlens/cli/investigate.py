@@ -114,9 +114,12 @@ def runs_in(folder: Path) -> "list[Run]":
 
 def _one(run: "Run", case: "Case", as_json: bool, out: Path | None) -> None:
     if out is not None:
+        from gradlens.cli.replay import measure_of_run
+        from gradlens.names import nothing_imported
         from gradlens.reporting.case_file import case_file
 
-        case_file(run, case, out)
+        with nothing_imported():
+            case_file(run, case, out, measure=measure_of_run(run) if len(case.suspects) else None)
     if as_json:
         say_json(case.as_dict())
         return

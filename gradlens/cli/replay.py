@@ -29,6 +29,10 @@ def replay(
     fpr: Annotated[
         float, typer.Option(help="The false-positive rate per update to which clean rounds calibrate it.")
     ] = 0.05,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLIENT", help="A client that is left out; repeatable.", show_default=False),
+    ] = None,
     trust_code: TrustCode = False,
     as_csv: AsCsv = False,
     as_json: AsJson = False,
@@ -36,19 +40,38 @@ def replay(
     """Aggregates recorded updates again by another rule or filter, as if the server had used that one."""
     import gradlens
     from gradlens.names import nothing_imported
-    from gradlens.replays import rule_named
+    from gradlens.replays import leaving_out, rule_named
 
     one_format(as_csv, as_json)
     import_from_here([detector or "", aggregator, *([":"] if trust_code else [])])
     rule = rule_named(aggregator, detector, action=action, clean_rounds=clean_rounds, fpr=fpr)
     recorded = gradlens.Run.open(run)
+    if without:
+        known = {client for round_ in recorded.log for client in round_.clients.tolist()}
+        if unknown := sorted(set(without) - known):
+            raise InputError(f"--without: the run has no client {unknown[0]!r:.80}")
+        rule = leaving_out(rule, without)
     with nothing_imported(refuse=not trust_code):
-        result = gradlens.replay(recorded, rule, measure=_measure(recorded))
+        result = gradlens.replay(recorded, rule, measure=measure_of_run(recorded))
     write(result.rounds, as_csv, as_json, lambda: str(result).splitlines())
 
 
-def _measure(run: "Run") -> Callable[[Any], dict[str, float]] | None:
-    """A function that measures the global models of a simulated run; None where data or torch are missing."""
+def measure_of_run(run: "Run") -> Callable[[Any], dict[str, float]] | None:
+    """A function that measures the global models of a simulated run; None where data or torch are missing.
+
+    Parameters
+    ----------
+    run : Run
+        The recording; the reason why its models cannot be measured goes to stderr.
+
+    Examples
+    --------
+    >>> import tempfile, gradlens
+    >>> from gradlens.examples import example_run
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     measure_of_run(gradlens.open(example_run(f"{folder}/run"))) is None
+    True
+    """
     if not run.scenario:
         return None
     try:

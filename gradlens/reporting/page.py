@@ -334,7 +334,13 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + f" and {shown[-1]}" if shown else "none"
 
 
-def render(title: str, lead: str, findings: Sequence[Block], sections: Sequence[Section]) -> str:
+def render(
+    title: str,
+    lead: str,
+    findings: Sequence[Block],
+    sections: Sequence[Section],
+    words: Sequence[tuple[str, str]] = WORDS,
+) -> str:
     """Renders the whole page as HTML, with every value escaped.
 
     Parameters
@@ -347,6 +353,8 @@ def render(title: str, lead: str, findings: Sequence[Block], sections: Sequence[
         Blocks of `finding`.
     sections : sequence of Section
         Sections whose blocks are finished.
+    words : sequence of (str, str)
+        Words that the page uses, and what they mean.
 
     Returns
     -------
@@ -360,7 +368,7 @@ def render(title: str, lead: str, findings: Sequence[Block], sections: Sequence[
         lstrip_blocks=True,
     )
     template = environment.get_template("report.html.jinja")
-    return template.render(title=title, lead=lead, findings=findings, sections=sections, words=WORDS)
+    return template.render(title=title, lead=lead, findings=findings, sections=sections, words=words)
 
 
 def write(page: str, out_path: Path | str) -> Path:

@@ -15,7 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradlens import report
+from gradlens import investigate, report
+from gradlens.case.several import table_of_cases
+from gradlens.examples import example_log, example_run
+from gradlens.reporting.case_file import case_file, cases_file
+from gradlens.run import Run
 from test_report import CELLS, CLIENTS, record, recorded_sweep
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -33,7 +37,8 @@ from playwright.sync_api import Browser, Page, Route, sync_playwright  # noqa: E
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 WIDTHS = (390, 1280)  # a phone and a screen, in CSS pixels
 PAPER, PRINTABLE = 688, 1001  # A4 within the margins of 14 and 16 mm, in CSS pixels
-KINDS = ("run with truth", "run without truth", "run beside its control", "sweep")
+REPORTS = ("run with truth", "run without truth", "run beside its control", "sweep")
+KINDS = (*REPORTS, "case file")
 
 OUTSIDE = """sideways => [...document.querySelectorAll('body *')].filter(element => {
   const box = element.getBoundingClientRect();
@@ -79,10 +84,17 @@ def reports(tmp_path_factory) -> dict[str, Path]:
         next(run for run in sweep.runs if run.name.startswith("trig")),
         sweep,
     )
-    return {
+    pages = {
         kind: report(source, folder / f"{kind}.html", permutations=19)
-        for kind, source in zip(KINDS, sources, strict=True)
+        for kind, source in zip(REPORTS, sources, strict=True)
     }
+    free = [example_log(8, num_malicious=0, seed=seed) for seed in range(100, 119)]
+    run = Run.open(example_run(folder / "case", 8, num_malicious=2))
+    case = investigate(run, free)
+    pages["case file"] = case_file(run, case, folder / "case file.html")
+    cases = {"attacked": case, "small": investigate(example_log(num_clients=4))}
+    pages["cases"] = cases_file(table_of_cases(cases), cases, folder / "cases.html")
+    return pages
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +182,16 @@ def test_no_picture_is_cut_at_its_edge(browser, reports, kind):
         page.set_content(b64decode(picture).decode())
         assert page.evaluate(BEYOND_THE_PICTURE) == []
     assert pictures
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_page_of_cases_is_whole_and_accessible(browser, reports, width):
+    page, complaints = opened(browser, reports["cases"], width)
+    assert complaints == []
+    assert violations(page) == []
+    assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+    assert page.evaluate(OUTSIDE, True) == []
+    assert page.evaluate(BROKEN_WORDS) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
