@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ import gradlens
 import simulations
 from conftest import STATE, random_round
 from gradlens.detectors import USUAL
+from gradlens.examples import example_run
 from gradlens.log import LogWriter
 
 
@@ -103,6 +105,90 @@ def test_detect_asks_a_few_detectors_unless_told_all(command, planted):
     ]
 
 
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """An attacked recording of ten clients, and a folder of twenty attack-free ones."""
+    place = tmp_path_factory.mktemp("recordings")
+    example_run(place / "attacked", 8, num_malicious=2)
+    for seed in range(100, 120):
+        example_run(place / "null" / f"free-{seed}", 8, num_malicious=0, seed=seed)
+    return place
+
+
+def flagged(out) -> set[str]:
+    table = pd.read_csv(io.StringIO(out), keep_default_na=False)
+    return set(table.loc[table["flag"], "client"])
+
+
+def test_detect_is_calibrated_on_attack_free_recordings_and_ends_with_the_case(command, recordings):
+    words = ["detect", recordings / "attacked", "-d", "layer_norms", "--null", recordings / "null"]
+    status, out, _ = command(*words)
+    assert status == 0
+    assert "not calibrated" not in out
+    assert "thresholds are calibrated on 20 attack-free recordings: the rate of 0.05 is per update" in out
+    case = command("investigate", *words[1:2], "--null", recordings / "null")[1]
+    assert out.endswith(case)
+    null = [gradlens.open(path) for path in sorted((recordings / "null").iterdir())]
+    expected = gradlens.detect(
+        gradlens.open(recordings / "attacked"),
+        {"layer_norms": gradlens.calibrate(gradlens.DETECTORS["layer_norms"](), null, 0.05)},
+    )
+    assert flagged(command(*words, "--csv")[1]) == set(expected.loc[expected["flag"], "client"])
+    assert "verdict" not in command(*words, "--csv")[1]
+    assert "verdict" not in command(*words, "--json")[1]
+
+
+@pytest.mark.parametrize("basis", ["null", "clean"])
+def test_a_null_too_small_for_detect_says_what_it_needs_and_ranks_all_the_same(command, recordings, basis):
+    given = ["--null", recordings / "null" / "free-100"] if basis == "null" else ["--clean-rounds", 2]
+    status, out, _ = command("detect", recordings / "attacked", "-d", "layer_norms", *given)
+    assert status == 0
+    assert "nobody was flagged" in out
+    assert "the null is too small: calibrate to fpr 0.05 needs 19 clients with a score, found 10" in out
+    ranking = out.partition("without a threshold:\n")[2].splitlines()[1:3]
+    assert {line.split()[1] for line in ranking} == {"client-8", "client-9"}
+    assert "thresholds are" not in out
+
+
+def test_detect_is_calibrated_on_clean_rounds_in_which_nobody_is_flagged(command, recordings):
+    words = ["detect", recordings / "attacked", "-d", "layer_norms", "--clean-rounds", 2, "--fpr", 0.1]
+    out = command(*words)[1]
+    assert "thresholds are calibrated on 2 first rounds taken to be clean: the rate of 0.1 is per update" in out
+    assert "not calibrated" not in out
+    assert "declared clean" in out  # by the case
+    table = pd.read_csv(io.StringIO(command(*words, "--csv")[1]), keep_default_na=False)
+    assert not table.loc[table["round"] < 2, "flag"].any()
+
+
+def test_detect_says_what_a_rate_without_a_null_holds_for(command, recordings):
+    out = command("detect", recordings / "attacked", "-d", "layer_norms", "--fpr", 0.05)[1]
+    assert "the rate of 0.05 is per update and nominal, it holds only where most clients are benign" in out
+    assert "not calibrated" not in out
+    assert "thresholds are textbook values, not calibrated" in command("detect", recordings / "attacked")[1]
+
+
+def test_detect_counts_the_verdicts_of_a_sweep(command, sweep):
+    out = command("detect", sweep, "-d", "layer_norms", "-w", "1")[1]
+    verdicts = [gradlens.investigate(run).verdict for run in gradlens.open(sweep).runs]
+    last = out.splitlines()[-1]
+    assert last.startswith("cases: ")
+    for verdict in set(verdicts):
+        assert f"{verdicts.count(verdict)} {verdict}" in last
+    assert "verdict: " not in out
+
+
+def test_report_rests_on_the_null_that_is_named(command, recordings, sweep):
+    words = ["report", recordings / "attacked", "-o", "out.html"]
+    assert command(*words, "--null", recordings / "null")[0] == 0
+    page = Path("out.html").read_text()
+    assert "20 attack-free recordings with 200" in page
+    assert "null: attack-free: 20 runs, 200 clients" in page
+    assert command(*words, "--clean-rounds", 3)[0] == 0
+    assert "first rounds declared clean" in Path("out.html").read_text()
+    status, _, err = command("report", sweep, "-o", "out.html", "--clean-rounds", 3)
+    assert (status, "for the report on a single run" in err) == (2, True)
+
+
 def test_localize_by_suspects_needs_no_truth(command, planted, recorded):
     status, out, _ = command("localize", planted, "--suspects", "client-3", "--csv")
     table, truth = pd.read_csv(io.StringIO(out)), pd.read_csv(io.StringIO(command("localize", planted, "--csv")[1]))
@@ -181,6 +267,10 @@ def scenario(tmp_path, text):
             ["detect", "run", "--executor", "tcp://127.0.0.1:1"],
             "it shares out the runs of a sweep, this is a single run",
         ),
+        (["detect", "run", "--clean-rounds", "9"], "--clean-rounds: expected at most 3, the rounds of run, found 9"),
+        (["detect", "run", "--null", "nowhere"], "found nothing"),
+        (["detect", "run", "--null", "run", "--clean-rounds", "2"], "exclude each other"),
+        (["report", "run", "-o", "x.html", "--null", "run", "--clean-rounds", "2"], "exclude each other"),
         (["localize", "run", "--executor", "tcp://127.0.0.1:1"], "this is a single run"),
         (["localize", "run", "--suspects", "mallory"], "suspects: the log has no client 'mallory'"),
         (

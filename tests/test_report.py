@@ -17,13 +17,15 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from gradlens import DETECTORS, Recorder, Run, Sweep, calibrate, report
+from gradlens import DETECTORS, Recorder, Run, Sweep, calibrate, investigate, report
 from gradlens.errors import InputError
 from gradlens.evaluation import evaluate
+from gradlens.examples import example_log
 from gradlens.ingestion import with_csv_truth
 from gradlens.localization import PHASES
 from gradlens.log import LogWriter, ModelSpec, Round
 from gradlens.log.files import write_table
+from gradlens.reporting.accusations import named, who
 from gradlens.reporting.analysis import analyse, attack_table, attacked_runs, labelled, outcome, thresholds_of, usual
 from gradlens.reporting.findings import distinct_controls, sweep_findings
 from gradlens.reporting.page import (
@@ -39,9 +41,9 @@ from gradlens.reporting.page import (
     unbroken,
     write,
 )
-from gradlens.reporting.pictures import localization_picture
+from gradlens.reporting.pictures import bias_picture, localization_picture, scores_picture
 from gradlens.reporting.provenance import plain_value
-from gradlens.reporting.run_report import examine, run_findings, suspects
+from gradlens.reporting.run_report import examine, run_findings
 from gradlens.reporting.sweep_report import filtered_pairs, removed, representative, scores_figure, training_table
 from gradlens.reporting.vectors import compact
 from planted import MODEL, STATE
@@ -447,7 +449,7 @@ def test_filtered_runs_are_paired_with_those_without_a_filter(real):
     assert any(found["about"] == "Filter" for found in sweep_findings(a, representative(a)))
 
 
-def test_a_run_inside_a_sweep_finds_its_control_and_its_null_there(real, tmp_path):
+def test_a_run_inside_a_sweep_finds_its_control_there_and_its_null_only_where_it_is_named(real, tmp_path):
     name = attacked_runs(real)[0].index[0]
     page = Page(report(real.path / name, tmp_path / "o.html", permutations=19))
     assert is_self_contained(page)
@@ -455,8 +457,14 @@ def test_a_run_inside_a_sweep_finds_its_control_and_its_null_there(real, tmp_pat
     e = examine(real.run(name), usual(), fpr=0.05, permutations=19)
     assert e.control is not None
     assert e.control.name == real.control_of(name).name
-    assert e.rules["null"].str.startswith("attack-free: 1 run, 20 clients").all()
-    assert "rest on each cohort itself" not in page.text
+    assert e.rules["null"].str.startswith("nominal").all()
+    assert e.case.null.kind == "reference"
+    assert "rest on each cohort itself" in page.text
+    runs = attacked_runs(real)[0]
+    free = [real.run(str(control)) for control in runs.loc[runs["filter"].eq(""), "control"]]
+    e = examine(real.run(name), usual(), fpr=0.05, null=free, permutations=19)
+    assert e.rules["null"].str.startswith("attack-free: 2 runs, 40 clients").all()
+    assert (e.case.verdict, e.case.null.recordings) == ("cannot say", 2)
     assert len(e.chance) == 3
     for _, _, svg in page.pictures:
         assert re.search(r"<!-- (Attack-free|attack-free) control", svg)
@@ -465,11 +473,15 @@ def test_a_run_inside_a_sweep_finds_its_control_and_its_null_there(real, tmp_pat
 # A single run -------------------------------------------------------------------------------------------------
 
 
-def test_a_run_without_truth_says_who_is_flagged_and_what_is_not_known(tmp_path):
+def test_a_run_without_truth_says_who_is_accused_and_what_is_not_known(tmp_path):
     run = record(tmp_path / "run", malicious=("client-03",), truth=False)
     page = Page(report(run, tmp_path / "o.html"))
     assert is_self_contained(page)
-    assert "client-03: flagged in up to 4 of 4 rounds, first in round 0" in page.text
+    case = investigate(run)
+    first = run_findings(examine(run, usual(), fpr=0.05))[0]
+    assert (first["about"], first["points"]) == ("Who", [line for line in first["points"] if "client-" in line])
+    assert f"{case.verdict.capitalize()}. {' '.join(case.says)}".replace("\N{NO-BREAK SPACE}", " ") in page.text
+    assert "in more than half of its rounds" not in page.text
     assert "The run has no ground truth: how many flags are right cannot be said." in page.text
     assert "No attack-free control was given" in page.text
     assert "are nominal" in page.text
@@ -484,10 +496,60 @@ def test_a_run_with_truth_and_a_control_is_evaluated_beside_it(tmp_path):
     null = [record(tmp_path / f"null{seed}", scenario={"seed": seed}) for seed in (5, 6)]
     page = Page(report(run, tmp_path / "o.html", control=control.path, null=null, permutations=99))
     assert "final_bias separates malicious from benign updates: AUC 1.00" in page.text
-    assert "Thresholds were set for 5 % false positives on other runs (null: attack-free: 2 runs" in page.text
+    assert "thresholds were set for 5 % false positives on other runs (null: attack-free: 2 runs" in page.text
     assert "without a control's ASR nobody can tell" in page.text
     for _, _, svg in page.pictures:
         assert re.search(r"<!-- (Attack-free|attack-free) control", svg)
+
+
+def test_the_first_finding_names_suspects_with_their_rounds_and_layer_and_the_truth_of_them(tmp_path):
+    log = example_log(12, num_malicious=2)
+    case = investigate(log)
+    found = who(case, {"client-9", "client-1"})
+    assert found["text"] == unbroken(f"Established. {' '.join(case.says)}")
+    row = case.suspects.set_index("client").loc["client-9"]
+    (line,) = (point for point in found["points"] if point.startswith("client-9: accused, since round "))
+    assert f"most of all in {row['layer']}" in line
+    assert line.endswith("malicious")
+    assert "malicious and not accused: client-1" in found["points"]
+    assert any(point.startswith("client-8: accused") and point.endswith("benign") for point in found["points"])
+    assert not any("malicious" in point or "benign" in point for point in who(case, None)["points"])
+    assert named(case) == [*case.suspects["client"], *case.ambiguous["client"]]
+
+
+def test_clean_rounds_set_the_thresholds_and_widen_the_case(tmp_path):
+    clients = tuple(f"client-{i:02d}" for i in range(20))
+    run = record(tmp_path / "run", clients=clients, malicious=clients[:2], rounds=6, start=3, push=2.0, truth=False)
+    e = examine(run, usual(), fpr=0.05, null=3)
+    assert e.case.null.kind == "clean stretch"
+    assert e.rules["null"].str.startswith("declared clean: rounds 0 to 2, 20 clients").all()
+    assert e.rules["threshold"].notna().all()
+    said = " ".join(each["text"] for each in run_findings(e)).replace("\N{NO-BREAK SPACE}", " ")
+    assert "were set for 5 % false positives on these first rounds (null: declared clean" in said
+    short = examine(record(tmp_path / "short"), usual(), fpr=0.05, null=2)  # 10 clients, 19 are needed
+    assert short.rules["null"].str.startswith("nominal").all()
+    assert "needs 19 clients with a score, found 10" in " ".join(each["text"] for each in run_findings(short))
+
+
+def test_an_attacked_null_and_a_null_for_a_sweep_are_refused(made, tmp_path):
+    run, attacked = record(tmp_path / "run"), record(tmp_path / "attacked", malicious=CLIENTS[:1])
+    with pytest.raises(InputError, match="a null must be free of attacks, found 4 poisoned updates"):
+        report(run, tmp_path / "o.html", null=[attacked])
+    with pytest.raises(InputError, match="null: it is for the report on a single run"):
+        report(made, tmp_path / "o.html", null=2)
+    with pytest.raises(InputError, match="clean rounds: expected 1 to 4"):
+        report(run, tmp_path / "o.html", null=5)
+
+
+def test_figures_without_truth_show_whom_the_case_names(tmp_path):
+    scores = pd.DataFrame({"round": [0, 0, 0], "client": ["a", "b", "c"], "score": [3.0, 2.0, 1.0], "abstained": ""})
+    rule = {"detector": "told", "threshold": None, "null": ""}
+    drawn = b64decode(scores_picture(scores, None, rule, suspects=["c", "gone"])["data"]).decode()
+    assert "<!-- c -->" in drawn
+    assert "<!-- a -->" not in drawn
+    assert "<!-- a -->" in b64decode(scores_picture(scores, None, rule)["data"]).decode()
+    run = record(tmp_path / "run", truth=False)
+    assert "those that the case names first" in bias_picture(run, None, 0, None, suspects=["client-07"])["caption"]
 
 
 def test_a_run_longer_than_its_null_is_told_so(tmp_path):
@@ -515,7 +577,6 @@ def test_refused_incomparable_and_abstained_are_counted_with_reasons(tmp_path):
     assert "8 updates not finite or beyond comparison, of client-05 and client-06" in page.text
     assert "beyond comparison: over 1,000 times the median norm" in page.text
     assert "accumulated_norms abstained in 1 round: " in page.text
-    assert set(suspects(examine(run, usual(), fpr=0.05))["client"]) >= {"<i>late</i>", "client-05", "client-06"}
 
 
 def test_a_model_without_a_final_bias_makes_a_report_that_says_so(tmp_path):

@@ -1,5 +1,6 @@
 """Plots of detection and training: scores over rounds, ROC curves, main accuracy and attack success rate."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -36,11 +37,12 @@ def plot_scores(
     *,
     threshold: float | None = None,
     beside: pd.DataFrame | None = None,
+    named: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draws every client's score over rounds, malicious clients as thick lines with dots, the threshold dashed.
 
-    Where nobody is known to be malicious, the three most suspicious clients have lines of their own and their names.
+    Where nobody is known to be malicious, the clients named, at most three, have lines of their own and their names.
 
     Parameters
     ----------
@@ -51,6 +53,8 @@ def plot_scores(
         Score above which an update is flagged. None draws no line.
     beside : pandas.DataFrame, optional
         Scores of a neighboring plot, to share the limits of the vertical axis.
+    named : sequence of str, optional
+        Clients to name, such as those that a case accuses; None names the most suspicious by these scores.
     ax : matplotlib.axes.Axes, optional
         Where to draw; None takes the current Axes.
 
@@ -76,12 +80,14 @@ def plot_scores(
     known = "malicious" in scores
     poisoned = scores[scores["malicious"].astype(bool)] if known else scores[scores["score"].isna()]
     malicious = set(poisoned["client"])
-    named = [] if known else suspicion_order(scores, threshold)[:MOST_NAMED]
-    _draw_scores(ax, scores, malicious, named)
+    present = set(scores["client"])
+    given = suspicion_order(scores, threshold) if named is None else [client for client in named if client in present]
+    lines = [] if known else given[:MOST_NAMED]
+    _draw_scores(ax, scores, malicious, lines)
     _scale_scores(ax, scores, threshold, beside)
     if threshold is not None:
         ax.axhline(threshold, color=THRESHOLD, linestyle="--", linewidth=1.2, zorder=4)
-    _score_legend(ax, scores, malicious, named, known, threshold)
+    _score_legend(ax, scores, malicious, lines, known, threshold)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlabel("round")
     ax.set_ylabel("score (higher = more suspicious)")

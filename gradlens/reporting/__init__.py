@@ -5,6 +5,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from gradlens.detectors import Detector
+from gradlens.errors import InputError
 from gradlens.run import Run, Sweep, open_run
 
 __all__ = ["report"]
@@ -17,7 +18,7 @@ def report(
     detectors: Mapping[str, Detector] | None = None,
     fpr: float = 0.05,
     control: Run | Path | str | None = None,
-    null: Sequence[Run] = (),
+    null: Sequence[Run] | int | None = None,
     permutations: int = 999,
     executor: Executor | None = None,
     progress: bool = False,
@@ -36,8 +37,9 @@ def report(
         False-positive rate for which thresholds are set.
     control : Run, pathlib.Path or str, optional
         For a single run, its attack-free control; None looks for it in the sweep that contains the run.
-    null : sequence of Run
-        For a single run, attack-free runs on which thresholds are set; found in the same way if empty.
+    null : sequence of Run or int, optional
+        For a single run, what its case and the thresholds rest on: attack-free runs of the same setting, or the number
+        of its first rounds that are declared clean. None: the reference that comes with gradlens, and each cohort.
     permutations : int
         Number of permutations behind each p-value.
     executor : concurrent.futures.Executor, optional
@@ -53,8 +55,8 @@ def report(
     Raises
     ------
     InputError
-        If the source is no run or sweep, a run has no round, a sweep has no closed attacked run with its control, or
-        the path cannot be written.
+        If the source is no run or sweep, a null is given for a sweep or is attacked, a run has no round, a sweep has
+        no closed attacked run with its control, or the path cannot be written.
 
     Examples
     --------
@@ -72,6 +74,8 @@ def report(
     source = source if isinstance(source, Run | Sweep) else open_run(source)
     if isinstance(source, Run):
         whole = document.of_run(source, detectors, fpr, control, null, permutations)
+    elif null:
+        raise InputError("null: it is for the report on a single run; a sweep has its attack-free controls")
     else:
         whole = document.of_sweep(source, detectors, fpr, permutations, executor, progress=progress)
     return page.write(whole, out_path)

@@ -19,6 +19,7 @@ from gradlens.detectors import DETECTORS, USUAL, Detector, calibrate, detect
 from gradlens.errors import InputError
 from gradlens.evaluation import evaluate, mean_interval, with_truth
 from gradlens.localization import PHASES, localize_sweep
+from gradlens.log import UpdateLog
 from gradlens.plots import conditions
 from gradlens.run import Run, Sweep
 
@@ -318,17 +319,38 @@ def thresholds_of(
     dict
         Name -> calibrated detector.
     """
-    null = [run for run in controls if seed_of(run) != seed]
+    return calibrated_on(detectors, [run for run in controls if seed_of(run) != seed], fpr)[0]
+
+
+def calibrated_on(
+    detectors: Mapping[str, Detector], null: Sequence[Run] | UpdateLog, fpr: float
+) -> tuple[dict[str, Detector], str]:
+    """Calibrates detectors on a null or, where it has too few clients for the rate, on each cohort.
+
+    Parameters
+    ----------
+    detectors : Mapping
+        Name -> uncalibrated detector.
+    null : sequence of Run, or UpdateLog
+        Attack-free runs, none for each cohort; or a stretch of a log that is declared clean.
+    fpr : float
+        False-positive rate for which thresholds are set.
+
+    Returns
+    -------
+    tuple of (dict, str)
+        Name -> calibrated detector; and why a null that was given does not serve, "" if it does.
+    """
     of_scores = {name: detector for name, detector in detectors.items() if not hasattr(detector, "fitted")}
-    for run in null:  # reads each round once; `calibrate` then finds the verdicts in the log's cache
-        detect(run, of_scores)
-    calibrated = {}
+    for source in [null] if isinstance(null, UpdateLog) else null:
+        detect(source, of_scores)  # reads each round once; `calibrate` then finds the verdicts in the log's cache
+    calibrated, short = {}, ""
     for name, detector in detectors.items():
         try:
-            calibrated[name] = calibrate(detector, null, fpr)
-        except InputError:  # too few null scores for this rate
-            calibrated[name] = calibrate(detector, None, fpr)
-    return calibrated
+            calibrated[name] = calibrate(detector, null or None, fpr)
+        except InputError as reason:
+            calibrated[name], short = calibrate(detector, None, fpr), str(reason)
+    return calibrated, short
 
 
 def rule_of(detector: Detector, run: Run) -> dict[str, Any]:

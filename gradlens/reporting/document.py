@@ -20,7 +20,7 @@ def of_run(
     detectors: Mapping[str, Detector] | None,
     fpr: float,
     control: Run | Path | str | None,
-    null: Sequence[Run],
+    null: Sequence[Run] | int | None,
     permutations: int,
 ) -> str:
     """Returns the HTML page on a single run; parameters as of `gradlens.report`."""

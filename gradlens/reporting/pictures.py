@@ -3,7 +3,7 @@
 Without a control the caption says that the figure cannot show what is usual.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,13 @@ def roc_picture(scores: pd.DataFrame, figures: pd.DataFrame, caption: str) -> Bl
     return _pair(draw, 5.9, caption, bool(scores["control"].any()))
 
 
-def scores_picture(own: pd.DataFrame, free: pd.DataFrame | None, rule: Mapping[str, Any], alone: str = ALONE) -> Block:
+def scores_picture(
+    own: pd.DataFrame,
+    free: pd.DataFrame | None,
+    rule: Mapping[str, Any],
+    alone: str = ALONE,
+    suspects: Sequence[str] | None = None,
+) -> Block:
     """Draws the scores of one detector over rounds.
 
     Parameters
@@ -73,6 +79,8 @@ def scores_picture(own: pd.DataFrame, free: pd.DataFrame | None, rule: Mapping[s
         Keys detector, threshold (missing if each cohort sets its own) and null.
     alone : str
         Sentence that the caption gets without a control.
+    suspects : sequence of str, optional
+        Clients that the case names: they have lines of their own where the truth is not known.
 
     Returns
     -------
@@ -84,14 +92,22 @@ def scores_picture(own: pd.DataFrame, free: pd.DataFrame | None, rule: Mapping[s
         for ax, control in _panels(canvas, free is not None):
             table, other = (free, own) if control and free is not None else (own, free)
             name = NAMES[control] if free is not None else "This run"
-            call(plot_scores(table, threshold=threshold, beside=other, ax=ax), f"{name}: {rule['detector']}")
+            drawn = plot_scores(table, threshold=threshold, beside=other, named=None if control else suspects, ax=ax)
+            call(drawn, f"{name}: {rule['detector']}")
 
     kind = "each cohort sets its own threshold" if threshold is None else "dashed: the threshold"
     caption = f"Score of every client by {rule['detector']}; {kind}. Its null: {rule['null']}."
     return _pair(draw, 4.3, caption, free is not None, alone)
 
 
-def bias_picture(run: Run, control: Run | None, index: int, truth: pd.DataFrame | None, alone: str = ALONE) -> Block:
+def bias_picture(
+    run: Run,
+    control: Run | None,
+    index: int,
+    truth: pd.DataFrame | None,
+    alone: str = ALONE,
+    suspects: Sequence[str] = (),
+) -> Block:
     """Draws the final-bias updates of one round, client x class, beside the control's on the same scale.
 
     Parameters
@@ -106,6 +122,8 @@ def bias_picture(run: Run, control: Run | None, index: int, truth: pd.DataFrame 
         Ground truth of the run, which puts malicious clients on top.
     alone : str
         Sentence that the caption gets without a control.
+    suspects : sequence of str
+        Clients that the case names; without ground truth they come first.
 
     Returns
     -------
@@ -116,13 +134,14 @@ def bias_picture(run: Run, control: Run | None, index: int, truth: pd.DataFrame 
 
     def draw(canvas: Figure) -> None:
         order = clients_by_bias(logs[0], truth)
+        order = sorted(order, key=lambda client: truth is not None or client not in suspects)
         for ax, free in _panels(canvas, control is not None):
             known = None if free else truth
             plot_final_bias(logs[free], known, scale=scale, order=order, ax=ax)
             call(ax, NAMES[free] if control else "This run")
 
     beside = f", beside its control {control.name} in the same order" if control else ""
-    first = ", malicious ones first" if truth is not None else ""
+    first = ", malicious ones first" if truth is not None else ", those that the case names first" if suspects else ""
     caption = (
         f"Final-bias update of every client minus the cohort's median in round {index} of run {run.name}{beside}. "
         f"Clients from the most unusual down{first}; + and \N{MINUS SIGN} mark more than half of the scale."

@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from gradlens.case import Case, investigate
 from gradlens.detectors import Detector, detect
+from gradlens.detectors.nulls import attack_free as log_of_null
 from gradlens.errors import InputError
 from gradlens.evaluation import evaluate, with_truth
 from gradlens.localization import localize
 from gradlens.plots import CLEAR, PARTLY, count, percent
-from gradlens.reporting.analysis import final, outcome, rule_of, thresholds_of
+from gradlens.reporting.accusations import named, who
+from gradlens.reporting.analysis import calibrated_on, final, outcome, rule_of
 from gradlens.reporting.live import live, live_section
 from gradlens.reporting.page import Block, Section, finding, listed, number, rows_of, section, table, text
 from gradlens.reporting.pictures import (
@@ -36,20 +39,22 @@ from gradlens.reporting.shared import (
 )
 from gradlens.run import SWEEP, Run, Sweep
 
-MOST = 8  # clients named in a sentence
+Null = int | Sequence[Run] | None  # clean rounds, attack-free runs, or what the case and each cohort have themselves
 
 
 @dataclass(frozen=True, eq=False)
 class Examination:
     """One run's tables.
 
-    raw: what `detect` gives; free: the same of the control. rules: per detector: threshold, null.
+    raw: what `detect` gives; free: the same of the control. rules: per detector: threshold, null; short: why
+    thresholds do not rest on the null that was named, "" if they do or none was.
     truth: None where the run has none. figures: `evaluate` over the attacked rounds, by control; places: what
     `localize` gives, with control; both empty where nothing is known to be poisoned. chance: ASR on the control.
     """
 
     run: Run
     control: Run | None
+    case: Case
     raw: pd.DataFrame
     free: pd.DataFrame | None
     rules: pd.DataFrame
@@ -59,6 +64,7 @@ class Examination:
     places: pd.DataFrame
     chance: pd.Series
     fpr: float
+    short: str = ""
     nowhere: str = ""  # why there are no places though something was poisoned
 
 
@@ -68,18 +74,23 @@ def examine(
     *,
     fpr: float,
     control: Run | None = None,
-    null: Sequence[Run] = (),
+    null: Null = None,
     permutations: int = 999,
 ) -> Examination:
-    """The tables of one run; raises InputError where it holds no round.
+    """The tables of one run; raises InputError where it holds no round, or the null is attacked.
 
-    A run that lies in a sweep's folder finds its control, and the null of its thresholds, there.
+    A run that lies in a sweep's folder finds its control there. What the case and the thresholds rest on is named by
+    the caller alone.
     """
     if not len(run.log):
         raise InputError(f"{run.path}: a report needs at least one committed round, found none")
+    null = null if isinstance(null, int) else list(null or []) or None
+    for source in null if isinstance(null, list) else []:
+        log_of_null(source)
+    case = investigate(run, null)
     around = _surroundings(run)
     control = around[0] if control is None else control
-    calibrated = thresholds_of(detectors, list(null) or around[1], run.scenario.get("seed", 0), fpr)
+    calibrated, short = calibrated_on(detectors, run.log[:null] if isinstance(null, int) else null or [], fpr)
     raw = detect(run, calibrated)
     free = None if control is None else detect(control, calibrated)
     rules = pd.DataFrame([rule_of(d, run) | {"detector": n} for n, d in calibrated.items()]).assign(run=run.name)
@@ -89,7 +100,8 @@ def examine(
         scores = _labelled(raw, free, truth)
         figures = evaluate(scores, by=["control"])
         places, nowhere = _places(run, control, truth, permutations)
-    return Examination(run, control, raw, free, rules, truth, scores, figures, places, around[2], fpr, nowhere)
+    tables = (raw, free, rules, truth, scores, figures, places, around[1])
+    return Examination(run, control, case, *tables, fpr, short, nowhere)
 
 
 def _places(run: Run, control: Run | None, truth: pd.DataFrame, permutations: int) -> tuple[pd.DataFrame, str]:
@@ -106,9 +118,9 @@ def _places(run: Run, control: Run | None, truth: pd.DataFrame, permutations: in
     return pd.concat([part.assign(control=bool(i)) for i, part in enumerate(tables)], ignore_index=True), ""
 
 
-def _surroundings(run: Run) -> tuple[Run | None, list[Run], pd.Series]:
-    """The control of a run in a sweep's folder, the attack-free runs of that setting, the control's ASR by round."""
-    nothing: tuple[Run | None, list[Run], pd.Series] = (None, [], pd.Series(dtype=float))
+def _surroundings(run: Run) -> tuple[Run | None, pd.Series]:
+    """The control of a run in a sweep's folder, and the control's ASR by round."""
+    nothing: tuple[Run | None, pd.Series] = (None, pd.Series(dtype=float))
     if not (run.path.resolve().parent / SWEEP).is_file():
         return nothing
     try:
@@ -116,11 +128,7 @@ def _surroundings(run: Run) -> tuple[Run | None, list[Run], pd.Series]:
         control = sweep.control_of(run.name)
     except InputError:  # a control itself, or a sweep whose control has not run
         return nothing
-    settings = sweep.settings.drop(columns="seed", errors="ignore")
-    alike = settings.eq(settings.loc[control.name]).all(axis=1)
-    null = [each for each in sweep.runs if alike[each.name]]
-    asr = sweep.controls[sweep.controls["run"].eq(run.name)].set_index("round")["asr"]
-    return control, null, asr
+    return control, sweep.controls[sweep.controls["run"].eq(run.name)].set_index("round")["asr"]
 
 
 def _labelled(raw: pd.DataFrame, free: pd.DataFrame | None, truth: pd.DataFrame) -> pd.DataFrame:
@@ -138,43 +146,9 @@ def _labelled(raw: pd.DataFrame, free: pd.DataFrame | None, truth: pd.DataFrame)
 
 def run_findings(e: Examination) -> list[Block]:
     """All findings on a run."""
-    found = [flagged(e), unusable(e), how_sure(e), attack(e), separated(e), located(e), live(e.run), state(e)]
-    return [each for each in found if each]
-
-
-def suspects(e: Examination) -> pd.DataFrame:
-    """Clients flagged in more than half of their rounds by a detector: client, detectors, share, rounds, first."""
-    said = e.raw[e.raw["abstained"].eq("")]
-    groups = said.groupby(["client", "detector"], sort=False)
-    counts = groups.agg(share=("flag", "mean"), flags=("flag", "sum"), rounds=("round", "nunique")).reset_index()
-    first = said[said["flag"].astype(bool)].groupby("client")["round"].min()
-    often = counts[counts["share"] > 0.5].sort_values(["share", "flags"], ascending=False, kind="stable")
-    found = often.groupby("client", sort=False).agg(
-        detectors=("detector", list), share=("share", "max"), flags=("flags", "max"), rounds=("rounds", "max")
-    )
-    return found.assign(first=first.reindex(found.index)).reset_index()
-
-
-def flagged(e: Examination) -> Block:
-    """Who is flagged, and since when."""
-    found = suspects(e)
-    detectors = e.raw["detector"].nunique()
-    rule = f"by at least one of {count(detectors, 'detector')} in more than half of its rounds"
-    if found.empty:
-        return finding("Who", f"Not found: no client is flagged {rule}.")
     known = None if e.truth is None else poisoners(e.run)
-    lines = []
-    for row in rows_of(found.head(MOST)):
-        label = "" if known is None else (", malicious" if row.client in known else ", benign")
-        lines.append(
-            f"{row.client}: flagged in up to {row.flags} of {row.rounds} rounds, first in round {row.first}, by "
-            f"{listed(row.detectors)}{label}"
-        )
-    if len(found) > MOST:
-        lines.append(f"and {len(found) - MOST} more, in section 1")
-    if known is not None and (missed := [client for client in known if client not in set(found["client"])]):
-        lines.append(f"malicious and not among them: {listed(missed)}")
-    return finding("Who", f"{count(len(found), 'client')} flagged {rule}.", lines)
+    found = [who(e.case, known), unusable(e), flags(e), attack(e), separated(e), located(e), live(e.run), state(e)]
+    return [each for each in found if each]
 
 
 def unusable(e: Examination) -> Block | None:
@@ -193,26 +167,28 @@ def unusable(e: Examination) -> Block | None:
     return finding("Not scored", "Some updates could not be judged as the others are.", lines) if lines else None
 
 
-def how_sure(e: Examination) -> Block:
-    """What the thresholds rest on, and what a control says."""
+def flags(e: Examination) -> Block:
+    """What the thresholds of the detectors rest on, and what a control says."""
     nominal = e.rules[e.rules["null"].str.startswith("nominal")]
     if len(nominal) == len(e.rules):
+        too_small = f"The null that was named is too small ({e.short}). " if e.short else ""
         sentence = (
-            f"Thresholds rest on each cohort itself, its majority taken as benign: {percent(e.fpr)} false positives "
-            "are nominal. A client with unusual data is flagged like an attacker."
+            f"{too_small}The detectors' thresholds rest on each cohort itself, its majority taken as benign: "
+            f"{percent(e.fpr)} false positives are nominal. A client with unusual data is flagged like an attacker."
         )
     else:
         null = e.rules["null"].drop(nominal.index).iloc[0]
-        sentence = f"Thresholds were set for {percent(e.fpr)} false positives on other runs (null: {null})."
+        where = "these first rounds" if null.startswith("declared clean") else "other runs"
+        sentence = f"The detectors' thresholds were set for {percent(e.fpr)} false positives on {where} (null: {null})."
         if len(nominal):
             sentence += f" Those of {listed(list(nominal['detector']))} rest on each cohort itself and are nominal."
     if e.free is None:
         if attack_free(e):
-            return finding("How sure", f"{sentence} The run is itself attack-free.")
-        return finding("How sure", sentence + " No attack-free control was given, so what is usual here is not known.")
+            return finding("Flags", f"{sentence} The run is itself attack-free.")
+        return finding("Flags", sentence + " No attack-free control was given, so what is usual here is not known.")
     rates = e.free[e.free["abstained"].eq("")].groupby("detector")["flag"].mean()
     span = f"{percent(float(rates.min()))} to {percent(float(rates.max()))}" if len(rates) else "nothing"
-    return finding("How sure", f"{sentence} On the attack-free control they flag {span} of the updates.")
+    return finding("Flags", f"{sentence} On the attack-free control they flag {span} of the updates.")
 
 
 def attack_free(e: Examination) -> bool:
@@ -351,7 +327,8 @@ def scores_figure(e: Examination, detector: str) -> Block:
     own = own if e.truth is None else with_malicious(own, e.truth)
     free = None if e.free is None else e.free[e.free["detector"].eq(detector)].assign(malicious=False)
     rule = rows_of(e.rules[e.rules["detector"].eq(detector)])[0]
-    return scores_picture(own, free, {"detector": detector, "threshold": rule.threshold, "null": rule.null}, alone(e))
+    facts = {"detector": detector, "threshold": rule.threshold, "null": rule.null}
+    return scores_picture(own, free, facts, alone(e), named(e.case))
 
 
 def bias_section(e: Examination) -> list[Block]:
@@ -363,7 +340,8 @@ def bias_section(e: Examination) -> list[Block]:
     about = "How each client moves the final bias of each class, against the cohort's median; the rounds shown are "
     about += "the first and last attacked ones." if attacked else "the one with most flags and the last."
     shown_rounds = dict.fromkeys([rounds[0], rounds[-1]])
-    return [text(about), *(bias_picture(e.run, e.control, index, e.truth, alone(e)) for index in shown_rounds)]
+    beside = (e.truth, alone(e), named(e.case))
+    return [text(about), *(bias_picture(e.run, e.control, index, *beside) for index in shown_rounds)]
 
 
 def where_section(e: Examination) -> list[Block]:
