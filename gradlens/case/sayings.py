@@ -44,11 +44,20 @@ def sayings(
     >>> investigate(example_log()).says[0].startswith("1 of 10 clients stands out over 4 rounds: client-9")
     True
     """
-    return (
-        _found(verdict, clients, finding, null, fwer, rounds, groups),
-        _sure(verdict, finding, null, fwer),
-        _untold(verdict, clients, seen),
-    )
+    found = _found(verdict, clients, finding, null, fwer, rounds, groups)
+    sure, untold = _sure(verdict, finding, null, fwer), _untold(verdict, clients, seen)
+    return with_plain_spaces(found), with_plain_spaces(sure), with_plain_spaces(untold)
+
+
+def with_plain_spaces(text: str) -> str:
+    r"""The text as a terminal takes it: no-break spaces would be printed as escapes.
+
+    Examples
+    --------
+    >>> with_plain_spaces("5\N{NO-BREAK SPACE}%")
+    '5 %'
+    """
+    return text.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _found(

@@ -14,7 +14,6 @@ import numpy as np
 
 from gradlens.case.null import TRANSFER, Null
 from gradlens.case.scoring import Scoring
-from gradlens.words import percent
 
 NAME = "reference.json"
 
@@ -60,8 +59,8 @@ class Reference:
         whose = "in which some clients take part in each round" if sampled else "in which all clients take part"
         says = (
             f"the reference shipped with gradlens, version {self.version}: {sum(map(len, highest)):,} attack-free "
-            f"recordings of {len(alike)} small settings {whose}. The rate holds in {percent(TRANSFER)} of settings of "
-            "their kind, and is nominal in others"
+            f"recordings of {len(alike)} small settings {whose}. The rate holds in {100 * TRANSFER:.0f} % of settings "
+            "of their kind, and is nominal in others"
         )
         return Null("reference", self.scoring, highest, clients, says)
 
