@@ -213,6 +213,14 @@ def test_larger_planted_deviations_are_seen_sooner():
     assert high is None or low <= high
 
 
+def test_who_claims_many_times_the_examples_of_others_is_ambiguous_not_accused(null):
+    log = example_log(ROUNDS, num_malicious=2)
+    many = [replace(r, num_examples=np.where(np.arange(10) == 9, 1_000, 100)) for r in log]
+    case = investigate(UpdateLog(log.model, many), null)
+    assert "client-9" in case.ambiguous["client"].tolist()
+    assert "client-9" not in case.suspects["client"].tolist()
+
+
 def test_several_cases_are_adjusted_for_their_number(null):
     cases = {
         "attacked": investigate(example_log(ROUNDS, num_malicious=2), null),

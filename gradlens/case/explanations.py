@@ -9,6 +9,7 @@ from gradlens.case.sums import Sums
 from gradlens.log import UpdateLog
 
 RIDGE = 2.0  # as many clean clients without any slope
+UNLIKE = 3.0  # times the most, or the fewest, examples of any clean client: beyond, no clean client can be compared
 
 
 def claimed_examples(log: UpdateLog) -> Mapping[str, float]:
@@ -47,6 +48,7 @@ def left_unexplained(sums: Sums, scoring: Scoring, clean: np.ndarray, examples: 
     -----
     The two explanations are the logarithm of the examples, and of the norm of what the client's final bias drifted over
     all rounds. The regression is a ridge on the clean clients; what it says of a client is taken off its deviations.
+    Nothing is left, -inf, of a client with more than three times the examples of any clean one, or fewer than a third.
 
     Examples
     --------
@@ -59,7 +61,8 @@ def left_unexplained(sums: Sums, scoring: Scoring, clean: np.ndarray, examples: 
     (10,)
     """
     table = deviations(sums, clean, scoring.readings, scoring.scales)
-    columns = [np.log([max(examples[str(client)], 1.0) for client in sums.clients])]
+    sizes = np.log([max(examples[str(client)], 1.0) for client in sums.clients])
+    columns = [sizes]
     if "final bias" in sums.roles:
         drift = np.diagonal(sums.totals[sums.roles["final bias"][0]])
         columns.append(0.5 * np.log(np.maximum(drift, 1e-30)))
@@ -70,4 +73,6 @@ def left_unexplained(sums: Sums, scoring: Scoring, clean: np.ndarray, examples: 
     square = causes[clean].T @ causes[clean] + RIDGE * np.eye(causes.shape[1])
     slopes = np.linalg.solve(square, causes[clean].T @ table[clean])
     above, below = np.split(split(table - causes @ slopes), 2, axis=1)
-    return above @ scoring.above + below @ scoring.below + scoring.intercept
+    left = above @ scoring.above + below @ scoring.below + scoring.intercept
+    unlike = (sizes > sizes[clean].max() + np.log(UNLIKE)) | (sizes < sizes[clean].min() - np.log(UNLIKE))
+    return np.where(unlike, -np.inf, left)

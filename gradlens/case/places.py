@@ -25,7 +25,7 @@ def layers_of(sums: Sums, clean: np.ndarray) -> np.ndarray:
     >>> from gradlens.case.sums import sums_of
     >>> from gradlens.examples import example_log
     >>> str(layers_of(sums_of(example_log()), np.arange(10) < 9)[9])
-    'fc2.bias'
+    'fc1.weight'
     """
     names = list(sums.totals)
     heights = []

@@ -30,7 +30,8 @@ def table_of_cases(cases: Mapping[str, Case]) -> pd.DataFrame:
     --------
     >>> from gradlens import investigate
     >>> from gradlens.examples import example_log
-    >>> table = table_of_cases({"a": investigate(example_log()), "b": investigate(example_log(num_malicious=0))})
+    >>> logs = {"a": example_log(num_malicious=2), "b": example_log(num_malicious=0)}
+    >>> table = table_of_cases({name: investigate(log) for name, log in logs.items()})
     >>> table["verdict"].tolist()
     ['established', 'not established']
     """

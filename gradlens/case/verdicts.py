@@ -48,8 +48,8 @@ def look(sums: Sums, null: Null, fwer: float) -> Finding:
     >>> from gradlens.case.shipped import reference
     >>> from gradlens.case.sums import sums_of
     >>> from gradlens.examples import example_log
-    >>> np.flatnonzero(look(sums_of(example_log()), reference().null(), 0.05).suspects).tolist()
-    [9]
+    >>> np.flatnonzero(look(sums_of(example_log(num_malicious=2)), reference().null(), 0.05).suspects).tolist()
+    [8, 9]
     """
     threshold, scoring, clients = null.threshold(fwer), null.scoring, len(sums.clients)
     whole = peel(sums, scoring, FURTHER)

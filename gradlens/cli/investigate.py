@@ -139,7 +139,7 @@ def case_lines(case: "Case") -> Iterator[str]:
     --------
     >>> from gradlens import investigate
     >>> from gradlens.examples import example_log
-    >>> next(case_lines(investigate(example_log())))
+    >>> next(case_lines(investigate(example_log(num_malicious=2))))
     'verdict: established'
     """
     yield f"verdict: {case.verdict}"

@@ -28,8 +28,8 @@ def who(case: Case, malicious: Collection[str] | None) -> Block:
     --------
     >>> from gradlens import investigate
     >>> from gradlens.examples import example_log
-    >>> who(investigate(example_log()), None)["text"].partition(" over")[0]
-    'Established. 1 of 10 clients stands out'
+    >>> who(investigate(example_log(num_malicious=2)), None)["text"].partition(" over")[0]
+    'Established. 2 of 10 clients stand out'
     """
     suspects = rows_of(pd.concat([case.suspects, case.ambiguous]))
     lines = [_line(row, malicious) for row in suspects[:MOST]]
@@ -51,8 +51,8 @@ def named(case: Case) -> list[str]:
     --------
     >>> from gradlens import investigate
     >>> from gradlens.examples import example_log
-    >>> named(investigate(example_log()))
-    ['client-9']
+    >>> named(investigate(example_log(num_malicious=2)))
+    ['client-9', 'client-8']
     """
     return [*case.suspects["client"].tolist(), *case.ambiguous["client"].tolist()]
 
