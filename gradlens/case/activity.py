@@ -93,7 +93,7 @@ def _scaled(table: np.ndarray, clean: np.ndarray) -> np.ndarray:
 
 
 def stretch_of(values: np.ndarray) -> Stretch | None:
-    """The stretch of rounds in which values lie highest above those before and after it; None without any values.
+    """The stretch of rounds in which values lie above 0, the middle of the clean clients; None where none do.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def stretch_of(values: np.ndarray) -> Stretch | None:
 
     Notes
     -----
-    The stretch from first to last leaves the least squares about two means, one within and one outside. Its begin may
+    The stretch from first to last leaves the least squares about its own mean within and about 0 outside. Its begin may
     lie wherever, with the same end, the squares are so much larger only as the likelihood of normal deviations allows
     in a 95 % interval.
 
@@ -115,14 +115,14 @@ def stretch_of(values: np.ndarray) -> Stretch | None:
     if not len(present):
         return None
     series, count = values[present], len(present)
-    sums, total = np.concatenate([[0.0], np.cumsum(series)]), float(series.sum())
+    sums = np.concatenate([[0.0], np.cumsum(series)])
     gains = np.full((count, count), -np.inf)
     for first in range(count):
         for last in range(first, count):
-            inside, within = sums[last + 1] - sums[first], last + 1 - first
-            outside = count - within
-            mean, other = inside / within, (total - inside) / outside if outside else 0.0
-            gains[first, last] = within * mean**2 + outside * other**2 if mean > other else -np.inf
+            inside = sums[last + 1] - sums[first]
+            gains[first, last] = inside**2 / (last + 1 - first) if inside > 0 else -np.inf
+    if not np.isfinite(gains).any():
+        return None
     first, last = np.unravel_index(int(gains.argmax()), gains.shape)
     left = max(float(series @ series) - gains[first, last], 0.0)
     allowed = RANGE * max(left / max(count - 2, 1), 1e-6)
