@@ -1,13 +1,13 @@
 """Replays: what another aggregation rule, or a filter, would have made of the updates that a run holds."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from gradlens.aggregators import AGGREGATORS, Aggregator, FilteredAggregator, calibrated_filter, step
-from gradlens.detectors import DETECTORS
+from gradlens.detectors import DETECTORS, calibrate
 from gradlens.errors import InputError
 from gradlens.log import UpdateLog
 from gradlens.log.writer import VERDICT_COLUMNS
@@ -188,7 +188,13 @@ def leaving_out(aggregate: Aggregator, clients: Collection[str]) -> Aggregator:
 
 
 def rule_named(
-    aggregator: str, detector: str | None = None, *, action: str = "drop", clean_rounds: int = 0, fpr: float = 0.05
+    aggregator: str,
+    detector: str | None = None,
+    *,
+    action: str = "drop",
+    clean_rounds: int = 0,
+    null: Sequence[Run] = (),
+    fpr: float = 0.05,
 ) -> Aggregator:
     """Builds a rule by its name, with a detector's filter in front of it if one is named.
 
@@ -202,11 +208,13 @@ def rule_named(
         What the filter does with a flagged client; see `filtered`.
     clean_rounds, fpr : int, float
         As for `calibrated_filter`.
+    null : sequence of Run
+        Attack-free recordings that calibrate the detector in place of clean rounds.
 
     Raises
     ------
     InputError
-        For an unknown name, with the nearest ones, or a setting out of its range.
+        For an unknown name, with the nearest ones, a setting out of its range, or a null that is too small for `fpr`.
 
     Examples
     --------
@@ -219,6 +227,8 @@ def rule_named(
     if detector is None:
         return rule
     judge = named("detectors", DETECTORS, detector)()
+    if null:
+        judge, clean_rounds = calibrate(judge, null, fpr), 0
     return calibrated_filter(rule, judge, clean_rounds=clean_rounds, fpr=fpr, action=action)
 
 

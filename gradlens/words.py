@@ -32,6 +32,9 @@ def plain(name: Any, most: int = 24) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2 - 3) :]}"
 
 
+USUAL = {"filter": "drop", "schedule": "every_round"}  # what a scenario does where nothing else is set
+
+
 def conditions(settings: Sequence[Mapping[Any, Any]]) -> list[str]:
     """A short line per condition, "trigger, 2 malicious, lr 0.1", of its varied settings; unset ones are left out.
 
@@ -67,7 +70,7 @@ def phrase(name: Any, value: Any) -> str:
     >>> phrase("learning_rate", 0.1), phrase("aggregator", None)
     ('lr 0.1', '')
     """
-    if value is None or value in ("", "none") or (isinstance(value, float) and np.isnan(value)):
+    if value is None or value in ("", "none", USUAL.get(str(name))) or (isinstance(value, float) and np.isnan(value)):
         return ""
     text = f"{value:g}" if isinstance(value, int | float | np.number) else plain(value, 60)
     return SHORT.get(str(name), f"{plain(name)} {{}}").format(text)

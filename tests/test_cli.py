@@ -189,6 +189,16 @@ def test_report_rests_on_the_null_that_is_named(command, recordings, sweep):
     assert (status, "for the report on a single run" in err) == (2, True)
 
 
+def test_the_demo_ends_with_the_case_of_a_recording_of_its_sweep(command, sweep, monkeypatch):
+    monkeypatch.setattr(sys.modules["gradlens.cli.simulate"], "_simulated", lambda *_: gradlens.open(sweep))
+    status, out, _ = command("demo", "-o", "out.html", "-w", "1")
+    assert status == 0
+    before, _, case = out.partition(" by its recording alone, without its truth or its control:\n")
+    asked = gradlens.open(before.splitlines()[-1].removeprefix("investigating "))
+    assert asked.scenario["num_malicious"]
+    assert case == command("investigate", asked.path)[1]
+
+
 def test_localize_by_suspects_needs_no_truth(command, planted, recorded):
     status, out, _ = command("localize", planted, "--suspects", "client-3", "--csv")
     table, truth = pd.read_csv(io.StringIO(out)), pd.read_csv(io.StringIO(command("localize", planted, "--csv")[1]))

@@ -218,6 +218,8 @@ def test_conditions_name_what_is_varied_and_drop_settings_that_tell_nothing_apar
     apart = [{"attack": "trigger(size=3)"}, {"attack": "trigger(size=4)"}]
     assert conditions(apart) == ["trigger(size=3)", "trigger(size=4)"]
     assert conditions([{}]) == ["all runs"]
+    usual = {"attack": "trigger", "filter": "drop", "schedule": "every_round"}
+    assert conditions([usual, usual | {"filter": "clip"}]) == ["trigger", "trigger, filter clip"]
 
 
 # plot_localization_along --------------------------------------------------------------------------------------

@@ -114,6 +114,24 @@ def test_the_command_writes_the_table(attacked, monkeypatch, capsys):
     assert "the updates are as they were sent" in said.out
 
 
+def test_attack_free_recordings_calibrate_the_filter(attacked, tmp_path, monkeypatch, capsys):
+    for seed in (7, 8):
+        run(ATTACKED.replace(seed=seed, num_malicious=0), tmp_path / "null" / str(seed))
+    null = [gradlens.open(tmp_path / "null" / str(seed)) for seed in (7, 8)]
+    rule = filtered(AGGREGATORS["mean"](), calibrate(DETECTORS["layer_norms"](), null, 0.05))
+    expected = replay(attacked, rule).rounds["left_out"].tolist()
+    words = (attacked.path, "-d", "layer_norms", "--null", tmp_path / "null", "--json")
+    code, said = asked(monkeypatch, capsys, *words)
+    assert code == 0
+    assert [row["left_out"] for row in json.loads(said.out)] == expected
+    code, said = asked(monkeypatch, capsys, *words, "--fpr", 0.01)
+    assert (code, "needs 99 clients with a score, found 20" in said.err) == (2, True)
+    code, said = asked(monkeypatch, capsys, *words, "--clean-rounds", 2)
+    assert (code, "--null and --clean-rounds exclude each other" in said.err) == (2, True)
+    code, said = asked(monkeypatch, capsys, attacked.path, "--null", tmp_path / "null")
+    assert (code, "name one with --detector" in said.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [

@@ -44,7 +44,15 @@ from gradlens.reporting.page import (
 from gradlens.reporting.pictures import bias_picture, localization_picture, scores_picture
 from gradlens.reporting.provenance import plain_value
 from gradlens.reporting.run_report import examine, run_findings
-from gradlens.reporting.sweep_report import filtered_pairs, removed, representative, scores_figure, training_table
+from gradlens.reporting.sweep_report import (
+    case_table,
+    filtered_pairs,
+    outcome_table,
+    removed,
+    representative,
+    scores_figure,
+    training_table,
+)
 from gradlens.reporting.vectors import compact
 from planted import MODEL, STATE
 
@@ -208,15 +216,42 @@ def test_no_picture_stands_without_its_control(made_page):
         assert re.search(r"<!-- (Attack-free|attack-free) control", svg)
 
 
-def test_findings_say_which_attack_worked_and_which_failed_with_the_control_beside(made_page):
-    assert (
-        "1 of 2 attacked conditions worked (an ASR at least 50 points above the attack-free control)" in made_page.text
+def test_three_sentences_come_first_what_worked_who_was_found_and_what_the_filter_did(made_analysis):
+    found = sweep_findings(made_analysis, representative(made_analysis))
+    assert [each["about"] for each in found[:3]] == ["Attack", "Who", "Filter"]
+    assert not any(each["points"] for each in found[:3])
+    assert found[0]["text"] == (
+        "1 of 2 attacked conditions worked (an ASR at least 50 points above the attack-free control), 0 more in part, "
+        "and 1 failed; the strongest is trigger, 2 malicious."
     )
-    assert "trigger, 2 malicious: worked (ASR 0.91, control 0.02; main accuracy 0.86, control 0.86)" in made_page.text
-    assert "1 attack failed" in made_page.text
-    assert (
-        "label_flip, 1 malicious: failed (ASR 0.04, control 0.02; main accuracy 0.86, control 0.86)" in made_page.text
-    )
+    cases = made_analysis.cases
+    attacked = cases[cases["recording"].isin(made_analysis.runs.index)]
+    established = attacked["verdict"].eq("established").sum()
+    assert found[1]["text"].startswith(f"From the recordings alone somebody is accused in {established} of 6 attacked")
+    assert f"{attacked['found'].sum()} of 9 attackers are found" in found[1]["text"]
+    assert "of 3 attack-free runs somebody is accused" in found[1]["text"]
+
+
+def test_the_cases_of_a_sweep_are_those_of_its_recordings(made, made_analysis):
+    cases = made_analysis.cases.set_index("recording")
+    assert set(cases.index) == {run.name for run in made.runs}
+    assert cases["q"].notna().eq(cases["p"].notna()).all()
+    for name in ("trig20", "labe11", "control2"):
+        case, poisoned = investigate(made.run(name)), made.run(name).truth.query("poisoned")["client"].unique()
+        assert (cases.loc[name, "verdict"], cases.loc[name, "says"]) == (case.verdict, case.says[0])
+        accused = set(case.suspects["client"])
+        assert cases.loc[name, "found"] == len(accused & set(poisoned))
+        assert cases.loc[name, "innocents"] == len(accused - set(poisoned))
+    rows = case_table(made_analysis)
+    own = cases.loc[[f"trig2{seed}" for seed in range(3)]]
+    assert rows["rows"][0][:2] == ["trigger, 2 malicious", "3"]
+    assert rows["rows"][0][3:5] == [f"{own['found'].sum()} of 6", str(own["innocents"].sum())]
+
+
+def test_the_table_says_which_attack_worked_and_which_failed_with_the_control_beside(made_analysis):
+    worked, failed = outcome_table(made_analysis)["rows"]
+    assert worked[:4] == ["trigger, 2 malicious", "worked", "0.91", "0.02"]
+    assert failed[:4] == ["label_flip, 1 malicious", "failed", "0.04", "0.02"]
 
 
 def test_findings_name_the_malicious_clients_the_layer_and_the_null(made_page):
@@ -344,7 +379,7 @@ def said(sweep: Sweep) -> str:
 
 def test_an_attack_that_leaves_no_trace_is_said_not_to_be_found(tmp_path):
     found = said(recorded_sweep(tmp_path / "s", CELLS[:1], seeds=(0, 1), push=0.0))
-    assert "trigger, 2 malicious: worked" in found
+    assert "1 of 1 attacked condition worked" in found
     assert "Not found: no detector separates under trigger, 2 malicious" in found
     assert "which chance could give" in found
 
@@ -352,7 +387,7 @@ def test_an_attack_that_leaves_no_trace_is_said_not_to_be_found(tmp_path):
 def test_a_sweep_over_seeds_alone_is_one_condition(tmp_path):
     sweep = recorded_sweep(tmp_path / "s", CELLS[:1], seeds=(0, 1), axes=("seed",), rounds=3)
     assert attack_table(sweep)["condition"].tolist() == ["all runs"]
-    assert "all runs: worked" in said(sweep)
+    assert "the strongest is all runs" in said(sweep)
 
 
 def test_an_attack_that_starts_late_is_judged_in_its_rounds(tmp_path):
@@ -446,7 +481,9 @@ def test_filtered_runs_are_paired_with_those_without_a_filter(real):
         (name, control) for name in ("", "layer_norms") for control in (False, True)
     }
     assert training.groupby(["filter", "control"]).size().eq(6).all()  # 2 seeds, 3 rounds
-    assert any(found["about"] == "Filter" for found in sweep_findings(a, representative(a)))
+    filtered = next(found["text"] for found in sweep_findings(a, representative(a)) if found["about"] == "Filter")
+    assert filtered.startswith("The filter stopped ")
+    assert f"on average ASR is {number(pairs[0].asr)} without and {number(pairs[1].asr)} with it" in filtered
 
 
 def test_a_run_inside_a_sweep_finds_its_control_there_and_its_null_only_where_it_is_named(real, tmp_path):

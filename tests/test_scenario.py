@@ -45,7 +45,7 @@ def test_digests_stay_what_they_were():
     assert Scenario().digest == "4b22759ed4fc"
     assert Scenario(detector="flame", aggregator="krum").digest == "7ea9c802ca3e"
     assert Scenario(detector="flame", aggregator="krum", filter={"action": "drop"}).digest == "7ea9c802ca3e"
-    known = {"demo": "e62fc9f39c11", "first_look": "2dcddfeb497b", "replacement": "1cc5c67ac438"}
+    known = {"demo": "c61b325e5411", "first_look": "2dcddfeb497b", "replacement": "1cc5c67ac438"}
     for name, digest in known.items():
         digests = [each.digest for each in load_sweep(SCENARIOS / f"{name}.toml").scenarios]
         assert hashlib.sha256(",".join(digests).encode()).hexdigest()[:12] == digest
@@ -327,8 +327,11 @@ def test_the_scenarios_that_come_with_it_load(path):
 
 def test_the_demo_is_the_sweep_that_the_readme_promises():
     table = tomllib.loads((SCENARIOS / "demo.toml").read_text())
-    (axes,) = table["sweep"]
-    assert axes["num_malicious"] == [0, 1, 2, 4]
+    axes, without, behind = table["sweep"]
+    assert axes["num_malicious"] == [0, 1, 4]
     assert axes["learning_rate"] == [0.02, 0.1]
     assert axes["poison_rate"] == [0.25, 1.0]
-    assert len(load_sweep(SCENARIOS / "demo.toml").scenarios) == 78
+    (clean,) = (settings["clean_rounds"] for settings in behind["filter"])
+    assert [schedule["from_round"]["first"] for schedule in without["schedule"]] == [clean]  # nobody attacks before
+    assert behind == without | {"detector": ["layer_norms"], "filter": behind["filter"]}
+    assert len(load_sweep(SCENARIOS / "demo.toml").scenarios) == 63

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradlens.cli.investigate import CleanRounds, NullRuns, basis_from
 from gradlens.cli.options import AsCsv, AsJson, Folder, TrustCode, import_from_here
 from gradlens.cli.output import one_format, safe, write
 from gradlens.errors import InputError
@@ -23,11 +24,11 @@ def replay(
     action: Annotated[
         str, typer.Option(help="What happens to the update of a flagged client: drop, down_weight, clip or record.")
     ] = "drop",
-    clean_rounds: Annotated[
-        int, typer.Option(min=0, help="Number of first rounds, declared clean, that calibrate the filter.")
-    ] = 0,
+    null: NullRuns = None,
+    clean_rounds: CleanRounds = 0,
     fpr: Annotated[
-        float, typer.Option(help="The false-positive rate per update to which clean rounds calibrate it.")
+        float,
+        typer.Option(help="Rate of false positives per update to which --null or --clean-rounds calibrate the filter."),
     ] = 0.05,
     without: Annotated[
         list[str] | None,
@@ -44,7 +45,11 @@ def replay(
 
     one_format(as_csv, as_json)
     import_from_here([detector or "", aggregator, *([":"] if trust_code else [])])
-    rule = rule_named(aggregator, detector, action=action, clean_rounds=clean_rounds, fpr=fpr)
+    basis = basis_from(null or [], clean_rounds)
+    if isinstance(basis, list) and detector is None:
+        raise InputError("--null: it calibrates the detector of a filter; name one with --detector")
+    free = basis if isinstance(basis, list) else ()
+    rule = rule_named(aggregator, detector, action=action, clean_rounds=clean_rounds, null=free, fpr=fpr)
     recorded = gradlens.Run.open(run)
     if without:
         known = {client for round_ in recorded.log for client in round_.clients.tolist()}

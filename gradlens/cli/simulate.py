@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from gradlens.cli.investigate import case_lines
 from gradlens.cli.options import ExecutorAddress, Workers, check_executor, executor_for, import_from_here
 from gradlens.cli.output import lines_of, say
 from gradlens.errors import InputError
@@ -19,13 +20,14 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file of the report.")] = Path("reports/demo.html"),
     workers: Workers = 2,
 ) -> None:
-    """Simulates a sweep of attacks on scikit-learn's digits, analyzes it and writes a report."""
+    """Simulates attacks on scikit-learn's digits, writes a report, and investigates one of the recordings."""
     import simulations
     from gradlens.cli.report import write_report
 
-    sweep = _simulated(Path(simulations.__file__).parent / "scenarios" / "demo.toml", folder, workers, {})
+    toml = Path(simulations.__file__).parent / "scenarios" / "demo.toml"
+    sweep = cast("Sweep", _simulated(toml, folder, workers, {}))
     path = write_report(sweep, out, workers)
-    say(*_summary(sweep), "", f"report: {path}")
+    say(*_summary(sweep), "", f"report: {path}", "", *_unknown(sweep))
 
 
 def simulate(
@@ -45,6 +47,18 @@ def simulate(
     import_from_here()
     result = _simulated(scenario, out, workers, dict(_change(text) for text in changes or []), executor)
     say(*_summary(result))
+
+
+def _unknown(sweep: "Sweep") -> list[str]:
+    """The case of the run of the strongest attack, by its recording alone."""
+    import gradlens
+    from gradlens.reporting.analysis import attack_table, attacked_runs
+
+    condition = attack_table(sweep)["condition"].iloc[0]
+    runs = attacked_runs(sweep)[0]
+    recording = sweep.run(str(runs.index[runs["condition"].eq(condition)][0]))
+    first = f"investigating {recording.path} by its recording alone, without its truth or its control:"
+    return [first, *case_lines(gradlens.investigate(recording.log))]
 
 
 def _simulated(

@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from gradlens.case import investigate
+from gradlens.case.several import table_of_cases
 from gradlens.detectors import DETECTORS, USUAL, Detector, calibrate, detect
 from gradlens.errors import InputError
 from gradlens.evaluation import evaluate, mean_interval, with_truth
@@ -52,6 +54,8 @@ class Analysis:
         `evaluate` of the attack-free runs, by cell.
     thresholds : pandas.DataFrame
         Columns run, detector, threshold, null.
+    cases : pandas.DataFrame
+        `table_of_cases` of all runs, with columns attackers, found (attackers accused) and innocents (accused).
     left_out : list of str
         A sentence on each run of the sweep that is not in the tables.
     fpr : float
@@ -66,6 +70,7 @@ class Analysis:
     figures: pd.DataFrame
     alarms: pd.DataFrame
     thresholds: pd.DataFrame
+    cases: pd.DataFrame
     left_out: list[str]
     fpr: float
 
@@ -115,6 +120,7 @@ def analyse(
         results = executor.map(_cell_at, paths, cells, *(repeat(setting) for setting in settings))
     parts = list(tqdm(results, "analyse", len(cells), unit="setting", disable=None if progress else True))
     tables = {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
+    tables["cases"] = _cases(tables["cases"])
     order = {name: i for i, name in enumerate(runs["condition"].unique())}  # in the sweep, not by cell
     for name in ("places", "figures"):
         tables[name] = tables[name].sort_values(
@@ -392,6 +398,21 @@ def labelled(sweep: Sweep, runs: pd.DataFrame, raw: pd.DataFrame) -> pd.DataFram
     return table.assign(round=table["round"] % MOST_ROUNDS)
 
 
+def _cases(table: pd.DataFrame) -> pd.DataFrame:
+    """The cases of all runs with a q value that accounts for their number, and how right each is."""
+    cases = dict(zip(table["recording"], table["case"], strict=True))
+    return table_of_cases(cases).merge(table.drop(columns="case"), on="recording", validate="one_to_one")
+
+
+def _case_row(run: Run) -> dict[str, Any]:
+    """The case of a run by its recording alone, and how many of those it accuses are attackers by the truth."""
+    case, truth = investigate(run.log), run.truth
+    attackers = set(truth.loc[truth["poisoned"].astype(bool), "client"])
+    accused = set(case.suspects["client"])
+    right = {"attackers": len(attackers), "found": len(accused & attackers), "innocents": len(accused - attackers)}
+    return {"recording": run.name, "case": case} | right
+
+
 def _cell_at(path: Path, cell: pd.DataFrame, *settings: Any) -> dict[str, pd.DataFrame]:
     """Computes a cell in another process, which opens the sweep itself."""
     return _cell(Sweep.open(path), cell, *settings)
@@ -419,6 +440,7 @@ def _cell(
         "figures": evaluate(labelled(sweep, cell, raw), by=["condition", "control"]),
         "alarms": evaluate(clean, by=["cell"]),
         "thresholds": pd.DataFrame(thresholds),
+        "cases": pd.DataFrame([_case_row(run) for run in part.runs]),
     }
 
 

@@ -24,6 +24,7 @@ from gradlens.reporting.sweep_report import (
 )
 
 MOST = 6  # points of a list
+SURE = 0.05  # q up to which an accusation stands
 
 
 def sweep_findings(a: Analysis, chosen: Mapping[str, Any]) -> list[Block]:
@@ -40,46 +41,49 @@ def sweep_findings(a: Analysis, chosen: Mapping[str, Any]) -> list[Block]:
     -------
     list of Block
     """
-    blocks = [worked(a), failed(a), where(a, chosen), where_in_all(a), who(a, chosen), named(a, chosen), how_sure(a)]
-    return [block for block in [*blocks, when(a, chosen), filters(a), left_out(a)] if block]
+    blocks = [worked(a), accused(a), filters(a), where(a, chosen), where_in_all(a), who(a, chosen), named(a, chosen)]
+    return [block for block in [*blocks, how_sure(a), when(a, chosen), left_out(a)] if block]
 
 
 def worked(a: Analysis) -> Block:
-    """Says which attacks worked."""
+    """Says how many attacks worked and how many failed, and which is the strongest."""
     bare = ranked(a.outcomes[a.outcomes["filter"].eq("")])
-    good, part = ([row for row in bare if row.outcome == verdict] for verdict in ("worked", "worked in part"))
+    of = Counter(row.outcome for row in bare)
     limit = f"an ASR at least {100 * WORKED:.0f} points above the attack-free control"
-    sentence = f"{len(good)} of {count(len(bare), 'attacked condition')} worked ({limit}), {len(part)} more in part."
-    if uncertain := sum(row.outcome == "uncertain" for row in bare):
-        sentence += f" {uncertain} may have: the interval of the gain reaches 0, and more seeds would tell."
-    if unknown := sum(row.outcome == "not measured" for row in bare):
-        sentence += f" {unknown} cannot be judged: an ASR is missing, of the runs or of the controls."
-    if costly := sum(is_costly(row) for row in good):
-        sentence += f" {costly} of those that worked cost over {100 * COSTLY:.0f} points of main accuracy."
-    quiet_first = sorted(good or part, key=is_costly)
-    return finding("Attack", sentence, points([outcome_line(row) for row in quiet_first], "section 1"))
+    sentence = f"{of['worked']} of {count(len(bare), 'attacked condition')} worked ({limit})"
+    sentence += f", {of['worked in part']} more in part, and {of['failed']} failed"
+    if of["worked"] or of["worked in part"]:
+        sentence += f"; the strongest is {bare[0].condition}"
+    if costly := sum(is_costly(row) for row in bare if row.outcome == "worked"):
+        sentence += f"; {costly} of those that worked cost over {100 * COSTLY:.0f} points of main accuracy"
+    if of["uncertain"]:
+        sentence += f"; {of['uncertain']} may have worked, more seeds would tell"
+    if of["not measured"]:
+        sentence += f"; {of['not measured']} cannot be judged, since an ASR is missing"
+    return finding("Attack", f"{sentence}.")
 
 
-def failed(a: Analysis) -> Block | None:
-    """Says which attacks failed; None if none did."""
-    bad = [row for row in ranked(a.outcomes) if row.outcome == "failed" and not row.filter]
-    if not bad:
-        return None
-    limit = f"less than {100 * GAINED_PARTLY:.0f} points above the control"
-    sentence = f"{count(len(bad), 'attack')} failed ({limit}): no detector is to blame for missing what had no effect."
-    return finding("Failed", sentence, points([outcome_line(row) for row in bad], "section 1"))
+def accused(a: Analysis) -> Block:
+    """Says how many attackers the cases of all runs name, and how many innocent clients, with and without an attack."""
+    attacked = a.cases[a.cases["recording"].isin(a.runs.index)]
+    free = a.cases[~a.cases["recording"].isin(a.runs.index)]
+    established = attacked[attacked["verdict"].eq("established")]
+    clean = int(established["innocents"].eq(0).sum())
+    sure = int(established["q"].le(SURE).sum())
+    sentence = (
+        f"From the recordings alone somebody is accused in {len(established)} of {count(len(attacked), 'attacked run')}"
+        f", in {clean} of them nobody innocent, and {attacked['found'].sum()} of "
+        f"{count(int(attacked['attackers'].sum()), 'attacker')} are found; in "
+        f"{free['verdict'].eq('established').sum()} of {count(len(free), 'attack-free run')} somebody is "
+        f"accused, where 5 % are allowed; {sure} of the accusations stand when their number is accounted for "
+        f"(q at most {SURE:g})."
+    )
+    return finding("Who", sentence)
 
 
 def ranked(outcomes: pd.DataFrame) -> list[Any]:
     """Returns the rows of the outcomes, the largest gain in attack success rate first."""
     return rows_of(outcomes.sort_values("difference", ascending=False, kind="stable"))
-
-
-def outcome_line(row: Any) -> str:
-    """Writes a line such as "label_flip, lr 0.02: failed (ASR 0.03, control 0.02; main accuracy 0.91, control 0.9)"."""
-    accuracy = f"main accuracy {number(row.accuracy)}, control {number(row.control_accuracy)}"
-    success = f"ASR {number(row.asr)}, control {number(row.control_asr)}"
-    return f"{row.condition}: {row.outcome} ({success}; {accuracy})"
 
 
 def points(lines: Sequence[str], where_else: str) -> list[str]:
@@ -171,7 +175,7 @@ def who(a: Analysis, chosen: Mapping[str, Any]) -> Block:
             best = max(aucs.values(), key=lambda figure: np.nan_to_num(figure.value, nan=-1.0))
             if not best.value >= PARTLY:
                 hidden.append(f"Not found: {row.condition} {row.outcome}; best AUC {shown(best)} ({best.detector})")
-    return finding("Who", sentence, points(hidden, "section 3"))
+    return finding("Detector", sentence, points(hidden, "section 3"))
 
 
 def named(a: Analysis, chosen: Mapping[str, Any]) -> Block:
@@ -250,26 +254,33 @@ def filters(a: Analysis) -> Block:
     pairs = filtered_pairs(a)
     if not pairs:
         return finding("Filter", "Not tested: no condition was run both with and without a filter.")
-    lines = []
-    for base, rows in pairs.items():
+    verbs, changes = Counter(), []
+    for rows in pairs.values():
         bare = rows[0]
         for row in rows[1:]:
-            beside = f"with {row.filter}, control {number(row.control_asr)}"
-            change = f"ASR {number(bare.asr)} without, {number(row.asr)} {beside}"
-            if np.isnan(bare.difference):
-                verb = "cannot be judged"
-            elif bare.difference < GAINED_PARTLY:
-                verb = "nothing to stop"
-            elif row.difference < GAINED_PARTLY:
-                verb = "stopped"
-            else:
-                verb = "weakened" if row.asr < bare.asr - GAINED_PARTLY else "not stopped"
-            accuracy = f"main accuracy {number(bare.accuracy)} without, {number(row.accuracy)} with"
-            lines.append(f"{base}: {verb}; {change}; {accuracy}")
-    stopped = sum(": stopped;" in line for line in lines)
-    attacks = sum(": nothing to stop;" not in line and ": cannot be judged;" not in line for line in lines)
-    sentence = f"The filter stopped {stopped} of {count(attacks, 'attack')} that had an effect without it."
-    return finding("Filter", sentence, points(lines, "section 6"))
+            verbs[_stopped(bare, row)] += 1
+            changes.append((bare.asr, row.asr, bare.accuracy, row.accuracy, row.control_accuracy))
+    attacks = verbs["stopped"] + verbs["weakened"] + verbs["not stopped"]
+    asr, with_filter, accuracy, filtered, free = np.mean(changes, axis=0)
+    sentence = (
+        f"The filter stopped {verbs['stopped']} of {count(attacks, 'attack')} that had an effect without it: on "
+        f"average ASR is {number(asr)} without and {number(with_filter)} with it, main accuracy {number(accuracy)} "
+        f"without and {number(filtered)} with it, and {number(free)} with it where nobody attacks"
+    )
+    if verbs["weakened"]:
+        sentence += f"; {verbs['weakened']} more were weakened"
+    return finding("Filter", f"{sentence}.")
+
+
+def _stopped(bare: Any, row: Any) -> str:
+    """What a filter did to an attack, by the outcomes without and with it."""
+    if np.isnan(bare.difference):
+        return "cannot be judged"
+    if bare.difference < GAINED_PARTLY:
+        return "nothing to stop"
+    if row.difference < GAINED_PARTLY:
+        return "stopped"
+    return "weakened" if row.asr < bare.asr - GAINED_PARTLY else "not stopped"
 
 
 def left_out(a: Analysis) -> Block | None:

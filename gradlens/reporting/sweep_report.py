@@ -24,6 +24,10 @@ Drawn = Block | Future  # a block, or one that is being drawn
 Draw = Callable[..., Drawn]  # takes a function of `pictures` and its arguments
 
 ORDER = ("worked", "worked in part", "uncertain", "failed", "not measured")
+CASES = (
+    "The case of each run is concluded from its recording alone, without its truth or its control, at a rate of 5 % of "
+    "attack-free recordings in which anybody is accused. Established: somebody is accused."
+)
 MOST_FIGURES = 6  # of the filter; the table holds all conditions
 
 
@@ -223,6 +227,8 @@ def who_section(a: Analysis, chosen: Mapping[str, Any], draw: Draw) -> list[Draw
         f"and the first table show the condition {chosen['why']}: {chosen['condition']}."
     )
     return [
+        text(CASES),
+        case_table(a),
         text(about),
         detector_table(a, chosen["condition"]),
         roc_figure(a, chosen, draw),
@@ -232,6 +238,25 @@ def who_section(a: Analysis, chosen: Mapping[str, Any], draw: Draw) -> list[Draw
         heading("All conditions"),
         auc_table(a),
     ]
+
+
+def case_table(a: Analysis) -> Block:
+    """How often the case is established under each condition, whom it names, and how often where nobody attacks."""
+    rows = []
+    for name, runs in a.runs.groupby("condition", sort=False):
+        own = a.cases[a.cases["recording"].isin(runs.index)]
+        free = a.cases[a.cases["recording"].isin(runs["control"])]
+        rows.append(
+            {
+                "Condition": str(name),
+                "Runs": str(len(own)),
+                "Established": percent(own["verdict"].eq("established").mean()),
+                "Attackers found": f"{own['found'].sum()} of {own['attackers'].sum()}",
+                "Innocents accused": str(own["innocents"].sum()),
+                "Attack-free runs accused": f"{free['verdict'].eq('established').sum()} of {len(free)}",
+            }
+        )
+    return table(rows, "Cases by condition, beside those of the attack-free controls.", folded=len(rows) > 40)
 
 
 def detector_table(a: Analysis, name: str) -> Block:
