@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradlens.cli.investigate import CleanRounds, NullRuns, basis_from, case_lines
-from gradlens.cli.options import AsCsv, AsJson, ExecutorAddress, Folder, Workers, executor_for, import_from_here
+from gradlens.cli.investigate import case_lines
+from gradlens.cli.options import (
+    AsCsv,
+    AsJson,
+    CleanRounds,
+    ExecutorAddress,
+    Folder,
+    NullRuns,
+    Workers,
+    basis_from,
+    executor_for,
+    import_from_here,
+)
 from gradlens.cli.output import lines_of, one_format, write
 from gradlens.errors import InputError
 from gradlens.words import count

@@ -1,29 +1,17 @@
 """`gradlens investigate`: one answer for one recording, or a table of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradlens.cli.options import AsJson, Folder
+from gradlens.cli.options import AsJson, CleanRounds, Folder, NullRuns, basis_from, runs_in
 from gradlens.cli.output import ends_in, lines_of, say, say_json
 
 if TYPE_CHECKING:
     from gradlens import Case, Run
 
-NullRuns = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--null",
-        metavar="RUNS",
-        help="A folder of attack-free recordings of the same setting: a run, a sweep or a folder of runs; repeatable.",
-        show_default=False,
-    ),
-]
-CleanRounds = Annotated[
-    int, typer.Option("--clean-rounds", min=0, help="Number of first rounds that are known to be clean.")
-]
 SHOWN = ("client", "rank", "p", "score", "first_round", "last_round", "layer", "suspected_label", "group", "statistics")
 
 
@@ -54,62 +42,6 @@ def investigate(
         _one(runs[0], cases[runs[0].name], as_json, out)
     else:
         _many(cases, as_json, out)
-
-
-def basis_from(null: Sequence[Path], clean_rounds: int) -> Any:
-    """The null that the options name, as `gradlens.investigate` takes it.
-
-    Parameters
-    ----------
-    null : sequence of Path
-        Folders of attack-free recordings.
-    clean_rounds : int
-        0 for none.
-
-    Raises
-    ------
-    InputError
-        If both are given, or a folder holds no recording.
-
-    Examples
-    --------
-    >>> basis_from([], 4)
-    4
-    """
-    from gradlens.errors import InputError
-
-    if null and clean_rounds:
-        raise InputError("--null and --clean-rounds exclude each other: name one of them")
-    return [run for folder in null for run in runs_in(folder)] or clean_rounds or None
-
-
-def runs_in(folder: Path) -> "list[Run]":
-    """The recordings in a folder: the run itself, the runs of a sweep, or those in its subfolders, sorted by name.
-
-    Parameters
-    ----------
-    folder : Path
-
-    Raises
-    ------
-    InputError
-        If there is none.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from gradlens.examples import example_run
-    >>> with tempfile.TemporaryDirectory() as place:
-    ...     [run.name for run in runs_in(example_run(f"{place}/run").parent)]
-    ['run']
-    """
-    import gradlens
-
-    inside = sorted(path.parent for path in folder.glob("*/run.json")) if folder.is_dir() else []
-    if inside and not (folder / "run.json").exists() and not (folder / "sweep.json").exists():
-        return [gradlens.Run.open(path) for path in inside]
-    opened = gradlens.open(folder)
-    return opened.runs if isinstance(opened, gradlens.Sweep) else [opened]
 
 
 def _one(run: "Run", case: "Case", as_json: bool, out: Path | None) -> None:

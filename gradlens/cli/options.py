@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,8 @@ from gradlens.errors import InputError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
+
+    from gradlens import Run
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run or of a sweep.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
@@ -28,6 +30,18 @@ ExecutorAddress = Annotated[
 TrustCode = Annotated[
     bool,
     typer.Option("--trust-code", help="Import code that the run names: a task, model or attack `module:function`."),
+]
+NullRuns = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--null",
+        metavar="RUNS",
+        help="A folder of attack-free recordings of the same setting: a run, a sweep or a folder of runs; repeatable.",
+        show_default=False,
+    ),
+]
+CleanRounds = Annotated[
+    int, typer.Option("--clean-rounds", min=0, help="Number of first rounds that are known to be clean.")
 ]
 
 
@@ -86,3 +100,57 @@ def import_from_here(names: Sequence[str] = ("module:function",)) -> None:
     """Appends the working folder to Python's search path if one of the names is `module:function`."""
     if any(":" in name for name in names) and (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)
+
+
+def basis_from(null: Sequence[Path], clean_rounds: int) -> Any:
+    """The null that the options name, as `gradlens.investigate` takes it.
+
+    Parameters
+    ----------
+    null : sequence of Path
+        Folders of attack-free recordings.
+    clean_rounds : int
+        0 for none.
+
+    Raises
+    ------
+    InputError
+        If both are given, or a folder holds no recording.
+
+    Examples
+    --------
+    >>> basis_from([], 4)
+    4
+    """
+    if null and clean_rounds:
+        raise InputError("--null and --clean-rounds exclude each other: name one of them")
+    return [run for folder in null for run in runs_in(folder)] or clean_rounds or None
+
+
+def runs_in(folder: Path) -> "list[Run]":
+    """The recordings in a folder: the run itself, the runs of a sweep, or those in its subfolders, sorted by name.
+
+    Parameters
+    ----------
+    folder : Path
+
+    Raises
+    ------
+    InputError
+        If there is none.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from gradlens.examples import example_run
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     [run.name for run in runs_in(example_run(f"{place}/run").parent)]
+    ['run']
+    """
+    import gradlens
+
+    inside = sorted(path.parent for path in folder.glob("*/run.json")) if folder.is_dir() else []
+    if inside and not (folder / "run.json").exists() and not (folder / "sweep.json").exists():
+        return [gradlens.Run.open(path) for path in inside]
+    opened = gradlens.open(folder)
+    return opened.runs if isinstance(opened, gradlens.Sweep) else [opened]

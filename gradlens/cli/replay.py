@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradlens.cli.investigate import CleanRounds, NullRuns, basis_from
-from gradlens.cli.options import AsCsv, AsJson, Folder, TrustCode, import_from_here
+from gradlens.cli.options import AsCsv, AsJson, CleanRounds, Folder, NullRuns, TrustCode, basis_from, import_from_here
 from gradlens.cli.output import one_format, safe, write
 from gradlens.errors import InputError
 

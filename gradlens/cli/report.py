@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradlens.cli.investigate import CleanRounds, NullRuns, basis_from
-from gradlens.cli.options import Folder, Workers
+from gradlens.cli.options import CleanRounds, Folder, NullRuns, Workers, basis_from
 from gradlens.cli.output import ends_in, say
 
 if TYPE_CHECKING:
