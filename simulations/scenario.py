@@ -398,7 +398,7 @@ def load_sweep(path: Path | str, **changes: Any) -> LoadedSweep:
     --------
     >>> scenarios, axes = load_sweep(SCENARIOS / "demo.toml", seed=0)
     >>> axes
-    ['attack', 'num_malicious', 'learning_rate', 'poison_rate']
+    ['attack', 'num_malicious', 'learning_rate', 'poison_rate', 'schedule', 'detector', 'filter']
     """
     table = _read(path)
     blocks = table.pop("sweep", [])
