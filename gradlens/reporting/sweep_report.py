@@ -253,7 +253,7 @@ def case_table(a: Analysis) -> Block:
                 "Established": percent(own["verdict"].eq("established").mean()),
                 "Attackers found": f"{own['found'].sum()} of {own['attackers'].sum()}",
                 "Innocents accused": str(own["innocents"].sum()),
-                "Attack-free runs accused": f"{free['verdict'].eq('established').sum()} of {len(free)}",
+                "Controls accused": f"{free['verdict'].eq('established').sum()} of {len(free)}",
             }
         )
     return table(rows, "Cases by condition, beside those of the attack-free controls.", folded=len(rows) > 40)
