@@ -166,6 +166,12 @@ def test_a_null_that_is_none_is_refused(null, message):
         investigate(example_log(), null)
 
 
+def test_a_null_that_was_read_before_is_of_the_same_model_too(null):
+    bare = replace(null, model=example_log().only("fc1.weight").model)
+    with pytest.raises(InputError, match="recordings of the same model"):
+        investigate(example_log(ROUNDS), bare)
+
+
 @pytest.mark.parametrize("fwer", [0, 1, -0.1, 1.5])
 def test_a_rate_lies_between_0_and_1(fwer):
     with pytest.raises(InputError, match="fwer: expected a rate between 0 and 1"):

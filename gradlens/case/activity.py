@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradlens.case.scoring import MAD
+from gradlens.case.robust import in_sigmas
 from gradlens.case.sums import Sums, typical
 from gradlens.log import UpdateLog
 from gradlens.log.accumulated import residuals_of, sketch_rows
@@ -85,10 +85,8 @@ def _along(rows: np.ndarray, sums: np.ndarray) -> np.ndarray:
 def _scaled(table: np.ndarray, clean: np.ndarray) -> np.ndarray:
     scaled = np.full_like(table, np.nan)
     for position, row in enumerate(table):
-        known = row[clean & np.isfinite(row)]
-        if len(known) > 1:
-            middle = np.median(known)
-            scaled[position] = np.arcsinh((row - middle) / max(MAD * np.median(np.abs(known - middle)), 1e-12))
+        if np.isfinite(row[clean]).sum() > 1:
+            scaled[position] = np.arcsinh(in_sigmas(row, clean))
     return scaled
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gradlens.case.scoring import Scoring, deviations, split
+from gradlens.case.scoring import Scoring, deviations
 from gradlens.case.sums import Sums
 from gradlens.log import UpdateLog
 
@@ -72,7 +72,6 @@ def left_unexplained(sums: Sums, scoring: Scoring, clean: np.ndarray, examples: 
     causes = np.where(spread > 1e-9, causes / np.where(spread > 1e-9, spread, 1.0), 0.0)
     square = causes[clean].T @ causes[clean] + RIDGE * np.eye(causes.shape[1])
     slopes = np.linalg.solve(square, causes[clean].T @ table[clean])
-    above, below = np.split(split(table - causes @ slopes), 2, axis=1)
-    left = above @ scoring.above + below @ scoring.below + scoring.intercept
+    left = scoring.added(table - causes @ slopes).sum(axis=1) + scoring.intercept
     unlike = (sizes > sizes[clean].max() + np.log(UNLIKE)) | (sizes < sizes[clean].min() - np.log(UNLIKE))
     return np.where(unlike, -np.inf, left)

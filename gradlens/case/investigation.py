@@ -180,15 +180,15 @@ def basis_of(log: UpdateLog, null: Any, looks: bool = False) -> Null:
         return reference().null(sampled=is_sampled(log), looks=looks)
     if isinstance(null, int) and not isinstance(null, bool):
         return _widened(log, null, reference().null(sampled=is_sampled(log), looks=looks))
+    logs = [] if isinstance(null, Null) else [log_of(run) for run in _several(null)]
+    models = [null.model] if isinstance(null, Null) else [other.model for other in logs]
+    if any(model not in (None, log.model) for model in models):
+        raise InputError("investigate: the null must be recordings of the same model, found another one")
     if isinstance(null, Null):
         return null
-    logs = [log_of(run) for run in _several(null)]
-    for other in logs:
-        if other.model != log.model:
-            raise InputError("investigate: the null must be recordings of the same model, found another one")
     if not logs:
         raise InputError("investigate: expected attack-free recordings, found none")
-    return null_of([_sums_at_looks(other, looks) for other in logs], reference().scoring)
+    return null_of([_sums_at_looks(other, looks) for other in logs], reference().scoring, log.model)
 
 
 def is_sampled(log: UpdateLog) -> bool:
@@ -303,7 +303,7 @@ def _details(log: UpdateLog, sums: Sums, scoring: Scoring, suspects: np.ndarray)
     if not suspects.any():
         return Details(found, [])
     groups = groups_of(sums, suspects)
-    active = activity(log, sums, clean)
+    active, labels = activity(log, sums, clean), dict[tuple[int, ...], pd.DataFrame]()
     for position in np.flatnonzero(suspects):
         client = str(sums.clients[position])
         stretch = stretch_of(active[:, position])
@@ -315,20 +315,24 @@ def _details(log: UpdateLog, sums: Sums, scoring: Scoring, suspects: np.ndarray)
             found[client] |= dict(
                 zip(("first_round", "last_round", "first_earliest", "first_latest"), indices, strict=True)
             )
-            found[client] |= {"suspected_label": _label(log, client, range(stretch.first, stretch.last + 1))}
+            found[client] |= {"suspected_label": _label(log, client, range(stretch.first, stretch.last + 1), labels)}
     return Details(found, groups)
 
 
-def _label(log: UpdateLog, client: str, positions: Sequence[int]) -> Any:
-    """The label that a client pushes in its attacked rounds; <NA> where that does not stand out of the cohort's."""
-    present = [place for place in positions if client in log[place].clients.tolist()]
+def _label(log: UpdateLog, client: str, positions: Sequence[int], known: dict[tuple[int, ...], pd.DataFrame]) -> Any:
+    """The label that a client pushes in its attacked rounds; <NA> where that does not stand out of the cohort's.
+
+    Accomplices have attacked rounds in common: `known` keeps the labels of all clients by the rounds they rest on.
+    """
+    present = tuple(place for place in positions if client in log[place].clients.tolist())
     if not present:
         return pd.NA
-    prefix = log[: present[-1] + 1]
     try:
-        labels = suspected_labels(prefix, [log[place].index for place in present])
+        if present not in known:
+            known[present] = suspected_labels(log[: present[-1] + 1], [log[place].index for place in present])
     except CannotSay:
         return pd.NA
+    labels = known[present]
     if client not in labels.index or not labels["strength"][client] > STANDS_OUT:
         return pd.NA
     return labels["target"][client]

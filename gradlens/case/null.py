@@ -9,6 +9,7 @@ import numpy as np
 from gradlens.case.peeling import SMALLEST, peel
 from gradlens.case.scoring import Scoring
 from gradlens.case.sums import Sums
+from gradlens.log import ModelSpec
 from gradlens.words import count
 
 TRANSFER = 0.9  # share of settings like those of the reference in which its rate holds
@@ -31,6 +32,8 @@ class Null:
         Clients of these recordings, in all.
     says : str
         What it rests on, and where its rate holds.
+    model : ModelSpec or None
+        Of its recordings; None where recordings of any model can be compared.
 
     Examples
     --------
@@ -44,6 +47,7 @@ class Null:
     highest: tuple[np.ndarray, ...]
     clients: int
     says: str
+    model: ModelSpec | None = None
 
     @property
     def recordings(self) -> int:
@@ -106,7 +110,7 @@ def needed(fwer: float) -> int:
     return math.ceil(round(1 / fwer, 9)) - 1
 
 
-def null_of(recordings: Sequence[Sequence[Sums]], scoring: Scoring) -> Null:
+def null_of(recordings: Sequence[Sequence[Sums]], scoring: Scoring, model: ModelSpec | None = None) -> Null:
     """The null of attack-free recordings of the same setting.
 
     Parameters
@@ -114,6 +118,8 @@ def null_of(recordings: Sequence[Sequence[Sums]], scoring: Scoring) -> Null:
     recordings : sequence of sequence of Sums
         Of every recording the sums after each look.
     scoring : Scoring
+    model : ModelSpec, optional
+        Of all recordings.
 
     Examples
     --------
@@ -133,4 +139,4 @@ def null_of(recordings: Sequence[Sequence[Sums]], scoring: Scoring) -> Null:
         f"{count(len(recordings), 'attack-free recording')} with {count(clients, 'client')}, taken to be of the same "
         "setting: the rate holds for such recordings"
     )
-    return Null("attack-free recordings", scoring, (np.sort(highest),), clients, says)
+    return Null("attack-free recordings", scoring, (np.sort(highest),), clients, says, model)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gradlens.case.scoring import MAD
+from gradlens.case.robust import in_sigmas
 from gradlens.case.sums import Sums
 from gradlens.geometry import about_reference_mean
 from gradlens.log import UpdateLog
@@ -31,8 +31,7 @@ def layers_of(sums: Sums, clean: np.ndarray) -> np.ndarray:
     heights = []
     for products in sums.totals.values():
         squares = np.log(np.maximum(np.diagonal(about_reference_mean(products, clean)), TINY))
-        middle = np.median(squares[clean])
-        heights.append((squares - middle) / max(MAD * np.median(np.abs(squares[clean] - middle)), 1e-9))
+        heights.append(in_sigmas(squares, clean, least=1e-9))
     return np.array(names)[np.argmax(heights, axis=0)]
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from gradlens.case.robust import in_sigmas
 from gradlens.case.sums import Sums, typical
 from gradlens.geometry import about_reference_mean, mean_of_largest, pairwise_cosines, squared_distances
 
@@ -117,7 +118,5 @@ def _bursts(log_norms: np.ndarray, clean: np.ndarray) -> np.ndarray:
     rows = log_norms[seen]
     if not len(rows):
         return np.zeros(log_norms.shape[1])
-    deviations = rows - np.nanmedian(rows[:, clean], axis=1, keepdims=True)
-    sigma = 1.4826 * np.nanmedian(np.abs(deviations[:, clean]), axis=1, keepdims=True)
-    scores = np.arcsinh(deviations / np.maximum(sigma, 1e-9))
-    return np.where(np.isnan(scores), -np.inf, scores).max(axis=0, initial=-30.0)
+    scores = np.arcsinh(in_sigmas(rows.T, clean, least=1e-9))
+    return np.where(np.isnan(scores), -np.inf, scores).max(axis=1, initial=-30.0)

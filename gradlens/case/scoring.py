@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradlens.case.readings import readings_of
+from gradlens.case.robust import MAD
 from gradlens.case.sums import Sums
 
 WITHIN, SIGMAS = 0.4, 0.5244  # this share of normal deviations is at most so many sigmas: nearer than the median's .5,
 # so that a scale rests on fewer than half of the clients
 FARTHEST = 50.0  # what an infinite deviation counts, drawn in
-MAD = 1.4826  # sigma of normal numbers over their median absolute deviation
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,17 @@ class Scoring:
         clean : numpy.ndarray
             bool [client], the clients that judge.
         """
-        above, below = np.split(split(deviations(sums, clean, self.readings, self.scales)), 2, axis=1)
+        return self.added(deviations(sums, clean, self.readings, self.scales))
+
+    def added(self, table: np.ndarray) -> np.ndarray:
+        """What deviations add to the score, float64 [client, reading].
+
+        Parameters
+        ----------
+        table : ndarray, float64 [client, reading]
+            As `deviations` gives them.
+        """
+        above, below = np.split(split(table), 2, axis=1)
         return above * self.above + below * self.below
 
 

@@ -20,6 +20,7 @@ from gradlens.cli.options import (
     basis_from,
     executor_for,
     import_from_here,
+    runs_of,
 )
 from gradlens.cli.output import lines_of, one_format, write
 from gradlens.errors import InputError
@@ -70,7 +71,7 @@ def detect(
 
     one_format(as_csv, as_json)
     import_from_here(detector or [])
-    runs = _runs(run)
+    runs = runs_of(run)
     basis = basis_from(null or [], clean_rounds)
     asked = _asked(_names(detector), basis, fpr, runs, cases=not (as_csv or as_json))
     with executor_for(executor, min(workers, len(runs)), several=len(runs) > 1) as pool:
@@ -189,13 +190,6 @@ class Unsupported:
         verdict = log.verdict(self.detector)
         flags = np.isposinf(verdict.scores)
         return replace(verdict, flags=flags, abstained=verdict.abstained or self.reason, null="none")
-
-
-def _runs(path: Path) -> "list[Run]":
-    import gradlens
-
-    opened = gradlens.open(path)
-    return opened.runs if isinstance(opened, gradlens.Sweep) else [opened]
 
 
 def _names(given: Sequence[str] | None) -> list[str]:

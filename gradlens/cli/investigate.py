@@ -32,11 +32,14 @@ def investigate(
 ) -> None:
     """Concludes who, if anybody, poisoned a recording: a verdict whose error is controlled per recording."""
     import gradlens
+    from gradlens.case.investigation import basis_of
 
     if out is not None:
         ends_in(out, (".html", ".htm"), "--out")
     basis = basis_from(null or [], clean_rounds)
     runs = runs_in(run)
+    if isinstance(basis, list):  # read once, however many recordings are compared with it
+        basis = basis_of(runs[0].log, basis, looks)
     cases = {of.name: gradlens.investigate(of, basis, fwer, looks=looks) for of in runs}
     if len(runs) == 1 and runs[0].path == Path(run):
         _one(runs[0], cases[runs[0].name], as_json, out)

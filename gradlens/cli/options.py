@@ -147,10 +147,30 @@ def runs_in(folder: Path) -> "list[Run]":
     ...     [run.name for run in runs_in(example_run(f"{place}/run").parent)]
     ['run']
     """
-    import gradlens
+    from gradlens.run import Run
 
     inside = sorted(path.parent for path in folder.glob("*/run.json")) if folder.is_dir() else []
     if inside and not (folder / "run.json").exists() and not (folder / "sweep.json").exists():
-        return [gradlens.Run.open(path) for path in inside]
+        return [Run.open(path) for path in inside]
+    return runs_of(folder)
+
+
+def runs_of(folder: Path) -> "list[Run]":
+    """The run in a folder, or the runs of the sweep in it; raises InputError if it is neither.
+
+    Parameters
+    ----------
+    folder : Path
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from gradlens.examples import example_run
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     [run.name for run in runs_of(example_run(f"{place}/run"))]
+    ['run']
+    """
+    import gradlens
+
     opened = gradlens.open(folder)
     return opened.runs if isinstance(opened, gradlens.Sweep) else [opened]

@@ -23,6 +23,7 @@ from gradlens.evaluation import evaluate, mean_interval, with_truth
 from gradlens.localization import PHASES, localize_sweep
 from gradlens.log import UpdateLog
 from gradlens.plots import conditions
+from gradlens.reporting.shared import poisoners
 from gradlens.run import Run, Sweep
 
 DEFENCES = ("aggregator", "detector", "filter")  # settings of the server
@@ -406,8 +407,7 @@ def _cases(table: pd.DataFrame) -> pd.DataFrame:
 
 def _case_row(run: Run) -> dict[str, Any]:
     """The case of a run by its recording alone, and how many of those it accuses are attackers by the truth."""
-    case, truth = investigate(run.log), run.truth
-    attackers = set(truth.loc[truth["poisoned"].astype(bool), "client"])
+    case, attackers = investigate(run.log), set(poisoners(run))
     accused = set(case.suspects["client"])
     right = {"attackers": len(attackers), "found": len(accused & attackers), "innocents": len(accused - attackers)}
     return {"recording": run.name, "case": case} | right

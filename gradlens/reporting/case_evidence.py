@@ -8,10 +8,12 @@ import pandas as pd
 from gradlens.case import Case
 from gradlens.case.accomplices import likeness
 from gradlens.case.activity import Stretch, activity, stretch_of
-from gradlens.case.scoring import MAD, deviations
+from gradlens.case.robust import in_sigmas
+from gradlens.case.scoring import deviations
 from gradlens.case.sums import Sums, sums_of
 from gradlens.case.verdicts import SUSPECTED
 from gradlens.errors import CannotSay
+from gradlens.reporting.accusations import named
 from gradlens.run import Run
 
 MOST_SHOWN = 6  # clients with pages of their own
@@ -34,6 +36,8 @@ class CaseEvidence:
         accused, the most conspicuous client.
     active : numpy.ndarray
         float64 [round, client], see `gradlens.case.activity.activity`.
+    alike : numpy.ndarray
+        float64 [client, client], see `gradlens.case.accomplices.likeness`.
 
     Examples
     --------
@@ -52,6 +56,7 @@ class CaseEvidence:
     clean: np.ndarray
     shown: tuple[str, ...]
     active: np.ndarray = field(repr=False)
+    alike: np.ndarray = field(repr=False)
 
     @property
     def accused(self) -> list[str]:
@@ -81,12 +86,12 @@ class CaseEvidence:
         """Columns reading, sigmas (of the clean clients), adds (to the score); what adds most first."""
         assert self.sums is not None
         scoring, place = self.case.null.scoring, self.position(client)
-        drawn_in = deviations(self.sums, self.clean, scoring.readings, scoring.scales)[place]
+        drawn_in = deviations(self.sums, self.clean, scoring.readings, scoring.scales)
         table = pd.DataFrame(
             {
                 "reading": list(scoring.readings),
-                "sigmas": np.sinh(drawn_in),
-                "adds": scoring.parts(self.sums, self.clean)[place],
+                "sigmas": np.sinh(drawn_in[place]),
+                "adds": scoring.added(drawn_in)[place],
             }
         )
         return table.sort_values("adds", ascending=False, kind="stable", ignore_index=True)
@@ -95,15 +100,14 @@ class CaseEvidence:
         """Columns client, cosine: whom a client is most alike over all rounds."""
         assert self.sums is not None
         place = self.position(client)
-        cosines = likeness(self.sums, self.clean)[place]
+        cosines = self.alike[place].copy()
         cosines[place] = -np.inf
         nearest = np.argsort(-cosines, kind="stable")[: min(most, len(cosines) - 1)]
         return pd.DataFrame({"client": self.sums.clients[nearest], "cosine": cosines[nearest]})
 
     def most_alike_clean(self) -> float:
         """The largest cosine between two clean clients."""
-        assert self.sums is not None
-        cosines = likeness(self.sums, self.clean)[np.ix_(self.clean, self.clean)]
+        cosines = self.alike[np.ix_(self.clean, self.clean)]
         return float(cosines[np.triu_indices(len(cosines), 1)].max())
 
     def label_drift(self, client: str) -> pd.DataFrame:
@@ -111,9 +115,7 @@ class CaseEvidence:
         if self.sums is None or self.sums.drift is None:
             return pd.DataFrame({"label": [], "sigmas": []})
         drift = self.sums.drift.totals / np.sqrt(np.maximum(self.sums.rounds, 1))[:, None]
-        middle = np.median(drift[self.clean], axis=0)
-        scale = MAD * np.median(np.abs(drift[self.clean] - middle), axis=0)
-        sigmas = (drift[self.position(client)] - middle) / np.maximum(scale, 1e-12)
+        sigmas = in_sigmas(drift, self.clean)[self.position(client)]
         order = np.argsort(-np.abs(sigmas), kind="stable")
         return pd.DataFrame({"label": order, "sigmas": sigmas[order]})
 
@@ -127,16 +129,16 @@ def evidence_of(run: Run, case: Case) -> CaseEvidence:
     case : Case
         Of this run.
     """
-    named = (*case.suspects["client"], *case.ambiguous["client"])
-    if not named and case.verdict == SUSPECTED:
-        named = (case.clients["client"].iloc[0],)
+    names = named(case)
+    if not names and case.verdict == SUSPECTED:
+        names = [case.clients["client"].iloc[0]]
     try:
         sums = sums_of(run.log) if case.clients["rank"].notna().all() else None
     except CannotSay:
         sums = None
     if sums is None:
-        return CaseEvidence(run, case, None, np.zeros(0, bool), (), np.zeros((0, 0)))
-    clean = ~np.isin(sums.clients, named)
-    shown = tuple(str(name) for name in named[:MOST_SHOWN])
+        return CaseEvidence(run, case, None, np.zeros(0, bool), (), np.zeros((0, 0)), np.zeros((0, 0)))
+    clean = ~np.isin(sums.clients, names)
+    shown = tuple(str(name) for name in names[:MOST_SHOWN])
     active = activity(run.log, sums, clean) if shown else np.zeros((0, 0))
-    return CaseEvidence(run, case, sums, clean, shown, active)
+    return CaseEvidence(run, case, sums, clean, shown, active, likeness(sums, clean))

@@ -15,6 +15,7 @@ from gradlens.errors import CannotSay, InputError
 from gradlens.localization import localize
 from gradlens.plots import count, percent
 from gradlens.replays import leaving_out, replay
+from gradlens.reporting.accusations import named
 from gradlens.reporting.case_advice import advice, unsaid
 from gradlens.reporting.case_clients import (
     client_blocks,
@@ -150,10 +151,10 @@ def _who(evidence: CaseEvidence) -> tuple[str, list[str]]:
 
 
 def _clients_section(evidence: CaseEvidence) -> list[Block]:
-    named = [*evidence.accused, *evidence.ambiguous]
+    names = named(evidence.case)
     blocks = [block for client in evidence.shown for block in client_blocks(evidence, client)]
-    if len(named) > MOST_SHOWN:
-        rest = f"{count(len(named) - MOST_SHOWN, 'more client')} of those above have no page: the table of all clients"
+    if len(names) > MOST_SHOWN:
+        rest = f"{count(len(names) - MOST_SHOWN, 'more client')} of those above have no page: the table of all clients"
         blocks.append(text(f"{rest} has their figures."))
     return blocks
 

@@ -23,13 +23,14 @@ from gradlens.case.sums import sums_of
 from gradlens.evaluation import mean_interval
 from gradlens.processes import processes
 from gradlens.reporting.page import number
+from gradlens.reporting.shared import poisoners
 from gradlens.words import with_interval
 from simulations import Scenario, load_sweep, run
 from simulations.scenario import SCENARIOS
 from simulations.studies.conditions import family
 from simulations.studies.reference_settings import setting
 from simulations.studies.results import REPORTS, append, markdown, run_as_command, share
-from simulations.studies.shipped_reference import odd_variants
+from simulations.studies.shipped_reference import ended, odd_variants
 
 CSV = REPORTS / "cases.csv"
 UNSEEN, FREE = (*range(2_000, 2_008), "digits iid", "digits dirichlet"), range(700, 725)
@@ -103,11 +104,8 @@ def judged(job: Job, null: Null | None) -> pd.DataFrame:
     row, scenario = job
     with TemporaryDirectory() as place:
         recording = run(scenario, place)
-        truth, metrics = recording.truth, recording.metrics
-        poisoned = set(truth["client"][truth["poisoned"].astype(bool)])
-        malicious = poisoned if row["kind"].startswith("attacked") else set()
-        last = metrics.tail(3).mean(numeric_only=True)
-        outcome = {name: last.get(name, np.nan) for name in ("main_accuracy", "asr")}
+        malicious = set(poisoners(recording)) if row["kind"].startswith("attacked") else set()
+        outcome = ended(recording)
         cases = {"reference": investigate(recording)} | ({} if null is None else {"own": investigate(recording, null)})
     rows = []
     for of, case in cases.items():

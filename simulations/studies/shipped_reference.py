@@ -26,6 +26,8 @@ from gradlens.case.scoring import Scoring, scales_of
 from gradlens.case.sums import Sums, sums_of
 from gradlens.errors import InputError
 from gradlens.processes import processes
+from gradlens.reporting.shared import poisoners
+from gradlens.run import Run
 from simulations import Scenario, load_sweep, run
 from simulations.scenario import SCENARIOS
 from simulations.studies.conditions import main_part
@@ -124,14 +126,18 @@ def simulated(job: Job, folder: Path) -> None:
 def _kept(job: Job) -> dict[str, np.ndarray]:
     with TemporaryDirectory() as place:
         recording = run(job.scenario, place)
-        log, truth, metrics = recording.log, recording.truth, recording.metrics
-        poisoned = truth["client"][truth["poisoned"].astype(bool)].unique()
-        last = metrics.tail(3).mean(numeric_only=True)
-        arrays = {"malicious": np.asarray(poisoned, str), "rounds": np.array(len(log))}
-        arrays |= {name: np.array(last.get(name, np.nan)) for name in ("main_accuracy", "asr")}
+        log, malicious = recording.log, sorted(poisoners(recording))
+        arrays = {"malicious": np.array(malicious, str), "rounds": np.array(len(log))}
+        arrays |= {name: np.array(value) for name, value in ended(recording).items()}
         for look in looks_of(len(log)) if job.looks else [len(log)]:
             arrays |= {f"{look}/{name}": value for name, value in arrays_of(sums_of(log[:look])).items()}
     return arrays
+
+
+def ended(recording: Run) -> dict[str, float]:
+    """Main accuracy and ASR over the last three rounds; NaN for what was not measured."""
+    last = recording.metrics.tail(3).mean(numeric_only=True)
+    return {name: float(last.get(name, np.nan)) for name in ("main_accuracy", "asr")}
 
 
 def arrays_of(sums: Sums) -> dict[str, np.ndarray]:
