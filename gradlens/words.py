@@ -1,10 +1,10 @@
 """Names, numbers and conditions in words."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
-
-import numpy as np
 
 SHORT = {
     "attack": "{}", "schedule": "{}", "partition": "{}", "task": "{}", "num_malicious": "{} malicious",
@@ -70,9 +70,9 @@ def phrase(name: Any, value: Any) -> str:
     >>> phrase("learning_rate", 0.1), phrase("aggregator", None)
     ('lr 0.1', '')
     """
-    if value is None or value in ("", "none", USUAL.get(str(name))) or (isinstance(value, float) and np.isnan(value)):
+    if value is None or value in ("", "none", USUAL.get(str(name))) or (isinstance(value, float) and math.isnan(value)):
         return ""
-    text = f"{value:g}" if isinstance(value, int | float | np.number) else plain(value, 60)
+    text = f"{value:g}" if isinstance(value, Real) else plain(value, 60)
     return SHORT.get(str(name), f"{plain(name)} {{}}").format(text)
 
 
@@ -127,7 +127,7 @@ def with_interval(value: float, low: float, high: float) -> str:
 
     Examples
     --------
-    >>> with_interval(0.97, 0.93, 1.0).replace("\N{NO-BREAK SPACE}", " "), with_interval(0.97, np.nan, np.nan)
+    >>> with_interval(0.97, 0.93, 1.0).replace("\N{NO-BREAK SPACE}", " "), with_interval(0.97, math.nan, math.nan)
     ('0.97 [0.93, 1.00]', '0.97')
     """
-    return f"{value:.2f}" if np.isnan(low) else f"{value:.2f} [{low:.2f},\N{NO-BREAK SPACE}{high:.2f}]"
+    return f"{value:.2f}" if math.isnan(low) else f"{value:.2f} [{low:.2f},\N{NO-BREAK SPACE}{high:.2f}]"
