@@ -32,7 +32,7 @@ ARROWS = {
     "detectors": {*GROUND, "log", "statistics", "scorers"},
     "aggregators": {*GROUND, "log", "detectors"},
     "evaluation": {*GROUND, "log"},
-    "case": {*GROUND, "log", "statistics", "scorers", "evaluation", "attribution"},
+    "case": {*GROUND, "log", "statistics", "scorers", "detectors", "evaluation", "attribution"},
     "mitigation": {*GROUND, "log"},
     "attribution": {*GROUND, "log", "statistics", "scorers", "evaluation"},
     "localization": {*GROUND, "log", "run", "statistics", "scorers", "evaluation"},

@@ -82,6 +82,12 @@ def test_every_page_is_in_the_table_of_contents():
     assert {str(page.relative_to(DOCS).with_suffix("")) for page in WRITTEN} - {"index"} <= listed
 
 
+def test_every_committed_report_is_listed_beside_them_and_every_one_listed_is_there():
+    listed = set(re.findall(r"`([a-z_]+\.(?:html|csv|png))`", (ROOT / "reports" / "README.md").read_text("utf-8")))
+    made_here = {"demo.html"}  # not committed
+    assert listed == {path.name for path in (ROOT / "reports").iterdir()} - {"README.md"} - made_here
+
+
 def test_results_are_those_of_the_committed_tables(docs):
     import results
 

@@ -4,9 +4,10 @@ import json
 import pickle
 import re
 import shutil
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -29,6 +30,7 @@ from gradlens.reporting.accusations import named, who
 from gradlens.reporting.analysis import analyse, attack_table, attacked_runs, labelled, outcome, thresholds_of, usual
 from gradlens.reporting.findings import distinct_controls, sweep_findings
 from gradlens.reporting.page import (
+    SCRIPT,
     figure,
     finding,
     listed,
@@ -103,11 +105,16 @@ class Page(HTMLParser):
 
 
 def is_self_contained(page: Page) -> bool:
-    """Nothing is loaded from anywhere and nothing runs."""
+    """Nothing is loaded from anywhere, and nothing runs but the script of every page, by its hash."""
     addresses = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "action") if name in attrs]
     inside = all(a.startswith(("#", "data:image/svg+xml;base64,")) for a in addresses)
     handlers = any(name.startswith("on") for _, attrs in page.tags for name in attrs)
-    kinds = {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "form"}
+    kinds = {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "form"}
+    digest = b64encode(sha256(SCRIPT.encode()).digest()).decode()
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    runs_ours = f"script-src 'sha256-{digest}'" in policy and page.source.count(f"<script>{SCRIPT}</script>") == 1
+    if not runs_ours or [tag for tag, _ in page.tags].count("script") != 1:
+        return False
     return inside and not handlers and not kinds and "url(" not in page.source and "@import" not in page.source
 
 

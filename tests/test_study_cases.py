@@ -85,7 +85,7 @@ def test_the_regression_finds_the_reading_that_tells(rng):
     malicious = rng.random(400) < 0.5
     values = rng.normal(size=(400, 2))
     values[malicious, 0] += 3
-    before = Scoring(("tells", "noise"), np.ones(2), np.zeros(2), np.zeros(2), 0.0)
+    before = Scoring(("tells", "noise"), np.ones(2), np.zeros(2), np.zeros(2), 0.0, np.zeros(3))
     scoring = fitted(values, malicious, np.ones(400), before)
     assert scoring.above[0] > 5 * abs(scoring.above[1])
     assert scoring.above.dtype == np.float64

@@ -106,6 +106,35 @@ def test_what_was_analyzed_is_neither_simulated_nor_analyzed_again(part, monkeyp
     assert (part / "gauntlet.csv").read_bytes() == before
 
 
+def test_a_setting_takes_the_place_of_what_was_there_of_it_and_of_no_other(part):
+    tables = gauntlet_figures.Tables.read(part / "gauntlet")
+    assert set(tables.runs["kind"]) == {"attacked", "control", "attack-free"}
+    assert len(set(tables.runs["code"])) == 1
+    others = gauntlet_figures.Tables(*(table.assign(task="fashion_mnist") for table in tables))
+    changed = tables.figures.assign(value=0.5)
+    both = tables._replace(figures=changed).beside(tables).beside(others)
+    for joined, own in zip(both, tables, strict=True):
+        assert len(joined) == 2 * len(own)
+        assert set(joined["task"]) == {"digits", "fashion_mnist"}
+    assert both.figures.loc[both.figures["task"].eq("digits"), "value"].eq(0.5).all()
+
+
+def test_a_part_does_not_touch_the_committed_tables(tmp_path, monkeypatch):
+    committed, part = tmp_path / "committed", tmp_path / "part"
+    monkeypatch.setattr(gauntlet, "OUT", committed)
+    monkeypatch.setattr(gauntlet, "PART", part)
+    line = "--settings digits --families trigger --seeds 7 --benign 40 --detectors layer_norms --workers 1"
+    gauntlet.main([*line.split(), "--runs", str(tmp_path / "runs")])
+    assert part.with_suffix(".csv").exists()
+    assert not committed.with_suffix(".csv").exists()
+
+
+def test_what_is_not_confirmed_yet_is_left_out_and_said(figures):
+    waiting = figures.replace({"purpose": {"confirm": "choose"}, "task": {"digits": "fashion_mnist"}})
+    text = gauntlet_page.section(pd.concat([figures, waiting], ignore_index=True))
+    assert "**Not confirmed yet, and left out here**: Fashion-MNIST (full)." in text
+
+
 def test_logs_are_let_go_of_but_controls_stay(part):
     kept = [path for path in (part / "runs" / "digits").iterdir() if path.is_dir()]
     assert len(kept) == 2

@@ -1,4 +1,4 @@
-"""Which suspects act together, and what binds them."""
+"""Which clients act together, and what binds them."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from gradlens.geometry import about_reference_mean, pairwise_cosines
 
 
 class Group(NamedTuple):
-    """Suspects who act together.
+    """Suspects who act together, or one of two camps.
 
     Parameters
     ----------
@@ -19,7 +19,7 @@ class Group(NamedTuple):
     cosine : float
         Mean cosine between them, of what they sent over all rounds beyond what the clean clients did.
     innocent : float
-        The largest such cosine between two clean clients.
+        The largest such cosine between two clean clients; NaN where it is not known who is clean.
 
     Examples
     --------
@@ -88,4 +88,28 @@ def groups_of(sums: Sums, suspects: np.ndarray) -> list[Group]:
             pairs = among[np.ix_(members, members)][np.triu_indices(len(members), 1)]
             names = tuple(sums.clients[positions[members]].tolist())
             groups.append(Group(chr(ord("A") + len(groups) % 26), names, float(pairs.mean()), innocent))
+    return groups
+
+
+def both_groups(sums: Sums, camp: np.ndarray) -> list[Group]:
+    """Two camps as groups, where it cannot be told which one is honest.
+
+    Parameters
+    ----------
+    sums : Sums
+    camp : numpy.ndarray
+        bool [client], one of them.
+
+    Examples
+    --------
+    >>> from gradlens.case.sums import sums_of
+    >>> from gradlens.examples import example_log
+    >>> [one, other] = both_groups(sums_of(example_log(num_malicious=5)), np.arange(10) > 4)
+    >>> one.clients, one.cosine > 0, other.name
+    (('client-5', 'client-6', 'client-7', 'client-8', 'client-9'), True, 'B')
+    """
+    cosine, groups = likeness(sums, np.ones(len(camp), bool)), []
+    for name, members in zip("AB", (camp, ~camp), strict=True):
+        pairs = cosine[np.ix_(members, members)][np.triu_indices(int(members.sum()), 1)]
+        groups.append(Group(name, tuple(sums.clients[members].tolist()), float(pairs.mean()), float("nan")))
     return groups

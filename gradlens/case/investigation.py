@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from gradlens.attribution import suspected_labels
-from gradlens.case.accomplices import Group, groups_of
+from gradlens.case.accomplices import Group, both_groups, groups_of
 from gradlens.case.activity import activity, stretch_of
 from gradlens.case.explanations import claimed_examples, left_unexplained
 from gradlens.case.looks import looks_of
@@ -21,6 +21,7 @@ from gradlens.case.shipped import reference
 from gradlens.case.spikes import smallest_seen
 from gradlens.case.sums import Sums, sums_of
 from gradlens.case.verdicts import CANNOT_SAY, ESTABLISHED, NOT_ESTABLISHED, SUSPECTED, SUSPICION, Finding, look
+from gradlens.detectors.nulls import attack_free
 from gradlens.errors import CannotSay, InputError
 from gradlens.log import UpdateLog
 from gradlens.words import count
@@ -42,20 +43,21 @@ class Case:
     ----------
     verdict : str
         "established": somebody is accused, p <= fwer. "suspected": p <= .2, nobody is accused. "not established":
-        neither. "cannot say": the null cannot resolve the rate, there is no honest majority, or too few clients.
+        neither. "cannot say": the null cannot resolve the rate, the clients fall into two groups of which it cannot be
+        told which one is honest, or they are too few.
     p : float
         Of the recording: how often an attack-free one holds a client as conspicuous. NaN where it cannot be said.
     suspects : pandas.DataFrame
         A row per accused client, columns as in `clients`.
     ambiguous : pandas.DataFrame
-        Clients that stand out as much, but whose number of examples or labels may explain it: not accused.
+        Clients that stand out as much, but whose number of examples or single label may explain it: not accused.
     clients : pandas.DataFrame
         A row per client, the most suspicious first: client; rank; p (how often an attack-free recording holds a client
         as conspicuous); score; threshold; status ("accused", "ambiguous", "next in line" or ""); first_round,
         between first_earliest and first_latest, and last_round of its activity; layer and units where it differs most;
         statistics that speak; suspected_label; group. What was not looked into is missing.
     groups : tuple of Group
-        Suspects who act together.
+        Suspects who act together; where it cannot be told which side is honest, both sides.
     null : Null
         What it rests on.
     fwer : float
@@ -91,7 +93,10 @@ class Case:
             "p": _plain(self.p),
             "suspects": _rows(self.suspects),
             "ambiguous": _rows(self.ambiguous),
-            "groups": [{**group._asdict(), "clients": list(group.clients)} for group in self.groups],
+            "groups": [
+                {**group._asdict(), "clients": list(group.clients), "innocent": _plain(group.innocent)}
+                for group in self.groups
+            ],
             "clients": _rows(self.clients),
             "null": {
                 "kind": self.null.kind,
@@ -130,7 +135,8 @@ def investigate(run: Any, null: Any = None, fwer: float = 0.05, *, looks: bool =
     Raises
     ------
     InputError
-        If the null is none of these, is of another model, or `fwer` is not between 0 and 1.
+        If the null is none of these, is of another model, holds an update that its own truth calls poisoned, or `fwer`
+        is not between 0 and 1.
 
     Notes
     -----
@@ -138,7 +144,9 @@ def investigate(run: Any, null: Any = None, fwer: float = 0.05, *, looks: bool =
     first everybody; their weights were learned from simulated recordings (`gradlens.case.shipped`). The most
     conspicuous client is taken out, everything is computed anew, and so on to 45 % of the clients (`peel`); the largest
     height is the statistic of the recording. Its null is the same procedure on attack-free recordings. Suspects are
-    those taken out up to the deepest significant height who are significant again when put back alone.
+    those taken out up to the deepest significant height who are significant again when put back alone. Where a quarter
+    of the clients or more stand apart from the others, they are accused only if they, rather than the others, look as
+    malicious sides do (`gradlens.case.camps`).
 
     The rate is that of attack-free recordings. In attacked ones innocent clients react to the attack, and how often
     they are accused is measured, not guaranteed: see the results.
@@ -180,7 +188,7 @@ def basis_of(log: UpdateLog, null: Any, looks: bool = False) -> Null:
         return reference().null(sampled=is_sampled(log), looks=looks)
     if isinstance(null, int) and not isinstance(null, bool):
         return _widened(log, null, reference().null(sampled=is_sampled(log), looks=looks))
-    logs = [] if isinstance(null, Null) else [log_of(run) for run in _several(null)]
+    logs = [] if isinstance(null, Null) else [log_of(attack_free(run)) for run in _several(null)]
     models = [null.model] if isinstance(null, Null) else [other.model for other in logs]
     if any(model not in (None, log.model) for model in models):
         raise InputError("investigate: the null must be recordings of the same model, found another one")
@@ -261,10 +269,10 @@ def _case(log: UpdateLog, sums: Sums, finding: Finding, basis: Null, fwer: float
     left = left_unexplained(sums, basis.scoring, ~finding.suspects, claimed_examples(log))
     ambiguous = finding.suspects & (left <= threshold)
     accused = finding.suspects & ~ambiguous
-    if finding.no_majority or unresolved:
+    if finding.undecided is not None or unresolved:
         ambiguous, accused = np.zeros_like(ambiguous), np.zeros_like(accused)
     verdict = _verdict(finding, accused, fwer, unresolved)
-    details = _details(log, sums, basis.scoring, finding.suspects)
+    details = _details(log, sums, basis.scoring, finding)
     clients = _table(sums, finding, basis, threshold, accused, ambiguous, details)
     of_status = {
         status: clients[clients["status"] == status].reset_index(drop=True) for status in ("accused", "ambiguous")
@@ -285,31 +293,34 @@ def _case(log: UpdateLog, sums: Sums, finding: Finding, basis: Null, fwer: float
 
 
 def _verdict(finding: Finding, accused: np.ndarray, fwer: float, unresolved: bool) -> str:
-    if unresolved or finding.no_majority:
+    if unresolved or finding.undecided is not None:
         return CANNOT_SAY
     if accused.any():
         return ESTABLISHED
     return SUSPECTED if finding.p <= max(SUSPICION, fwer) else NOT_ESTABLISHED
 
 
-def _details(log: UpdateLog, sums: Sums, scoring: Scoring, suspects: np.ndarray) -> Details:
+def _details(log: UpdateLog, sums: Sums, scoring: Scoring, finding: Finding) -> Details:
     """When, where and with whom, of every suspect; what speaks against whom, of everybody."""
+    suspects, camp = finding.suspects, finding.undecided
     parts, clean = scoring.parts(sums, ~suspects), ~suspects
     layers = layers_of(sums, clean)
     found: dict[str, dict[str, Any]] = {}
     for position, client in enumerate(sums.clients.tolist()):
         speaking = [place for place in np.argsort(-parts[position])[:SPEAKING] if parts[position, place] > 0]
         found[client] = {"layer": str(layers[position]), "statistics": "; ".join(scoring.readings[p] for p in speaking)}
+    groups = groups_of(sums, suspects) if camp is None else both_groups(sums, camp)
+    for group in groups:
+        for client in group.clients:
+            found[client]["group"] = group.name
     if not suspects.any():
-        return Details(found, [])
-    groups = groups_of(sums, suspects)
+        return Details(found, groups)
     active, labels = activity(log, sums, clean), dict[tuple[int, ...], pd.DataFrame]()
     for position in np.flatnonzero(suspects):
         client = str(sums.clients[position])
         stretch = stretch_of(active[:, position])
         units = units_of(log, client, str(layers[position]), sums.clients[clean])
-        found[client] |= {"units": ", ".join(map(str, units))}
-        found[client] |= {"group": next((group.name for group in groups if client in group.clients), "")}
+        found[client]["units"] = ", ".join(map(str, units))
         if stretch is not None:
             indices = [log[place].index for place in stretch]
             found[client] |= dict(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gradlens.case.camps import camps_of
 from gradlens.case.peeling import SMALLEST, peel
 from gradlens.case.scoring import Scoring
 from gradlens.case.sums import Sums
@@ -28,6 +29,8 @@ class Null:
     highest : tuple of numpy.ndarray
         For every setting float64 [recording], sorted: the largest height at which its peeling took a client out. One
         setting where the recordings are of the very setting of the case.
+    apart : tuple of numpy.ndarray
+        Likewise, how far the two camps of every recording stand apart (`camps_of`).
     clients : int
         Clients of these recordings, in all.
     says : str
@@ -45,6 +48,7 @@ class Null:
     kind: str
     scoring: Scoring
     highest: tuple[np.ndarray, ...]
+    apart: tuple[np.ndarray, ...]
     clients: int
     says: str
     model: ModelSpec | None = None
@@ -73,7 +77,7 @@ class Null:
         ----------
         .. [1] Dunn, Wasserman & Ramdas 2023, JASA 118.
         """
-        return self._of_settings([(1 + np.sum(heights >= height)) / (1 + len(heights)) for heights in self.highest])
+        return self._p(height, self.highest)
 
     def threshold(self, fwer: float) -> float:
         """The height that must be exceeded for p to be at most `fwer`; inf where the null cannot tell.
@@ -82,11 +86,25 @@ class Null:
         ----------
         fwer : float
         """
+        return self._threshold(fwer, self.highest)
+
+    def apart_threshold(self, fwer: float) -> float:
+        """How far two camps must stand apart for that to happen in a share `fwer` of attack-free recordings at most.
+
+        Parameters
+        ----------
+        fwer : float
+        """
+        return self._threshold(fwer, self.apart)
+
+    def _p(self, value: float, known: Sequence[np.ndarray]) -> float:
+        return self._of_settings([(1 + np.sum(values >= value)) / (1 + len(values)) for values in known])
+
+    def _threshold(self, fwer: float, known: Sequence[np.ndarray]) -> float:
         if self.resolves > fwer:
             return math.inf
-        known = np.unique(np.concatenate(self.highest))
-        enough = [height for height in known if self.p(np.nextafter(height, np.inf)) <= fwer]
-        return float(min(enough))
+        values = np.unique(np.concatenate(known))
+        return float(min(value for value in values if self._p(np.nextafter(value, np.inf), known) <= fwer))
 
     def _of_settings(self, values: Sequence[float]) -> float:
         if len(values) == 1:
@@ -134,9 +152,12 @@ def null_of(recordings: Sequence[Sequence[Sums]], scoring: Scoring, model: Model
         max((peel(sums, scoring).highest for sums in looks if len(sums.clients) >= SMALLEST), default=np.inf)
         for looks in recordings
     ]
+    apart = [
+        camps_of(looks[-1], scoring).apart if len(looks[-1].clients) >= SMALLEST else np.inf for looks in recordings
+    ]
     clients = sum(len(looks[-1].clients) for looks in recordings)
     says = (
         f"{count(len(recordings), 'attack-free recording')} with {count(clients, 'client')}, taken to be of the same "
         "setting: the rate holds for such recordings"
     )
-    return Null("attack-free recordings", scoring, (np.sort(highest),), clients, says, model)
+    return Null("attack-free recordings", scoring, (np.sort(highest),), (np.sort(apart),), clients, says, model)

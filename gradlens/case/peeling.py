@@ -9,7 +9,6 @@ from gradlens.case.sums import Sums
 
 SMALLEST = 5  # clients that a verdict needs
 MOST = 0.45  # of the clients that can be accused; above it there is no majority to judge them by
-FURTHER = 0.6  # of the clients that are taken out, to see whether more than that stand out
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +35,6 @@ class Peeling:
     def highest(self) -> float:
         """The largest of all heights: the statistic of the recording."""
         return float(self.heights.max())
-
-    def up_to(self, depth: int) -> "Peeling":
-        """The first clients alone."""
-        return Peeling(self.order[:depth], self.heights[:depth])
 
 
 def most_accused(clients: int, most: float = MOST) -> int:

@@ -80,12 +80,11 @@ def _found(
             for group in groups
         )
         return f"{len(accused)} of {len(clients)} clients {verb} out {over}: {listed(accused)}{together}."
-    if verdict == CANNOT_SAY and finding.no_majority:
-        apart = int(finding.suspects.sum())
+    if verdict == CANNOT_SAY and finding.undecided is not None:
+        one, other = groups
         return (
-            f"The {len(clients)} clients fall into groups, one of {apart} "
-            f"({listed(clients['client'].tolist()[:apart])}) and one of {len(clients) - apart}, and neither is a "
-            "majority that could judge the other."
+            f"The {len(clients)} clients fall into two groups, one of {len(one.clients)} ({listed(one.clients)}) and "
+            f"one of {len(other.clients)} ({listed(other.clients)}), and it cannot be told which of them is honest."
         )
     if verdict == CANNOT_SAY:
         are = "is 1" if null.recordings == 1 else f"are {null.recordings}"
@@ -96,8 +95,8 @@ def _found(
     if ambiguous:
         verb = "stands" if len(ambiguous) == 1 else "stand"
         return (
-            f"{listed(ambiguous)} of {len(clients)} clients {verb} out {over}, but the number of examples or the "
-            "labels may explain it: nobody is accused."
+            f"{listed(ambiguous)} of {len(clients)} clients {verb} out {over}, but the number of examples or "
+            "labels of one kind may explain it: nobody is accused."
         )
     if verdict == SUSPECTED:
         return f"Nobody is accused; {first} is more conspicuous {over} than most attack-free recordings have a client."
@@ -106,7 +105,7 @@ def _found(
 
 def _sure(verdict: str, finding: Finding, null: Null, fwer: float) -> str:
     rests = f"This rests on {null.says}."
-    if verdict == CANNOT_SAY and not finding.no_majority:
+    if verdict == CANNOT_SAY and finding.undecided is None:
         return f"p cannot be less than {null.resolves:.3f} with this null. {rests}"
     anybody = f"a client so conspicuous is in at most {percent(finding.p)} of recordings without an attack"
     if verdict == ESTABLISHED:

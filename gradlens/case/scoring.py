@@ -30,6 +30,8 @@ class Scoring:
         float64 [reading], weight of a deviation above the middle, and below it.
     intercept : float
         Score of a client in the middle of everything.
+    sides : numpy.ndarray
+        float64 [reading + 1], weights by which the malicious one of two camps is told (`malicious_side`).
 
     Examples
     --------
@@ -46,6 +48,7 @@ class Scoring:
     above: np.ndarray
     below: np.ndarray
     intercept: float
+    sides: np.ndarray
 
     def scores(self, sums: Sums, clean: np.ndarray) -> np.ndarray:
         """Scores of all clients, float64 [client]: log odds as they were among the recordings of the study.

@@ -31,7 +31,7 @@ class Reference:
     settings : tuple of Mapping
         For each setting its description, the number of its clients, whether they are sampled, and float64 [recording]
         the highest score of each attack-free recording: "last", after the last round; "looks", the largest after
-        rounds 1, 2, 4, 8, ... and the last.
+        rounds 1, 2, 4, 8, ... and the last; and "apart", how far the two camps of each stand apart after the last.
 
     Examples
     --------
@@ -55,6 +55,7 @@ class Reference:
         """
         alike = [setting for setting in self.settings if setting["sampled"] == sampled]
         highest = tuple(np.sort(setting["looks" if looks else "last"]) for setting in alike)
+        apart = tuple(np.sort(setting["apart"]) for setting in alike)
         clients = sum(setting["clients"] * len(setting["last"]) for setting in alike)
         whose = "in which some clients take part in each round" if sampled else "in which all clients take part"
         says = (
@@ -62,7 +63,7 @@ class Reference:
             f"recordings of {len(alike)} small settings {whose}. The rate holds in {100 * TRANSFER:.0f} % of settings "
             "of their kind, and is nominal in others"
         )
-        return Null("reference", self.scoring, highest, clients, says)
+        return Null("reference", self.scoring, highest, apart, clients, says)
 
 
 @lru_cache(maxsize=1)
@@ -76,16 +77,23 @@ def reference() -> Reference:
     """
     stored = json.loads(files("gradlens.case").joinpath(NAME).read_text("utf-8"))
     readings = stored["readings"]
-    columns = {name: np.array([reading[name] for reading in readings]) for name in ("scale", "above", "below")}
+    named = ("scale", "above", "below", "side")
+    columns = {name: np.array([reading[name] for reading in readings]) for name in named}
     scoring = Scoring(
         tuple(reading["name"] for reading in readings),
         columns["scale"],
         columns["above"],
         columns["below"],
         stored["intercept"],
+        np.append(columns["side"], stored["one-sidedness"]),
     )
     settings = tuple(
-        {**setting, "last": np.array(setting["last"]), "looks": np.array(setting["looks"])}
+        {**setting, **{name: _heights(setting[name]) for name in ("last", "looks", "apart")}}
         for setting in stored["settings"]
     )
     return Reference(stored["version"], scoring, settings)
+
+
+def _heights(stored: list[float | None]) -> np.ndarray:
+    """Stored heights; none, as of a recording without camps, is below all others."""
+    return np.array([-np.inf if height is None else height for height in stored])

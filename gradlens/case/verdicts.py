@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gradlens.case.camps import SEVERAL, camps_of, malicious_side
 from gradlens.case.null import Null
-from gradlens.case.peeling import FURTHER, MOST, accused, most_accused, peel
+from gradlens.case.peeling import MOST, accused, most_accused, peel
+from gradlens.case.scoring import Scoring
 from gradlens.case.sums import Sums
 
 ESTABLISHED, SUSPECTED, NOT_ESTABLISHED, CANNOT_SAY = "established", "suspected", "not established", "cannot say"
@@ -24,14 +26,14 @@ class Finding:
         bool [client], who stays significant when put back alone.
     scores : numpy.ndarray
         float64 [client], each judged by those that are no suspects.
-    no_majority : bool
-        Whether more than 45 % of the clients stand out: then nobody can tell which side is honest.
+    undecided : numpy.ndarray or None
+        bool [client], the smaller of two camps of which it cannot be told which one is honest; None where it can.
     """
 
     p: float
     suspects: np.ndarray
     scores: np.ndarray
-    no_majority: bool
+    undecided: np.ndarray | None
 
 
 def look(sums: Sums, null: Null, fwer: float) -> Finding:
@@ -51,11 +53,26 @@ def look(sums: Sums, null: Null, fwer: float) -> Finding:
     >>> np.flatnonzero(look(sums_of(example_log(num_malicious=2)), reference().null(), 0.05).suspects).tolist()
     [8, 9]
     """
-    threshold, scoring, clients = null.threshold(fwer), null.scoring, len(sums.clients)
-    whole = peel(sums, scoring, FURTHER)
-    peeling = whole.up_to(most_accused(clients))
+    threshold, scoring = null.threshold(fwer), null.scoring
+    peeling = peel(sums, scoring)
     suspects = accused(sums, scoring, peeling, threshold)
-    standing_out = accused(sums, scoring, whole, threshold).sum()
-    return Finding(
-        null.p(peeling.highest), suspects, scoring.scores(sums, ~suspects), bool(standing_out > MOST * clients)
-    )
+    scores = scoring.scores(sums, ~suspects)
+    camps = camps_of(sums, scoring)
+    groups = [camps.smaller] if camps.apart > null.apart_threshold(fwer) else []
+    as_many_as_can_be = suspects.sum() >= most_accused(len(suspects))
+    groups.append(suspects | (scores > threshold) if as_many_as_can_be else suspects)
+    return Finding(null.p(peeling.highest), suspects, scores, _undecided(sums, scoring, groups))
+
+
+def _undecided(sums: Sums, scoring: Scoring, groups: list[np.ndarray]) -> np.ndarray | None:
+    """The first group that may be the honest one, or that leaves no majority to judge it; None if none does.
+
+    A group of more than a quarter of the clients is accused only if it looks, rather than the others, as malicious
+    sides do.
+    """
+    for group in groups:
+        if group.sum() <= SEVERAL * len(group):
+            continue
+        if group.sum() > MOST * len(group) or malicious_side(sums, scoring, group) <= 0:
+            return group
+    return None

@@ -1,13 +1,15 @@
 """What the plots share: colors and dashes that stay distinct in grayscale, titles, and the empty plot."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.lines import Line2D
 
 from gradlens.words import plain
 
@@ -25,6 +27,39 @@ BELOW: dict[str, Any] = {
     "loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "frameon": False, "fontsize": "small",
     "handlelength": 2.6, "columnspacing": 1.4,
 }  # fmt: skip
+
+
+NAMES: WeakKeyDictionary[Line2D, tuple[str, ...]] = WeakKeyDictionary()  # of the points of lines that were drawn
+
+
+def name_points(line: Line2D, names: Iterable[str]) -> None:
+    """Names the points of a line, for a page that shows the name of a point under the pointer.
+
+    Parameters
+    ----------
+    line : matplotlib.lines.Line2D
+    names : iterable of str
+        One per point.
+
+    Examples
+    --------
+    >>> from matplotlib.figure import Figure
+    >>> [line] = Figure().subplots().plot([1, 2], [3, 4])
+    >>> name_points(line, ["client-1, round 1", "client-1, round 2"])
+    >>> names_of_points(line)[0]
+    'client-1, round 1'
+    """
+    NAMES[line] = tuple(names)
+
+
+def names_of_points(line: Line2D) -> tuple[str, ...]:
+    """The names that `name_points` gave; none without it.
+
+    Parameters
+    ----------
+    line : matplotlib.lines.Line2D
+    """
+    return NAMES.get(line, ())
 
 
 def is_control(table: pd.DataFrame) -> pd.Series:

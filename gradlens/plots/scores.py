@@ -22,6 +22,7 @@ from gradlens.plots.axes import (
     PARTLY,
     THRESHOLD,
     is_control,
+    name_points,
     say_instead,
     titled,
 )
@@ -139,8 +140,10 @@ def _draw_scores(ax: Axes, scores: pd.DataFrame, malicious: set[str], named: lis
     groups += [(finite["client"].eq(client), _named_style(number)) for number, client in enumerate(named)]
     groups += [(finite["client"].isin(malicious), MALICIOUS_LINE | {"zorder": 3})]
     for rows, style in groups:
-        for _, line in finite[rows].sort_values("round").groupby("client"):
-            ax.plot(line["round"], line["score"], markeredgewidth=0, **style)
+        for client, line in finite[rows].sort_values("round").groupby("client"):
+            [drawn] = ax.plot(line["round"], line["score"], markeredgewidth=0, **style)
+            points = zip(line["round"], line["score"], strict=True)
+            name_points(drawn, [f"{plain(client)}, round {index}: {score:.3g}" for index, score in points])
 
 
 def _named_style(number: int) -> dict[str, Any]:

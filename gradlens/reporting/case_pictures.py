@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gradlens.plots import plain
-from gradlens.plots.axes import BELOW, MALICIOUS, THRESHOLD, titled
+from gradlens.plots.axes import BELOW, MALICIOUS, THRESHOLD, name_points, titled
 from gradlens.reporting.case_evidence import CaseEvidence
 from gradlens.reporting.page import Block, figure, number
 
@@ -40,7 +40,9 @@ def activity_picture(evidence: CaseEvidence, client: str) -> Block:
         ax = canvas.subplots()
         _band(ax, rounds, others, names)
         line = {"color": MALICIOUS, "linewidth": 1.7, "marker": "o", "markersize": 4}
-        ax.plot(rounds, own, label=plain(client), zorder=4, **line)
+        [drawn] = ax.plot(rounds, own, label=plain(client), zorder=4, **line)
+        sigmas = zip(rounds.tolist(), np.sinh(own).tolist(), strict=True)
+        name_points(drawn, [f"{plain(client)}, round {index}: {size:.1f} sigmas" for index, size in sigmas])
         if stretch is not None:
             start, end = rounds[stretch.earliest] - 0.5, rounds[stretch.latest] + 0.5
             ax.axvspan(start, end, facecolor="#f0c674", alpha=0.45, linewidth=0, zorder=0.5, label="onset")
@@ -117,7 +119,10 @@ def case_scores_picture(clients: pd.DataFrame, fwer: str) -> Block:
             rows = shown[shown["status"].eq(status)]
             if len(rows):
                 label = status or "others"
-                ax.plot(rows["score"], rows["rank"], marker, color=color, markeredgecolor="0.2", label=label, ms=6)
+                style = {"color": color, "markeredgecolor": "0.2", "label": label, "ms": 6}
+                [drawn] = ax.plot(rows["score"], rows["rank"], marker, **style)
+                scored = zip(rows["client"], rows["score"], strict=True)
+                name_points(drawn, [f"{plain(name)}: score {score:.1f}" for name, score in scored])
         if np.isfinite(threshold):
             ax.axvline(threshold, color=THRESHOLD, linestyle="--", linewidth=1.2, label=f"threshold {threshold:.1f}")
         ax.set_yticks(shown["rank"], [plain(name) for name in shown["client"]])
@@ -154,8 +159,12 @@ def without_picture(rounds: pd.DataFrame, names: str) -> Block:
 
     def draw(canvas: Figure) -> None:
         for ax, name in zip(np.atleast_1d(canvas.subplots(1, len(measured))), measured, strict=True):
-            ax.plot(rounds["round"], rounds[f"recorded_{name}"], "o-", color=MALICIOUS, ms=3.5, label="as recorded")
-            ax.plot(rounds["round"], rounds[name], "--", color="#0b5394", linewidth=1.8, label="without them")
+            lines = ax.plot(rounds["round"], rounds[f"recorded_{name}"], "o-", color=MALICIOUS, ms=3.5)
+            lines += ax.plot(rounds["round"], rounds[name], "--", color="#0b5394", linewidth=1.8)
+            for line, label in zip(lines, ("as recorded", "without them"), strict=True):
+                line.set_label(label)
+                points = zip(rounds["round"], line.get_ydata(), strict=True)
+                name_points(line, [f"round {index}, {label}: {value:.2f}" for index, value in points])
             ax.set_ylim(-0.03, 1.03)
             _finished(ax, "round", SERIES[name])
             last = rounds.iloc[-1]

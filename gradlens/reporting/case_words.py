@@ -8,8 +8,8 @@ CASE_WORDS = [
     ("Recording", "The updates of all clients, round by round, as the server received and sealed them."),
     (
         "Accused, ambiguous",
-        "Accused: stands out more than innocent clients do. Ambiguous: stands out as much, but its number of examples "
-        "or its labels may explain it.",
+        "Accused: stands out more than innocent clients do. Ambiguous: stands out as much, but its number of examples, "
+        "or labels of one kind only, may explain it.",
     ),
     ("Next in line", "The most suspicious client that is neither accused nor ambiguous."),
     ("Clean clients", "Those that are neither accused nor ambiguous; the others are judged by them."),
@@ -55,8 +55,10 @@ METHOD = (
     "The most conspicuous client is taken out and everything is computed anew, since an attacker makes innocent "
     "clients look odd, and so on to 45 % of the clients. The same is done with recordings in which nobody attacks. "
     "Accused are those who come higher than these allow, also when they are put back alone.",
-    "Whoever claims many more examples than others, or has other labels, differs without guilt. What that explains is "
-    "taken off; clients who then no longer stand out are called ambiguous.",
+    "Where more than a quarter of the clients stand apart from the others, either side may be the honest one. They are "
+    "accused only if they, seen from the others, look more like attackers than the reverse; else nobody is.",
+    "Whoever claims many more or fewer examples than others, or seems to have a single label, differs without guilt. "
+    "What examples explain is taken off; clients who then no longer stand out are called ambiguous.",
     "The error rate is that of recordings without an attack. While somebody attacks, innocent clients react to it, and "
     "how often they are accused was measured, not guaranteed.",
 )

@@ -1,13 +1,16 @@
 """Builds the HTML page of a report from blocks.
 
 A block is a small dictionary that the template renders: text, heading, code, table or figure. Any text in it may come
-from a client, so the template escapes all of it.
+from a client, so the template escapes all of it. A page holds one script, `page.js`, which sorts and filters tables and
+names points; the page's policy lets no other run.
 """
 
+import json
 import re
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
@@ -17,6 +20,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -25,6 +29,7 @@ from matplotlib.transforms import Bbox
 from gradlens.errors import InputError
 from gradlens.log.files import replace_with
 from gradlens.plots import percent
+from gradlens.plots.axes import names_of_points
 from gradlens.reporting.vectors import compact
 
 Block = dict[str, Any]
@@ -37,6 +42,7 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 DRAWING = Lock()  # matplotlib is not thread-safe
 NUMBER = re.compile(r"^[+\-\N{MINUS SIGN}≤≥]? ?\d[\d.,]*(?!\w)|^$|^–$")
+SCRIPT = Path(__file__).with_name("page.js").read_text("utf-8")
 LONG = 16  # tables with more rows are folded away
 
 WORDS = [
@@ -226,7 +232,7 @@ def figure(draw: Callable[[Figure], None], size: tuple[float, float], caption: s
     Returns
     -------
     Block
-        The titles of the Axes are its alternative text.
+        The titles of the Axes are its alternative text. The points that `name_points` named say so under the pointer.
     """
     with DRAWING, mpl.rc_context(STYLE):
         layout = ConstrainedLayoutEngine()
@@ -238,15 +244,30 @@ def figure(draw: Callable[[Figure], None], size: tuple[float, float], caption: s
         canvas.set_layout_engine(None)  # once is enough: a layout takes as long as drawing
         file = BytesIO()
         whole = _nothing_cut(canvas)
+        points = _named_points(canvas, whole)
         canvas.savefig(file, format="svg", bbox_inches=whole, metadata={"Date": None, "Creator": None})
     titles = [ax.get_title(loc="left").replace("\n", " ") for ax in canvas.axes]
     data = b64encode(compact(file.getvalue().decode()).encode()).decode()
-    return {"kind": "figure", "data": data, "alt": "; ".join(filter(None, titles)), "caption": unbroken(caption)}
+    named = json.dumps(points, ensure_ascii=False, separators=(",", ":")) if points else ""
+    alt = "; ".join(filter(None, titles))
+    return {"kind": "figure", "data": data, "alt": alt, "caption": unbroken(caption), "points": named}
 
 
 def _nothing_cut(canvas: Figure) -> Bbox:
     """The canvas in inches, and what is drawn beyond it, where the layout leaves too little room for a legend."""
     return Bbox.union([canvas.bbox_inches, canvas.get_tightbbox().padded(0.05)])
+
+
+def _named_points(canvas: Figure, whole: Bbox) -> list[tuple[float, float, str]]:
+    """Every named point of the picture: its place as shares from the left and from the top, and its name."""
+    points = []
+    named = [(line, names) for ax in canvas.axes for line in ax.lines if (names := names_of_points(line))]
+    for line, names in named:
+        places = line.get_transform().transform(line.get_xydata()) / canvas.dpi
+        for (x, y), name in zip(places.tolist(), names, strict=True):
+            if np.isfinite(x) and np.isfinite(y):
+                points.append((round((x - whole.x0) / whole.width, 4), round((whole.y1 - y) / whole.height, 4), name))
+    return points
 
 
 def rows_of(frame: pd.DataFrame) -> list[Any]:
@@ -368,7 +389,15 @@ def render(
         lstrip_blocks=True,
     )
     template = environment.get_template("report.html.jinja")
-    return template.render(title=title, lead=lead, findings=findings, sections=sections, words=words)
+    return template.render(
+        title=title,
+        lead=lead,
+        findings=findings,
+        sections=sections,
+        words=words,
+        script=Markup(SCRIPT),  # our own file
+        script_digest=b64encode(sha256(SCRIPT.encode()).digest()).decode(),
+    )
 
 
 def write(page: str, out_path: Path | str) -> Path:

@@ -3,9 +3,12 @@
 Three settings (`simulations/scenarios/gauntlet_*.toml`): digits and Fashion-MNIST with all clients in every round, and
 Fashion-MNIST with a fifth of the clients in a round. Detectors were chosen on seeds 0 to 4; the figures that rank them
 are those of seeds 5 to 9, and the table holds both. Attack-free runs of other seeds are added until enough benign
-clients are pooled: half of these runs calibrate the detectors, the other half test them. Writes `gauntlet.csv` and
-`gauntlet.html`. A run that was analyzed by the same detectors is not analyzed again; its log is deleted unless `--keep`
-is given.
+clients are pooled: half of these runs calibrate the detectors, the other half test them. A run that was analyzed by the
+same detectors is not analyzed again; its log is deleted unless `--keep` is given.
+
+Writes the tables of `gauntlet_figures` and a page, to `reports/gauntlet*`. A setting can be run apart: its rows then
+take the place of what was there of it, and those of other settings stay. What is no whole setting, as some of its
+attacks, is written to `runs/gauntlet_part*`.
 
 Detectors and attacks of your own take part by name: of an installed package's entry point, or `module:function`. An
 attack with settings comes in a scenario file of your own: `--settings mine.toml`.
@@ -25,10 +28,10 @@ from tqdm import tqdm
 from gradlens.errors import InputError
 from gradlens.processes import processes
 from simulations import Scenario, run_sweep
-from simulations.studies import gauntlet_figures as figures
 from simulations.studies import gauntlet_page as page
 from simulations.studies import gauntlet_scores as scores
 from simulations.studies.conditions import main_part
+from simulations.studies.gauntlet_figures import OUT, Tables
 from simulations.studies.gauntlet_scores import (
     ATTACK_FREE_SEED,
     CHOOSE_SEEDS,
@@ -37,13 +40,13 @@ from simulations.studies.gauntlet_scores import (
     RunScores,
     scenarios,
 )
-from simulations.studies.results import REPORTS, ROOT, run_as_command
+from simulations.studies.results import ROOT, run_as_command
 from simulations.tasks import load_task
 
-OUT = REPORTS / "gauntlet"
+PART = ROOT / "runs" / "gauntlet_part"  # of what is no whole setting
 SETTINGS = ("digits", "fashion_mnist", "sampled")
 SEEDS = ",".join(map(str, [*CHOOSE_SEEDS, *CONFIRM_SEEDS]))
-WHOLE_SEEDS = 5  # at least, of a gauntlet that is no mere part
+WHOLE_SEEDS = 3  # at least, of a setting that is no mere part
 WHOLE_BENIGN, PART_BENIGN = 2_000, 400  # attack-free clients pooled for a cell
 RUNS_AT_A_TIME = 24  # so that not all logs are on disk at once
 
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     families, attacks = _names(options.families), _names(options.attack)
     detectors = scores.detector_names(_names(options.detectors))
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    is_whole = len(seeds) >= WHOLE_SEEDS and not families and not attacks and options.settings == ",".join(SETTINGS)
+    is_whole = len(seeds) >= WHOLE_SEEDS and not families and not attacks and not options.detectors
     benign = options.benign or (WHOLE_BENIGN if is_whole else PART_BENIGN)
     results = []
     with processes(options.workers) as pool:
@@ -66,12 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results += analyzed(setting, runs, options.runs, pool, detectors, keep=options.keep)
         if not any(not result.scenario.is_control for result in results):
             raise InputError(f"gauntlet: no attack of {options.families or 'the scenarios'} in {options.settings}")
-        table = figures.figures(results, pool)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    csv, html = options.out.with_suffix(".csv"), options.out.with_suffix(".html")
-    table.to_csv(csv, index=False, float_format="%.5g")
-    page.write(table, results, html)
-    print(f"{len(results)} runs, {len(table)} figures: {csv}, {html}")
+        tables = Tables.of(results, pool)
+    out = options.out or (OUT if is_whole else PART)
+    if is_whole and out.with_suffix(".csv").exists():
+        tables = tables.beside(Tables.read(out))
+    tables.write(out)
+    page.write(tables, out.with_suffix(".html"))
+    print(f"{len(results)} runs, {len(tables.figures)} figures: {out}.csv, {out}.html")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -91,7 +95,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--benign", type=int, help=f"attack-free clients of a cell (default: {WHOLE_BENIGN}, of a part {PART_BENIGN})")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     add("--runs", type=Path, default=ROOT / "runs" / "gauntlet", help="folder of the runs (default: runs/gauntlet)")
-    add("--out", type=Path, default=OUT, help="table and page, without their endings (default: reports/gauntlet)")
+    add(
+        "--out",
+        type=Path,
+        help="tables and page, without their endings (default: reports/gauntlet, or of a part runs/gauntlet_part)",
+    )
     add("--keep", action="store_true", help="keep the logs of all runs, 100 GB for the whole gauntlet")
     return parser.parse_args(arguments)
 

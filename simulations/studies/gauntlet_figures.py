@@ -1,9 +1,10 @@
-"""The figures of the gauntlet: from the scores of single runs to the table `gauntlet.csv`."""
+"""The tables of the gauntlet: from the scores of single runs to `gauntlet.csv` and its neighbors."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,10 +17,19 @@ from gradlens.evaluation import evaluate, mean_interval, per_client
 from gradlens.evaluation.score_tables import judged
 from simulations.attacks import build_attack
 from simulations.studies.conditions import ADAPTIVE, CELL, UNCAPPED
-from simulations.studies.gauntlet_scores import ATTACK_FREE, CHOOSE, PANEL, RunScores, clean_rounds, unfitted_panel
+from simulations.studies.gauntlet_scores import (
+    ATTACK_FREE,
+    CHOOSE,
+    PANEL,
+    RunScores,
+    clean_rounds,
+    digest,
+    unfitted_panel,
+)
 from simulations.studies.results import REPORTS
 
-CSV = REPORTS / "gauntlet.csv"
+OUT = REPORTS / "gauntlet"  # tables and page, without their endings
+CSV = OUT.with_suffix(".csv")
 WORKING_GAIN = 0.2  # an attack works from here on: ASR above the control's, or main accuracy below it
 RATES = {"1": 0.01, "5": 0.05}  # ending of tpr_ and fpr_ -> false-positive rate
 CUMULATIVE = {  # detectors whose last score of a client covers all of its rounds; scores of the others are averaged
@@ -27,6 +37,7 @@ CUMULATIVE = {  # detectors whose last score of a client covers all of its round
     "persistence", "foolsgold", "fldetector", "flanders", "panel", "panel (clean stretch)", "panel (each cohort)",
 }  # fmt: skip
 CLEAN_STRETCH, EACH_COHORT = "panel (clean stretch)", "panel (each cohort)"  # the panel under its other nulls
+WHERE = ["task", "setting"]  # what a part of the gauntlet is run for
 KEYS = [*CELL, "purpose"]  # figures of the seeds that choose and of those that confirm are never mixed
 METRICS = (
     "auc",  # within attacked runs
@@ -41,6 +52,56 @@ COLUMNS = [
 
 Cell = tuple[str, ...]  # values of CELL
 Scored = tuple[RunScores, pd.DataFrame]  # a run, and its updates with the scores of a detector
+
+
+class Tables(NamedTuple):
+    """What the gauntlet writes.
+
+    Parameters
+    ----------
+    figures : DataFrame
+        A row per figure of a detector in a cell, as `figures` computes them: `gauntlet.csv`.
+    runs : DataFrame
+        A row per run, as `run_facts` lists them: `gauntlet_runs.csv`.
+    labels : DataFrame
+        How often suspected labels are right, as of `label_accuracy`: `gauntlet_labels.csv`.
+    """
+
+    figures: pd.DataFrame
+    runs: pd.DataFrame
+    labels: pd.DataFrame
+
+    @classmethod
+    def of(cls, results: Sequence[RunScores], executor: Executor | None = None) -> "Tables":
+        """The tables of some runs."""
+        return cls(figures(results, executor), run_facts(results), label_accuracy(results))
+
+    @classmethod
+    def read(cls, out: Path = OUT) -> "Tables":
+        """The tables in a folder, by default `reports/`; of runs and labels none where they were not written yet."""
+        others = [pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEYS) for path in _paths(out)[1:]]
+        return cls(committed(_paths(out)[0]), *others)
+
+    def beside(self, others: "Tables") -> "Tables":
+        """These, and of the others what is of settings (task, way of drawing clients) that are not here."""
+        here = self.figures[WHERE].drop_duplicates()
+
+        def apart(table: pd.DataFrame) -> pd.DataFrame:
+            return table[~pd.MultiIndex.from_frame(table[WHERE]).isin(pd.MultiIndex.from_frame(here))]
+
+        pairs = [(apart(other), table) for table, other in zip(self, others, strict=True)]
+        joined = [pd.concat([part for part in pair if len(part)] or pair, ignore_index=True) for pair in pairs]
+        return Tables(joined[0].sort_values([*KEYS, "detector", "per", "metric"], kind="stable"), *joined[1:])
+
+    def write(self, out: Path) -> None:
+        """Writes them; runs and labels as they are, figures to five digits."""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for table, path in zip(self, _paths(out), strict=True):
+            table.to_csv(path, index=False, float_format="%.5g" if table is self.figures else None)
+
+
+def _paths(out: Path) -> list[Path]:
+    return [out.with_name(f"{out.name}{ending}.csv") for ending in ("", "_runs", "_labels")]
 
 
 def committed(path: Path = CSV) -> pd.DataFrame:
@@ -75,12 +136,13 @@ def figures(results: Sequence[RunScores], executor: Executor | None = None) -> p
     DataFrame
         In the columns of `gauntlet.csv`; a detector has no row for a metric that it has no answer for.
     """
-    working = {cell for cell, gain in gains(results).items() if gain >= WORKING_GAIN}
+    runs = run_facts(results)
+    working = {cell for cell, gain in gains(runs).items() if gain >= WORKING_GAIN}
     groups = list(sharing_a_null(results).values())
     of_group = partial(_group_figures, working=working)
     parts = map(of_group, groups) if executor is None else executor.map(of_group, groups)
     table = pd.concat(list(parts), ignore_index=True)
-    cells, lengths = list(table[CELL].itertuples(index=False, name=None)), norms(results)
+    cells, lengths = list(table[CELL].itertuples(index=False, name=None)), norms(runs)
     table["works"] = [int(cell in working) for cell in cells]
     table["norm"] = [lengths.get(cell, np.nan) for cell in cells]
     table["adaptive"] = table["family"].isin(ADAPTIVE).astype(int)
@@ -88,21 +150,45 @@ def figures(results: Sequence[RunScores], executor: Executor | None = None) -> p
     return table.sort_values([*KEYS, "detector", "per", "metric"], kind="stable")[COLUMNS].reset_index(drop=True)
 
 
-def gains(results: Sequence[RunScores]) -> dict[Cell, float]:
+def run_facts(results: Sequence[RunScores]) -> pd.DataFrame:
+    """What is said of the runs themselves.
+
+    Returns
+    -------
+    DataFrame
+        Columns of `KEYS`, seed, kind ("attacked", "control" or "attack-free"), clients, drawn (clients in a round),
+        rounds, seen (clients that took part), gain and norm (of attacked runs, as of `RunScores`), detectors, and code,
+        a digest of what the detectors were when they judged the run.
+    """
+    rows = []
+    for run in results:
+        scenario, names = run.scenario, run.arrays["detectors"].tolist()
+        attacked = not scenario.is_control
+        rows.append(
+            run.cell
+            | {"purpose": run.purpose, "seed": scenario.seed}
+            | {"kind": "attacked" if attacked else ATTACK_FREE if run.is_attack_free else "control"}
+            | {"clients": scenario.num_clients, "drawn": scenario.clients_per_round or scenario.num_clients}
+            | {"rounds": scenario.rounds, "seen": len(np.unique(run.arrays["client"]))}
+            | {"gain": run.gain if attacked else np.nan, "norm": run.norm if attacked else np.nan}
+            | {"detectors": len(names), "code": digest(tuple(names))}
+        )
+    return pd.DataFrame(rows)
+
+
+def gains(runs: pd.DataFrame) -> dict[Cell, float]:
     """Cell -> how far its attack works, the mean over its runs of all seeds."""
-    return _means((run, run.gain) for run in results if not run.scenario.is_control)
+    return _means(runs, "gain")
 
 
-def norms(results: Sequence[RunScores]) -> dict[Cell, float]:
+def norms(runs: pd.DataFrame) -> dict[Cell, float]:
     """Cell -> how long poisoned updates are, in norms of benign ones, the mean over its runs of all seeds."""
-    return _means((run, run.norm) for run in results if not run.scenario.is_control)
+    return _means(runs, "norm")
 
 
-def _means(of_runs: Iterable[tuple[RunScores, float]]) -> dict[Cell, float]:
-    values: dict[Cell, list[float]] = {}
-    for run, value in of_runs:
-        values.setdefault(tuple(run.cell.values()), []).append(value)
-    return {cell: float(np.mean(of_cell)) for cell, of_cell in values.items()}
+def _means(runs: pd.DataFrame, column: str) -> dict[Cell, float]:
+    means = runs[runs["kind"].eq("attacked")].groupby(CELL, sort=False)[column].mean()
+    return dict(zip(means.index.tolist(), means.tolist(), strict=True))
 
 
 def sharing_a_null(results: Sequence[RunScores]) -> dict[tuple[object, ...], list[RunScores]]:
@@ -324,15 +410,15 @@ def label_accuracy(results: Sequence[RunScores]) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Columns of `CELL`, `whose` ("attackers": all of them; "flagged": those that the panel flags at 5 % per update,
+        Columns of `KEYS`, `whose` ("attackers": all of them; "flagged": those that the panel flags at 5 % per update,
         calibrated on attack-free runs of other seeds), value, low, high, seeds, clients.
     """
     rows = [row for runs in sharing_a_null(results).values() for row in _named_labels(runs)]
     if not rows:
-        return pd.DataFrame(columns=[*CELL, "whose", "value", "low", "high", "seeds", "clients"])
+        return pd.DataFrame(columns=[*KEYS, "whose", "value", "low", "high", "seeds", "clients"])
     table = pd.DataFrame(rows)
     parts = [
-        attribution_accuracy(part, CELL).query("label == 'target'").assign(whose=whose)
+        attribution_accuracy(part, KEYS).query("label == 'target'").assign(whose=whose)
         for whose, part in (("attackers", table), ("flagged", table[table["flagged"]]))
         if len(part)
     ]
@@ -354,6 +440,7 @@ def _named_labels(runs: Sequence[RunScores]) -> Iterator[Mapping[str, object]]:
         for position, client, suspected in zip(*columns, strict=True):
             if client in malicious:
                 yield run.cell | {
+                    "purpose": run.purpose,
                     "seed": run.scenario.seed,
                     "target": suspected,
                     "source": pd.NA,

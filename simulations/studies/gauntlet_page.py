@@ -11,38 +11,38 @@ from matplotlib.figure import Figure
 
 from gradlens.reporting import page as report_page
 from gradlens.reporting.page import Block, figure, finding, listed, measured, number, render, table, text
+from simulations.studies import cases
 from simulations.studies.conditions import CELL, PARTITION_NAMES, TASK_NAMES
 from simulations.studies.gauntlet_figures import (
     CLEAN_STRETCH,
     EACH_COHORT,
     WORKING_GAIN,
+    Tables,
     gains,
-    label_accuracy,
     norms,
 )
-from simulations.studies.gauntlet_scores import ATTACK_FREE, CHOOSE, CHOOSE_SEEDS, CONFIRM, PANEL, RunScores
+from simulations.studies.gauntlet_ranking import (
+    MATCHED,
+    headline,
+    observed,
+    of_purpose,
+    ranked_rows,
+    ranking,
+    ranking_purpose,
+)
+from simulations.studies.gauntlet_scores import ATTACK_FREE, CHOOSE, CHOOSE_SEEDS, CONFIRM, PANEL
 from simulations.studies.results import markdown, share, value_at
 
 FOUND_ENOUGH = 0.5  # TPR by which detectors are ranked: in a cell where no detector reaches it, all of them fail
 SECTION_ROWS, HARD_ROWS = 10, 8  # best detectors in the results section, and in a table of hard cells
 GROUP = ["task", "partition", "setting"]  # cells of one group differ in the attack only
-MATCHED, UNMATCHED = "tpr_5_matched", "tpr_5"  # what ranks the detectors, and what did in tables that lack it
 HARD_METRICS = (  # title, metric, is it a share?
     ("AUC", "auc", False),
     ("TPR at 5 %, matched", "tpr_5_matched", True),
     ("TPR at 1 %, matched", "tpr_1_matched", True),
     ("TPR at 5 %, attack-free threshold", "tpr_5", True),
 )
-RANKED = (  # title, column of `ranking`
-    ("TPR at 5 %, matched", "tpr_5_matched"),
-    ("TPR at 1 %, matched", "tpr_1_matched"),
-    ("matched 5 %, not adaptive", "tpr_5_matched_plain"),
-    ("FPR at matched 5 %", "fpr_5_matched"),
-    ("TPR at attack-free 5 %", "tpr_5"),
-    ("TPR at attack-free 1 %", "tpr_1"),
-    ("FPR while attacked, 5 %", "fpr_5"),
-    ("FPR while attacked, 1 %", "fpr_1"),
-)
+NULL_NAMES = {"reference": "shipped reference", "own": "own null"}
 MATCHED_HOW = (
     "Matched: a cell is judged at the threshold that 5 % (or 1 %) of the benign clients of attacked runs exceed, on "
     "average over the other cells in which the attack works: those of the same task, partition and way of drawing "
@@ -51,25 +51,22 @@ MATCHED_HOW = (
 )
 
 
-def write(figures: pd.DataFrame, results: Sequence[RunScores], path: Path) -> None:
+def write(tables: Tables, path: Path) -> None:
     """Writes the page.
 
     Parameters
     ----------
-    figures : DataFrame
-        As of `gauntlet_figures.figures`.
-    results : sequence of RunScores
-        What the figures were computed from.
+    tables : Tables
     path : Path
         Of the page, in HTML.
     """
+    figures, runs, labels = tables
     purpose = ranking_purpose(figures)
     by_client = of_purpose(figures, purpose).query("per == 'client'")
     working = by_client[by_client["works"].eq(1)]
     ranked = ranking(working)
-    shown = [run for run in results if run.purpose in (purpose, ATTACK_FREE)]
     sections = [
-        report_page.section("how", "What was run", _how(results)),
+        report_page.section("how", "What was run", _how(runs)),
         report_page.section("ranking", "Detectors over all cells in which the attack works", _rankings(figures)),
         report_page.section("cells", "Cell by cell: attackers found", _heat_maps(working, headline(working))),
         report_page.section(
@@ -77,54 +74,11 @@ def write(figures: pd.DataFrame, results: Sequence[RunScores], path: Path) -> No
         ),
         report_page.section("hard", "Clients drawn at random, attackers that come and go", _hard_cells(by_client)),
         report_page.section("panel", "The panel under the three nulls", _panel_nulls(of_purpose(figures, purpose))),
-        report_page.section("labels", "Which label the attackers want", _target_labels(shown)),
-        report_page.section("attacks", "The attacks", _attacks(by_client, results)),
-        # what becomes of whole recordings (how many are accused, innocents named, attackers found) has its section here
+        report_page.section("labels", "Which label the attackers want", _target_labels(of_purpose(labels, purpose))),
+        report_page.section("attacks", "The attacks", _attacks(by_client, runs)),
+        report_page.section("cases", "What becomes of whole recordings", _cases(cases.committed())),
     ]
-    report_page.write(render("Gauntlet", _lead(results), _findings(by_client, working, ranked), sections), path)
-
-
-def ranking_purpose(figures: pd.DataFrame) -> str:
-    """The seeds whose figures rank the detectors: those that confirm or, without any, those that choose."""
-    return CONFIRM if figures["purpose"].eq(CONFIRM).any() else CHOOSE
-
-
-def of_purpose(figures: pd.DataFrame, purpose: str) -> pd.DataFrame:
-    """The figures of attacked runs of a purpose, and of attack-free runs."""
-    return figures[figures["purpose"].isin((purpose, ATTACK_FREE))]
-
-
-def headline(figures: pd.DataFrame) -> str:
-    """The metric that ranks the detectors; tables from before thresholds were matched have another."""
-    return MATCHED if figures["metric"].eq(MATCHED).any() else UNMATCHED
-
-
-def observed(figures: pd.DataFrame) -> pd.Series:
-    """The values, with 0 in place of the upper limit where no false positive was seen, so that they can be averaged."""
-    is_limit = figures["bound"].eq("<=") & figures["low"].eq(0) & figures["value"].eq(figures["high"])
-    return figures["value"].where(~(figures["metric"].str.startswith("fpr") & is_limit), 0.0)
-
-
-def ranking(working: pd.DataFrame) -> pd.DataFrame:
-    """Averages the figures per client of each detector over cells.
-
-    Parameters
-    ----------
-    working : DataFrame
-        The figures per client of cells in which the attack works.
-
-    Returns
-    -------
-    DataFrame
-        Index detector, the best by `headline` first; a column for every metric and, with the ending _plain, one for its
-        mean over the cells whose attack is not adaptive.
-    """
-    known = working.assign(value=observed(working))
-    means, plain = (
-        rows.pivot_table(index="detector", columns="metric", values="value", aggfunc="mean")
-        for rows in (known, known[known["adaptive"].eq(0)])
-    )
-    return means.join(plain.add_suffix("_plain")).sort_values(headline(working), ascending=False)
+    report_page.write(render("Gauntlet", _lead(runs), _findings(by_client, working, ranked), sections), path)
 
 
 # The section of the results ------------------------------------------------------------------------------------
@@ -136,7 +90,7 @@ def section(figures: pd.DataFrame) -> str:
     by_client = of_purpose(figures, purpose).query("per == 'client'")
     working = by_client[by_client["works"].eq(1)]
     ranked = ranking(working)
-    rows = _ranked_rows(ranked.head(SECTION_ROWS), by_client)
+    rows = ranked_rows(ranked.head(SECTION_ROWS), by_client)
     chosen = figures[figures["purpose"].eq(CHOOSE) & figures["per"].eq("client") & figures["works"].eq(1)]
     for row, name in zip(rows, ranked.index, strict=False):
         row["detector"] = f"`{name}`"
@@ -152,11 +106,11 @@ def section(figures: pd.DataFrame) -> str:
     )
     body = markdown(columns, [[row[title] for title in columns] for row in rows])
     return "\n\n".join(
-        ["## The detectors, measured", lead, *_caveats(working, purpose), body, *_hard_sentences(by_client)]
+        ["## The detectors, measured", lead, *_caveats(figures, working, purpose), body, *_hard_sentences(by_client)]
     )
 
 
-def _caveats(working: pd.DataFrame, purpose: str) -> list[str]:
+def _caveats(figures: pd.DataFrame, working: pd.DataFrame, purpose: str) -> list[str]:
     """Which seeds and thresholds the figures are of, and plainly what a table does not have yet."""
     seeds = f"seeds {CHOOSE_SEEDS[0]} to {CHOOSE_SEEDS[-1]}"
     sentences = [
@@ -172,9 +126,20 @@ def _caveats(working: pd.DataFrame, purpose: str) -> list[str]:
         )
     if purpose == CONFIRM:
         sentences.append(f"Detectors were chosen on {seeds}; all figures but those named so are of other seeds.")
+        waiting = _unconfirmed(figures)
+        if waiting:
+            sentences.append(f"**Not confirmed yet, and left out here**: {listed(waiting)}.")
     else:
         sentences.append(f"**Not confirmed**: all figures are of {seeds}, on which the detectors were chosen.")
     return [" ".join(sentences)]
+
+
+def _unconfirmed(figures: pd.DataFrame) -> list[str]:
+    """Tasks and ways of drawing clients of which there are only figures of seeds that chose."""
+    attacked = figures[figures["purpose"].ne(ATTACK_FREE)]
+    confirmed = attacked.groupby(["task", "setting"])["purpose"].agg(lambda purposes: purposes.eq(CONFIRM).any())
+    waiting = confirmed.index[~confirmed.to_numpy(bool)].tolist()
+    return sorted(f"{TASK_NAMES.get(task, task)} ({setting})" for task, setting in waiting)
 
 
 def _hard_sentences(by_client: pd.DataFrame) -> list[str]:
@@ -205,14 +170,13 @@ def _count_cells(figures: pd.DataFrame) -> int:
 # Lead and findings -----------------------------------------------------------------------------------------------
 
 
-def _lead(results: Sequence[RunScores]) -> str:
-    attacked = [run for run in results if not run.scenario.is_control]
-    attack_free = [run for run in results if run.is_attack_free]
-    families = {run.cell["family"] for run in attacked}
-    tasks = sorted({TASK_NAMES.get(run.scenario.task, run.scenario.task) for run in results})
+def _lead(runs: pd.DataFrame) -> str:
+    attacked, kinds = runs[runs["kind"].eq("attacked")], runs["kind"].value_counts()
+    tasks = sorted({TASK_NAMES.get(task, task) for task in runs["task"].astype(str)})
     return (
-        f"{len(families)} attacks on {' and '.join(tasks)}, {len(attacked)} attacked runs and {len(attack_free)} "
-        f"attack-free ones, {len(results[0].arrays['detectors'])} detectors and settings. They are ranked on seeds "
+        f"{attacked['family'].nunique()} attacks on {' and '.join(tasks)}, {len(attacked)} attacked runs and "
+        f"{kinds.get(ATTACK_FREE, 0)} attack-free ones, {runs['detectors'].max()} detectors and settings. They are "
+        "ranked on seeds "
         "that confirm, at thresholds at which all of them flag as many benign clients of attacked runs. Beside it "
         "stand thresholds from attack-free runs of other seeds, tested on further ones."
     )
@@ -286,25 +250,21 @@ def _cell_name(key: Sequence[Any]) -> str:
 # Sections --------------------------------------------------------------------------------------------------------
 
 
-def _how(results: Sequence[RunScores]) -> list[Block]:
-    groups: dict[tuple[str, str, str], list[RunScores]] = {}
-    for run in results:
-        cell = run.cell
-        groups.setdefault((cell["task"], cell["setting"], cell["partition"]), []).append(run)
+def _how(runs: pd.DataFrame) -> list[Block]:
     rows = []
-    for (task, setting, partition), runs in groups.items():
-        scenario = runs[0].scenario
-        attack_free = [run for run in runs if run.is_attack_free]
-        drawn = scenario.clients_per_round or scenario.num_clients
+    for key, part in runs.groupby(GROUP, sort=False):
+        (task, partition, setting), first = map(str, key), part.iloc[0]
+        attack_free = part[part["kind"].eq(ATTACK_FREE)]
         rows.append(
             {
                 "task": TASK_NAMES.get(task, task),
-                "clients": f"{drawn} of {scenario.num_clients}, {setting}",
+                "clients": f"{first['drawn']} of {first['clients']}, {setting}",
                 "partition": PARTITION_NAMES.get(partition, partition),
-                "rounds": str(scenario.rounds),
-                "attacked runs": str(sum(not run.scenario.is_control for run in runs)),
+                "rounds": str(first["rounds"]),
+                "attacked runs": str(part["kind"].eq("attacked").sum()),
                 "attack-free runs": str(len(attack_free)),
-                "benign clients": str(sum(len(np.unique(run.arrays["client"])) for run in attack_free)),
+                "benign clients": str(attack_free["seen"].sum()),
+                "code": listed(sorted(set(part["code"]))),
             }
         )
     about = (
@@ -319,7 +279,10 @@ def _how(results: Sequence[RunScores]) -> list[Block]:
         "and count as not adaptive. Intervals are over runs, 95 %. Detectors that need data of the server's own "
         "(fltrust, and the part of deepsight that queries a model) are left out."
     )
-    caption = "What was run. Each attacked run has a control of the same seed, by which the attack is judged."
+    caption = (
+        "What was run. Each attacked run has a control of the same seed, by which the attack is judged. Code: a digest "
+        "of the detectors as they were then; settings are run apart."
+    )
     return [text(about), table(rows, caption)]
 
 
@@ -333,7 +296,7 @@ def _rankings(figures: pd.DataFrame) -> list[Block]:
             continue
         by_client, by_update = (working[working["per"].eq(per)] for per in ("client", "update"))
         ranked, updates = ranking(by_client), ranking(by_update)
-        rows = _ranked_rows(ranked, part[part["per"].eq("client")])
+        rows = ranked_rows(ranked, part[part["per"].eq("client")])
         for row, name in zip(rows, ranked.index, strict=True):
             row["per update: AUC"] = number(value_at(updates, name, "auc"))
             row["TPR at 5 %, matched "] = share(value_at(updates, name, MATCHED))
@@ -341,20 +304,6 @@ def _rankings(figures: pd.DataFrame) -> list[Block]:
         caption = f"{seeds}: means over cells in which the attack works, per client and, on the right, per update."
         blocks.append(table(rows, caption, folded=bool(blocks)))
     return blocks or [text("No attack works here.")]
-
-
-def _ranked_rows(ranked: pd.DataFrame, by_client: pd.DataFrame) -> list[dict[str, str]]:
-    """A row per detector: what it finds and what that costs, attacked and attack-free."""
-    attack_free = by_client[by_client["family"].eq("none")]
-    alarms = attack_free.assign(value=observed(attack_free)).pivot_table(
-        index="detector", columns="metric", values="value", aggfunc="mean"
-    )
-    return [
-        {"detector": str(name), "AUC": number(value_at(ranked, name, "auc"))}
-        | {title: share(value_at(ranked, name, column)) for title, column in RANKED}
-        | {f"FPR attack-free, {rate} %": share(value_at(alarms, name, f"fpr_{rate}")) for rate in (5, 1)}
-        for name in ranked.index
-    ]
 
 
 def _heat_maps(working: pd.DataFrame, metric: str) -> list[Block]:
@@ -447,9 +396,9 @@ def _rates_under_null(figures: pd.DataFrame) -> dict[str, str]:
     return row
 
 
-def _target_labels(results: Sequence[RunScores]) -> list[Block]:
+def _target_labels(labels: pd.DataFrame) -> list[Block]:
     rows = []
-    for key, part in label_accuracy(results).groupby(CELL, sort=False):
+    for key, part in labels.groupby(CELL, sort=False):
         row = {"cell": _cell_name(key)}
         for whose in ("attackers", "flagged"):
             accuracy = part[part["whose"].eq(whose)]
@@ -466,11 +415,11 @@ def _target_labels(results: Sequence[RunScores]) -> list[Block]:
     return [text(about), table(rows, "Share of updates whose suspected target label is the attack's.")]
 
 
-def _attacks(by_client: pd.DataFrame, results: Sequence[RunScores]) -> list[Block]:
+def _attacks(by_client: pd.DataFrame, runs: pd.DataFrame) -> list[Block]:
     """How far each attack works and how loud it is, cell by cell."""
     of_panel = by_client[by_client["detector"].eq(PANEL) & by_client["metric"].eq(headline(by_client))]
     tpr = {tuple(key): value for *key, value in of_panel[[*CELL, "value"]].itertuples(index=False, name=None)}
-    lengths, adaptive = norms(results), set(by_client.loc[by_client["adaptive"].eq(1), "family"])
+    lengths, adaptive = norms(runs), set(by_client.loc[by_client["adaptive"].eq(1), "family"])
     rows = [
         {
             "cell": _cell_name(key),
@@ -480,10 +429,31 @@ def _attacks(by_client: pd.DataFrame, results: Sequence[RunScores]) -> list[Bloc
             "works": "yes" if gain >= WORKING_GAIN else "no",
             "panel, TPR at 5 %": share(tpr.get(key, np.nan)),
         }
-        for key, gain in sorted(gains(results).items(), key=lambda item: item[1])
+        for key, gain in sorted(gains(runs).items(), key=lambda item: item[1])
     ]
     caption = (
         "Norm: of poisoned updates, in median norms of their round's benign ones. Gain: points of ASR above the "
         "control, or of main accuracy below it. Cells in which the attack does not work are in no mean above."
     )
     return [table(rows, caption)]
+
+
+def _cases(judged: pd.DataFrame) -> list[Block]:
+    """What `investigate` concludes from recordings with 4 of 20 clients malicious, attack by attack."""
+    shown = judged[judged["kind"].eq("attacked") & judged["malicious"].eq(4)]
+    rows = []
+    for (setting, name), part in shown.groupby(["setting", "family"]):
+        row = {"setting": str(setting), "attack": str(name)}
+        for null, title in NULL_NAMES.items():
+            of_null = part[part["null"].eq(null)]
+            row[f"found, {title}"] = share((of_null["found"] / of_null["attackers"].clip(lower=1)).mean())
+            row[f"innocents, {title}"] = number(of_null["innocent"].mean())
+        rows.append(row)
+    free = judged[judged["kind"].eq("attack-free") & judged["null"].eq("reference")]
+    about = (
+        f"A case is one verdict on a recording. {(free['innocent'] > 0).sum()} of {len(free)} attack-free recordings "
+        "had anybody accused. Recordings of seeds that chose nothing; other numbers of attackers and the intervals are "
+        "in the results on cases."
+    )
+    caption = "Attackers accused, and innocent clients accused per recording, by the shipped reference and by 20 "
+    return [text(about), table(rows, caption + "attack-free recordings of the setting; 4 of 20 clients malicious.")]

@@ -2,21 +2,25 @@
 
 A logistic regression on readings above and below the clean clients' middle. It is learned for the clean sets that an
 investigation passes through, right and wrong ones: everybody, everybody but some or all of the attackers, but some of
-the innocent, and, in a second round, the clean sets of its own first version.
+the innocent, and, in a second round, the clean sets of its own first version. Which of two camps is malicious is
+learned apart, from recordings with many malicious clients, each camp judged by the other.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from gradlens.case.peeling import peel
+from gradlens.case.camps import SEVERAL, mirrored
+from gradlens.case.peeling import MOST, peel
 from gradlens.case.scoring import Scoring, deviations, split
 from gradlens.case.sums import Sums
 
 BENIGN_WEIGHT = 2.0  # of the benign clients of a recording, together, when its malicious ones weigh 1
 FREE_WEIGHT = 5.0  # of attack-free recordings beside an attack
 STRENGTH = 0.5  # of the ridge penalty: weaker ones find no more, and transfer worse to other models
+SIDE_STRENGTH = 0.5  # the same of the weights of two camps
 ROUNDS = 2  # the second learns from the clean sets that the first passes through
 
 
@@ -32,10 +36,18 @@ class Example(NamedTuple):
     scales: np.ndarray
     seed: int
 
+    @property
+    def malicious_share(self) -> float:
+        """Share of the clients that are malicious."""
+        return float(self.malicious.mean())
+
 
 def learned(examples: Sequence[Example], names: tuple[str, ...], pooled: np.ndarray) -> Scoring:
     """Learns the weights of all readings; scales are pooled over settings, as no recording tells its own."""
-    scoring = Scoring(names, pooled, np.zeros(len(names)), np.zeros(len(names)), 0.0)
+    scoring = Scoring(names, pooled, np.zeros(len(names)), np.zeros(len(names)), 0.0, np.zeros(len(names) + 1))
+    camps = [example for example in examples if example.malicious_share > SEVERAL]
+    sides = fitted_sides(np.stack([mirrored(example.sums, scoring, example.malicious) for example in camps]))
+    examples = [example for example in examples if example.malicious_share <= MOST]
     for round_ in range(ROUNDS):
         tables = [table(example, scoring, visited=round_ > 0) for example in examples]
         counts = {group: sum(e.group == group for e in examples) for group in {e.group for e in examples}}
@@ -48,7 +60,7 @@ def learned(examples: Sequence[Example], names: tuple[str, ...], pooled: np.ndar
             ]
         )
         scoring = fitted(values, malicious, weights, scoring)
-    return scoring
+    return replace(scoring, sides=sides)
 
 
 def table(example: Example, scoring: Scoring, visited: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -103,4 +115,14 @@ def fitted(values: np.ndarray, malicious: np.ndarray, weights: np.ndarray, befor
     model = LogisticRegression(C=1 / (2 * STRENGTH), max_iter=1_000)
     model.fit(parts / spread, malicious, sample_weight=weights)
     above, below = np.split(model.coef_[0].astype(np.float64) / spread, 2)
-    return Scoring(before.readings, before.scales, above, below, float(np.ravel(model.intercept_)[0]))
+    return replace(before, above=above, below=below, intercept=float(np.ravel(model.intercept_)[0]))
+
+
+def fitted_sides(values: np.ndarray) -> np.ndarray:
+    """Weights of `mirrored` [recording, value] that tell malicious camps, as these all are, from mirror images."""
+    from sklearn.linear_model import LogisticRegression
+
+    spread = values.std(axis=0) + 0.05
+    model = LogisticRegression(C=1 / (2 * SIDE_STRENGTH), fit_intercept=False, max_iter=2_000)
+    model.fit(np.concatenate([values, -values]) / spread, np.arange(2 * len(values)) < len(values))
+    return model.coef_[0].astype(np.float64) / spread

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from gradlens.case.camps import camps_of
 from gradlens.case.drift import Drift
 from gradlens.case.looks import looks_of
 from gradlens.case.peeling import SMALLEST, peel
@@ -36,7 +37,7 @@ from simulations.studies.reference_weights import Example, learned
 from simulations.studies.results import ROOT, run_as_command
 
 FOLDER, OUT = ROOT / "runs" / "reference", ROOT / "gradlens" / "case" / "reference.json"
-VERSION = 1
+VERSION = 2
 WORKS, COSTS = 0.3, 0.05  # attack success rate, and main accuracy lost, from which on an attack works
 DESCRIBED = (
     "task",
@@ -53,7 +54,8 @@ DESCRIBED = (
 REFERENCE, RECORDINGS = range(42), range(20)  # numbers of the settings, seeds of their attack-free recordings
 LEARNING, FREE, ATTACKED = range(1_000, 1_012), range(6), 10  # settings that the weights are learned from, of each
 # so many attack-free recordings and attacks; and digits with 20 clients as in the gauntlet, by other seeds
-DIGITS_FREE, DIGITS_ATTACKED, DIGITS_MALICIOUS, ODD = range(220, 240), range(300, 302), (1, 4, 8), range(200, 205)
+DIGITS_FREE, DIGITS_ATTACKED, ODD = range(220, 240), range(300, 302), range(200, 205)
+DIGITS_MALICIOUS = (1, 4, 8, 10, 12)
 
 TABLES = ("of_rounds", "totals", "agreement", "log_norms", "squares")
 
@@ -243,20 +245,29 @@ def last_sums(of: dict[str, np.ndarray]) -> Sums:
     return sums_at(of, int(of["rounds"]))
 
 
-def heights_of(path: Path, scoring: Scoring) -> tuple[float, float] | None:
-    """The highest score of a recording after the last round, and over all looks; None where it was impossible."""
+class Heights(NamedTuple):
+    """The highest score of a recording after the last round, and over all looks, and how far its camps stand apart."""
+
+    last: float
+    looks: float
+    apart: float
+
+
+def heights_of(path: Path, scoring: Scoring) -> Heights | None:
+    """How far an attack-free recording comes; None where it was impossible."""
     of = loaded(path)
     if "impossible" in of:
         return None
     looks = [sums_at(of, look) for look in looks_of(int(of["rounds"]))]
     heights = [peel(sums, scoring).highest for sums in looks if len(sums.clients) >= SMALLEST]
-    return heights[-1], max(heights)
+    return Heights(heights[-1], max(heights), camps_of(looks[-1], scoring).apart)
 
 
 def written(folder: Path, path: Path, workers: int) -> None:
     """Learns the weights, reads all attack-free recordings by them, and writes the reference."""
     scoring = learned(*examples(folder))
-    readings = zip(scoring.readings, scoring.scales, scoring.above, scoring.below, strict=True)
+    *sides, one_sidedness = scoring.sides.tolist()
+    readings = zip(scoring.readings, scoring.scales, scoring.above, scoring.below, sides, strict=True)
     with processes(workers) as pool:
         settings = [described(number, folder, scoring, pool) for number in tqdm(REFERENCE, "settings", disable=None)]
     stored = {
@@ -264,9 +275,16 @@ def written(folder: Path, path: Path, workers: int) -> None:
         "made by": "python -m simulations.studies.shipped_reference",
         "intercept": round(scoring.intercept, 6),
         "readings": [
-            {"name": name, "scale": float(f"{scale:.6g}"), "above": round(above, 6), "below": round(below, 6)}
-            for name, scale, above, below in readings
+            {
+                "name": name,
+                "scale": float(f"{scale:.6g}"),
+                "above": round(above, 6),
+                "below": round(below, 6),
+                "side": round(side, 6),
+            }
+            for name, scale, above, below, side in readings
         ],
+        "one-sidedness": round(one_sidedness, 6),
         "settings": settings,
     }
     path.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
@@ -280,9 +298,12 @@ def described(number: int, folder: Path, scoring: Scoring, pool: Executor) -> di
         "setting": {name: scenario.label(name) for name in DESCRIBED},
         "clients": scenario.num_clients,
         "sampled": scenario.clients_per_round is not None,
-        "last": [round(last, 3) for last, _ in heights],
-        "looks": [round(looks, 3) for _, looks in heights],
+        **{name: [_rounded(getattr(of, name)) for of in heights] for name in Heights._fields},
     }
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, 3) if np.isfinite(value) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,10 +1,10 @@
-"""The HTML reports in a browser: they are whole on a phone, a screen and paper, in light and dark, and ask for nothing.
+"""The HTML reports in a browser: whole on a phone, a screen and paper, in light and dark; they ask for nothing.
 
-Reports hold no script, because their texts come from clients: nothing sorts or filters, and every table stands in the
-order that its caption states.
+Their tables sort and filter and their points say what they are, by the one script that the policy of a page allows.
 """
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -18,7 +18,9 @@ import pytest
 from gradlens import investigate, report
 from gradlens.case.several import table_of_cases
 from gradlens.examples import example_log, example_run
+from gradlens.plots.axes import name_points
 from gradlens.reporting.case_file import case_file, cases_file
+from gradlens.reporting.page import figure, render, section, table, text
 from gradlens.run import Run
 from test_report import CELLS, CLIENTS, record, recorded_sweep
 
@@ -159,7 +161,7 @@ def test_a_page_renders_with_its_sections_pictures_and_tables(shown):
 def test_a_page_asks_for_nothing_runs_nothing_and_complains_of_nothing(shown):
     page, complaints = shown
     assert complaints == []
-    assert page.evaluate("document.scripts.length") == 0
+    assert page.evaluate("document.scripts.length") == 1
 
 
 def test_a_page_is_accessible(shown):
@@ -222,3 +224,107 @@ def test_on_paper_nothing_is_cut_and_nothing_is_parted(browser, reports, kind, s
     assert set(page.evaluate(style.format("h2, h3, p.caption", "breakAfter"))) == {"avoid"}
     heights = page.evaluate("[...document.querySelectorAll('figure')].map(figure => figure.offsetHeight)")
     assert max(heights) < PRINTABLE - 100  # with its heading it fits on one sheet
+
+
+# What the script does -------------------------------------------------------------------------------------------
+
+COLUMN = "place => [...document.querySelector('#{}  table').tBodies[0].rows].map(row => row.cells[place].textContent)"
+
+
+@pytest.fixture
+def page_of_tables(browser, tmp_path):
+    """A page with a table of twelve rows and a picture of three named points, one name being hostile."""
+    values = ["1,200", "−3.5", "≤ 0.2", "–", "0.95 [0.90, 1.00]", "7", "10", "9", "8 %", "2e3", "client", ""]
+    rows = [{"Client": f"client-{number}", "Value": value} for number, value in enumerate(values)]
+
+    def draw(canvas):
+        ax = canvas.subplots()
+        [line] = ax.plot([0, 1, 2], [0, 1, 0], "o")
+        name_points(line, ["client-1, round 0", "<img src=x onerror=alert(1)>", "client-1, round 2"])
+
+    blocks = [table(rows, "Values of clients.", folded=False), figure(draw, (4, 3), "Three points.")]
+    path = tmp_path / "page.html"
+    path.write_text(render("Tables", "A lead.", [], [section("values", "Values", blocks)]))
+    return opened(browser, path, 900)
+
+
+def column(page: Page, place: int) -> list[str]:
+    return page.evaluate(COLUMN.format("values"), place)
+
+
+def test_a_click_on_a_header_sorts_by_value_and_a_second_one_turns_it_round(page_of_tables):
+    page, complaints = page_of_tables
+    page.get_by_role("button", name="Value").click()
+    numbers = ["−3.5", "≤ 0.2", "0.95 [0.90, 1.00]", "7", "8 %", "9", "10", "1,200", "2e3"]
+    assert column(page, 1)[:9] == numbers
+    assert page.locator("th[aria-sort=ascending]").inner_text().startswith("Value")
+    page.get_by_role("button", name="Value").press("Enter")
+    assert column(page, 1)[3:] == numbers[::-1]
+    page.get_by_role("button", name="Client").click()
+    assert column(page, 0) == [f"client-{number}" for number in range(12)]  # 2 before 10
+    assert page.locator("th[aria-sort]").count() == 1
+    assert complaints == []
+
+
+def test_a_filter_leaves_the_rows_that_hold_its_text_and_says_how_many(page_of_tables):
+    page, _ = page_of_tables
+    page.get_by_label("Filter").fill("CLIENT-1")
+    assert page.locator("tbody tr:visible").count() == 3  # client-1, client-10, client-11
+    assert page.locator("output").inner_text() == "3 of 12 rows"
+    page.get_by_label("Filter").fill("")
+    assert page.locator("tbody tr:visible").count() == 12
+    assert violations(page) == []
+
+
+def test_a_point_says_what_it_is_under_the_pointer_and_what_a_client_wrote_is_text(page_of_tables):
+    page, complaints = page_of_tables
+    picture = page.locator("img[data-points]")
+    points = json.loads(picture.get_attribute("data-points"))
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
+    for x, y, name in points:
+        page.mouse.move(box["x"] + x * box["width"] + 2, box["y"] + y * box["height"] - 2)
+        assert page.locator(".note").inner_text() == name
+    page.mouse.move(box["x"] + 1, box["y"] + 1)
+    assert not page.locator(".note").is_visible()
+    assert page.locator(".note *").count() == 0
+    assert complaints == []
+
+
+def test_named_points_lie_on_the_dots_of_the_picture(page_of_tables):
+    page, _ = page_of_tables
+    dots = page.evaluate(
+        """() => {
+          const picture = document.querySelector('img[data-points]');
+          const svg = new DOMParser().parseFromString(atob(picture.src.split(',')[1]), 'image/svg+xml').documentElement;
+          document.body.append(svg);
+          const whole = svg.getBoundingClientRect();
+          const line = [...svg.querySelectorAll('use')].map(use => use.getBoundingClientRect());
+          return line.map(box => [(box.left + box.width / 2 - whole.left) / whole.width,
+            (box.top + box.height / 2 - whole.top) / whole.height]);
+        }"""
+    )
+    points = json.loads(page.locator("img[data-points]").get_attribute("data-points"))
+    for x, y, _name in points:
+        assert min(abs(x - left) + abs(y - top) for left, top in dots) < 0.01
+
+
+def test_no_other_script_runs(browser, tmp_path):
+    path = tmp_path / "page.html"
+    page = render("Hostile", "A lead.", [], [section("a", "A", [text("evidence")])])
+    path.write_text(page.replace("evidence", "<script>document.title = 'taken'</script><b onclick='1'>x</b>"))
+    shown, complaints = opened(browser, path, 900)
+    assert shown.title() == "Hostile"
+    assert any("Content Security Policy" in complaint for complaint in complaints)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_table_of_a_report_can_be_sorted(browser, reports, kind):
+    page, complaints = opened(browser, reports[kind], 1280)
+    longer = "[...document.querySelectorAll('table')].filter(table => table.tBodies[0].rows.length > 1)"
+    assert page.evaluate(
+        f"{longer}.every(table => table.querySelectorAll('th button').length === table.rows[0].cells.length)"
+    )
+    page.locator("th button").first.click()
+    assert page.locator("th[aria-sort=ascending]").count() == 1
+    assert complaints == []
