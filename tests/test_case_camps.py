@@ -13,8 +13,10 @@ from gradlens.case.null import null_of
 from gradlens.case.scoring import deviations
 from gradlens.case.shipped import reference
 from gradlens.case.sums import sums_of
-from gradlens.examples import example_log
+from gradlens.examples import example_log, example_run
 from gradlens.log import UpdateLog
+from gradlens.reporting.case_file import case_file
+from gradlens.run import Run
 from test_case import changed
 from test_investigate import SCHEMA
 
@@ -131,3 +133,11 @@ def test_camps_that_stand_no_further_apart_than_those_of_attack_free_recordings_
     free = [example_log(ROUNDS, num_clients=20, num_malicious=0, seed=seed) for seed in range(400, 420)]
     cases = [investigate(log, null) for log in free]
     assert sum(case.verdict == "cannot say" for case in cases) <= 3  # binomial: 20 recordings at 5 %
+
+
+def test_a_case_file_of_two_groups_names_both_and_puts_nobody_in_line(tmp_path):
+    run = Run.open(example_run(tmp_path / "run", ROUNDS, num_malicious=5))
+    page = case_file(run, investigate(run), tmp_path / "case.html").read_text("utf-8")
+    assert "either group may be the honest one" in page
+    assert "Group A, 5 clients: client-5, client-6, client-7, client-8 and client-9" in page
+    assert "Next in line, and not accused" not in page

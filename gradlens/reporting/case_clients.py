@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from gradlens.case.verdicts import CANNOT_SAY
 from gradlens.plots import count
 from gradlens.reporting.case_evidence import CaseEvidence
 from gradlens.reporting.case_pictures import activity_picture
@@ -208,6 +209,8 @@ def next_in_line(evidence: CaseEvidence) -> str:
     """
     if not evidence.ranked:
         return "The clients have no scores, and their order says nothing."
+    if evidence.case.verdict == CANNOT_SAY and evidence.case.groups:
+        return "Scores are those of one group judged by the other; judged the other way round, others come first."
     spared = evidence.case.clients[evidence.case.clients["status"].eq("next in line")]
     if spared.empty:
         return "Every client is accused or ambiguous: nobody is next in line."

@@ -138,6 +138,13 @@ def _first_page(evidence: CaseEvidence, verified: Any) -> list[Block]:
 
 def _who(evidence: CaseEvidence) -> tuple[str, list[str]]:
     case = evidence.case
+    if case.verdict == CANNOT_SAY and case.groups:
+        sides = [
+            f"Group {group.name}, {count(len(group.clients), 'client')}: {listed(group.clients)}; they are alike by "
+            f"{number(group.cosine)} (mean cosine of what they sent over all rounds)."
+            for group in case.groups
+        ]
+        return "Nobody is accused: either group may be the honest one.", sides
     if case.suspects.empty and case.ambiguous.empty:
         return f"Nobody is accused. {next_in_line(evidence)}", []
     points = []
