@@ -1,6 +1,6 @@
-"""Writes the pages of results from the committed tables: `python docs/results.py`.
+"""Writes the pages of results, and the figures of the README, from the committed tables: `python docs/results.py`.
 
-The pages are committed, and a test holds them against what this writes.
+What it writes is committed, and a test holds it against what this writes.
 """
 
 import csv
@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "reports"
 PAGES = ROOT / "docs" / "results"
+README, BEGIN, END = ROOT / "README.md", "<!-- Written by docs/results.py: -->\n", "<!-- . -->\n"
 NOTE = "<!-- Written by docs/results.py from the tables in reports/. Do not edit. -->\n\n"
 BENCH = {
     "work": "work",
@@ -73,10 +74,20 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows])
 
 
+def readme(text: str) -> str:
+    """The README with the figures of the committed tables."""
+    from simulations.studies import cases
+
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}{cases.summary(cases.committed())}\n{END}{after}"
+
+
 def main() -> None:
-    """Writes every page."""
+    """Writes every page, and the README's part."""
     for name, text in pages().items():
         (PAGES / name).write_text(text, encoding="utf-8")
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

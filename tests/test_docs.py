@@ -93,6 +93,9 @@ def test_results_are_those_of_the_committed_tables(docs):
 
     for name, text in results.pages().items():
         assert (DOCS / "results" / name).read_text(encoding="utf-8") == text, "run python docs/results.py"
+    front = results.README.read_text(encoding="utf-8")
+    assert results.BEGIN in front
+    assert results.readme(front) == front, "run python docs/results.py"
 
 
 def test_every_entry_and_every_public_name_has_a_page(docs, tmp_path):

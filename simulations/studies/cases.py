@@ -39,6 +39,8 @@ SOON = 5  # seeds of attack-free recordings that come first
 ATTACKED, MALICIOUS = range(902, 904), (1, 4, 8, 10, 12)
 ODD = range(955, 960)
 FIGURES = ("share", "innocent", "any", "silent", "ambiguous_attackers", "ambiguous_innocent")
+MINORITY = 8  # malicious clients of 20 up to which there is an honest majority of 55 %
+NULLS = {"own": "20 attack-free recordings of the setting", "reference": "the shipped reference"}
 ASR_GAIN, ACCURACY_LOSS = 0.3, 0.05  # of a family, on average, from which on it works
 Job = tuple[dict[str, Any], Scenario]  # what a row says of its recording, and how it is simulated
 
@@ -178,6 +180,32 @@ def working(table: pd.DataFrame) -> pd.DataFrame:
 def attacked_in(table: pd.DataFrame) -> pd.DataFrame:
     """The attacked recordings."""
     return table[table["kind"].str.startswith("attacked")].copy()
+
+
+def summary(table: pd.DataFrame) -> str:
+    """The front page's figures: attack-free recordings accused, and attackers found where a majority is honest."""
+    free = table[(table["kind"] == "attack-free") & (table["null"] == "reference")]
+    shown = working(table)
+    shown = shown[(shown["kind"] == "attacked") & (shown["malicious"] <= MINORITY)]
+    shown = shown.assign(share=shown["found"] / shown["attackers"].clip(lower=1))
+    by_family = shown.groupby(["setting", "null", "malicious", "family"])[["share", "innocent"]].mean()
+    means = by_family.groupby(["setting", "null", "malicious"]).mean()
+    texts = {
+        key: f"{number(found)} ({number(innocent)})"
+        for key, found, innocent in zip(means.index.tolist(), means["share"], means["innocent"], strict=True)
+    }
+    counts = sorted(set(shown["malicious"]))
+    rows = [
+        [setting_, NULLS[null], *(texts.get((setting_, null, count), "–") for count in counts)]
+        for setting_, null in dict.fromkeys(key[:2] for key in texts)
+    ]
+    columns = ["recordings", "compared with", *(f"{count} of 20 malicious" for count in counts)]
+    return (
+        f"Of {len(free)} attack-free recordings in {free['setting'].nunique()} settings that the shipped reference "
+        f"lacks, {int((free['innocent'] > 0).sum())} had anybody accused, at a rate of 5 %. Share of the attackers "
+        "that are accused, over the families of attacks that work, and in brackets innocent clients accused per "
+        "recording:\n\n" + markdown(columns, rows)
+    )
 
 
 def section(table: pd.DataFrame) -> str:
