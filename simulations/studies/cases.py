@@ -66,6 +66,7 @@ def jobs() -> Iterator[Job]:
         yield from odd(seed)
     for seed in FREE[SOON:]:
         yield from free(seed)
+    yield from controls(50)
     for seed in ATTACKED:
         yield from attacked(seed, 5, clients=50)
     for seed in ATTACKED[1:]:
@@ -80,6 +81,14 @@ def free(seed: int) -> Iterator[Job]:
         base = digits[name] if isinstance(name, str) else setting(name)
         label = name if isinstance(name, str) else f"drawn {name}"
         yield _row("attack-free", label, "none", 0, seed), base.replace(seed=seed)
+
+
+def controls(clients: int) -> Iterator[Job]:
+    """Attack-free recordings with another number of clients, which attacked ones are compared with."""
+    for label, base in bases().items():
+        for seed in ATTACKED:
+            row = _row(f"attack-free, {clients} clients", label, "none", 0, seed)
+            yield row, base.replace(seed=seed, num_clients=clients)
 
 
 def odd(seed: int) -> Iterator[Job]:
@@ -168,10 +177,11 @@ def committed() -> pd.DataFrame:
 
 def working(table: pd.DataFrame) -> pd.DataFrame:
     """The attacked recordings of families that work: by ASR above the control's, or accuracy lost, on average."""
-    free = table[(table["kind"] == "attack-free") & (table["null"] == "reference")]
-    accuracy = free.groupby("setting")["main_accuracy"].mean()
+    free = table[table["kind"].str.startswith("attack-free") & (table["null"] == "reference")]
+    accuracy = free.groupby(["kind", "setting"])["main_accuracy"].mean()
     attacked = attacked_in(table)
-    attacked["lost"] = attacked["setting"].map(accuracy) - attacked["main_accuracy"]
+    like = zip(attacked["kind"].str.replace("attacked", "attack-free"), attacked["setting"], strict=True)
+    attacked["lost"] = [accuracy[key] for key in like] - attacked["main_accuracy"]
     groups = attacked.groupby(["kind", "setting", "family", "malicious"])
     gain, lost = groups["asr"].transform("mean") - 0.1, groups["lost"].transform("mean")
     return attacked[(gain.fillna(0) >= ASR_GAIN) | (lost >= ACCURACY_LOSS)]
