@@ -17,8 +17,8 @@ SHOWN_FAULTS = 40
 Source = Annotated[
     Path,
     typer.Argument(
-        help="A folder with one .pt, .pth, .npz or .safetensors file per round and client, or an Arrow or Parquet "
-        "table; with --truth but without --out, an existing run.",
+        help="A folder with one .pt, .pth, .bin, .ckpt, .npz or .safetensors file per round and client, or an Arrow or "
+        "Parquet table; with --truth but without --out, an existing run.",
         show_default=False,
     ),
 ]
@@ -40,6 +40,10 @@ After = Annotated[
     bool, typer.Option("--globals-after", help="--globals names the models after each round, not before it.")
 ]
 HoldUpdates = Annotated[bool, typer.Option("--updates", help="The files hold updates instead of local models.")]
+ModelKey = Annotated[
+    str | None,
+    typer.Option(metavar="ENTRY", help="The entry of a checkpoint that holds the model, if it is not recognized."),
+]
 FinalLayer = Annotated[
     str | None,
     typer.Option(metavar="LAYER", help="Name of the final layer's weight, if it is not recognized."),
@@ -74,6 +78,7 @@ def ingest(
     global_models: Globals = None,
     after: After = False,
     updates: HoldUpdates = False,
+    model_key: ModelKey = None,
     final_layer: FinalLayer = None,
     buffers: Buffers = None,
     num_examples: NumExamples = None,
@@ -96,15 +101,23 @@ def ingest(
     try:
         result = record(
             source, out, pattern=pattern, global_models=global_models, after=after, updates=updates,
-            final_layer=final_layer, buffers=names, num_examples=num_examples, truth=truth, strict=strict,
-            evidence=evidence, progress=True,
+            model_key=model_key, final_layer=final_layer, buffers=names, num_examples=num_examples, truth=truth,
+            strict=strict, evidence=evidence, progress=True,
         )  # fmt: skip
     except Stopped as stopped:
         stopped.left = "nothing is left of the run"
         raise
     if as_json:
         run = result.run
-        say_json({"run": str(run.path), "head": run.head, "notes": result.notes, "faults": result.faults})
+        say_json(
+            {
+                "run": str(run.path),
+                "head": run.head,
+                "taken": result.taken,
+                "notes": result.notes,
+                "faults": result.faults,
+            }
+        )
     else:
         say(*_ingested_lines(result))
 
@@ -115,6 +128,6 @@ def _ingested_lines(result: "Ingested") -> list[str]:
     lines = [*faults[:SHOWN_FAULTS]]
     if len(faults) > SHOWN_FAULTS:
         lines.append(f"... and {len(faults) - SHOWN_FAULTS} more; --json lists all")
-    lines += [f"note: {note}" for note in result.notes]
+    lines += [f"taken: {result.taken}", *(f"note: {note}" for note in result.notes)]
     lines.append(f"run: {result.run.path}, {len(log)} rounds, {sum(map(len, log))} updates, head {result.run.head}")
     return lines

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import pyarrow as pa
 
 from gradlens.errors import InputError
-from gradlens.ingestion.formats import READERS, ModelFile
+from gradlens.ingestion.formats import INDEX, READERS, ModelFile, ending_of
 from gradlens.ingestion.rows import layer_of, names_in, read_rows
 from gradlens.log.intake import State, Unfit, as_array, shown
+from gradlens.words import count
 
 # usual names, without the ending: of clients' models, of the global model before a round, and of the one after it
 PATTERNS = (
@@ -26,14 +28,19 @@ PATTERNS = (
     "round-{round}-client-{client}",
     "client_{client}_round_{round}",
     "client-{client}-round-{round}",
+    "client{client}/round{round}",
+    "epoch_{round}/node_{client}",  # as FLTracer saves updates
     "round_{round}/{client}",
     "round-{round}/{client}",
+    "{client}/round_{round}",
+    "{client}/round-{round}",
     "{round}/{client}",
 )
+SERVERS = ("global", "global_model", "server", "server_model")  # files of the server among those of a round's clients
+RESULTS = ("aggregated", "aggregated_model", "fedavg")
+OF_SERVERS = {*SERVERS, *RESULTS}
 GLOBALS = (
-    "round_{round}/global",
-    "round-{round}/global",
-    "{round}/global",
+    *(f"{folder}/{name}" for name in SERVERS for folder in ("round_{round}", "round-{round}", "{round}")),
     "globals/round_{round}",
     "globals/round-{round}",
     "global/round_{round}",
@@ -43,11 +50,13 @@ GLOBALS = (
     "global_model_{round}",
 )
 AFTER = (
+    *(f"{folder}/{name}" for name in RESULTS for folder in ("round_{round}", "round-{round}", "{round}")),
     "model_{round}",
     "server/model_{round}",
     "round-{round}-weights",
     "model_round_{round}",
 )  # as in Flower's guides
+WHOLE = ("model", "pytorch_model", "adapter_model")  # names of the file in a folder that is a model's alone
 TABLES = (".arrow", ".feather", ".parquet")
 LISTED = 5  # names that a message lists
 
@@ -113,6 +122,10 @@ class Source:
         A line for each assumption, such as which files were left out.
     by_name : bool
         Whether layers are in the order of their names rather than the model's.
+    said : Counter of str
+        What was taken off around the models, and of how many.
+    taken : str
+        What the models were found by, and how many rounds and clients that gave.
     """
 
     rounds: dict[int, list[tuple[str, Model]]] = field(default_factory=dict)
@@ -120,9 +133,13 @@ class Source:
     examples: dict[int, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     by_name: bool = False
+    said: Counter[str] = field(default_factory=Counter)
+    taken: str = ""
 
 
-def source_of_folder(path: Path, pattern: str | None, global_models: str | None, *, after: bool) -> Source:
+def source_of_folder(
+    path: Path, pattern: str | None, global_models: str | None, *, after: bool, model_key: str | None = None
+) -> Source:
     """Finds the models of a folder by the names of the files.
 
     Parameters
@@ -136,6 +153,8 @@ def source_of_folder(path: Path, pattern: str | None, global_models: str | None,
         Where global models are, likewise with {round} alone. None tries the usual names.
     after : bool
         Whether the global models are those after each round instead of before it.
+    model_key : str, optional
+        The entry of a file that holds the model.
 
     Returns
     -------
@@ -160,14 +179,18 @@ def source_of_folder(path: Path, pattern: str | None, global_models: str | None,
     if not path.is_dir():
         expected = f"a folder of models, or a table ({', '.join(TABLES)})"
         raise InputError(f"{path}: expected {expected}, found {'a file' if path.exists() else 'nothing'}")
-    files, outside = _files(path)
+    files, outside, others = _files(path)
     if not files:
-        raise InputError(f"{path}: expected models ({', '.join(READERS)}), found none")
+        endings = others.most_common(LISTED)
+        found = ", ".join(f"{number} files {ending or 'without an ending'}" for ending, number in endings)
+        raise InputError(f"{path}: expected models ({', '.join(READERS)}), found {found or 'none'}")
     starts: dict[int, str] = {}
+    taken, shift = "", 0
     for candidate in (global_models,) if global_models is not None else (*GLOBALS, *AFTER):
         matches = {name: _matched(candidate, name) for name in files}
         shift = int(after or (global_models is None and candidate in AFTER))
         if starts := {int(match["round"]) + shift: name for name, match in matches.items() if match}:
+            taken = candidate
             break
     if global_models is not None and not starts:
         raise InputError(
@@ -175,18 +198,28 @@ def source_of_folder(path: Path, pattern: str | None, global_models: str | None,
         )
     remaining = [name for name in files if name not in set(starts.values())]
     clients: dict[str, Any] = {}
+    candidate = pattern
     for candidate in (pattern,) if pattern is not None else PATTERNS:
-        clients = {name: match for name in remaining if (match := _matched(candidate, name, client=True))}
+        matched = ((name, _matched(candidate, name, client=True)) for name in remaining)
+        clients = {name: match for name, match in matched if match and (pattern or match["client"] not in OF_SERVERS)}
         if clients:
             break
     if not clients:
         tried = f"the pattern {pattern!r}" if pattern is not None else "the usual names, such as 'round_3/client_7.pt'"
         raise InputError(f"{path}: no file matches {tried}; found {several(files)}; name them with --pattern")
-    source = Source(starts={number: ModelFile(path / name) for number, name in starts.items()})
+    source = Source()
+    source.starts = {number: ModelFile(path / name, model_key, source.said) for number, name in starts.items()}
     for name, match in clients.items():
-        source.rounds.setdefault(int(match["round"]), []).append((match["client"], ModelFile(path / name)))
+        file = ModelFile(path / name, model_key, source.said)
+        source.rounds.setdefault(int(match["round"]), []).append((match["client"], file))
+    names = sorted({match["client"] for match in clients.values()})
+    of_server = f"{taken}, {'after' if shift else 'before'} their rounds" if taken else "none"
+    source.taken = (
+        f"{candidate}: {count(len(source.rounds), 'round')} of {count(len(names), 'client')} ({several(names)}); "
+        f"global models: {of_server}"
+    )
     first = min(source.rounds)
-    source.by_name = starts.get(first, next(iter(clients))).endswith(".safetensors")
+    source.by_name = starts.get(first, next(iter(clients))).endswith((".safetensors", INDEX))
     if ignored := [name for name in remaining if name not in clients]:
         source.notes.append(f"{len(ignored)} files match no pattern and are left out: {several(ignored)}")
     if outside:
@@ -194,9 +227,12 @@ def source_of_folder(path: Path, pattern: str | None, global_models: str | None,
     return source
 
 
-def _files(path: Path) -> tuple[list[str], list[str]]:
-    """Lists the model files inside a folder and its subfolders, and the links to a file outside; raises OSError."""
-    inside, outside, root = [], [], path.resolve()
+def _files(path: Path) -> tuple[list[str], list[str], Counter[str]]:
+    """The model files inside a folder and its subfolders, links to a file outside, and endings of other files.
+
+    Raises OSError.
+    """
+    inside, outside, others, root = [], [], Counter[str](), path.resolve()
 
     def stop(error: OSError) -> None:  # what is silently left out would be missing evidence
         raise error
@@ -204,10 +240,12 @@ def _files(path: Path) -> tuple[list[str], list[str]]:
     for folder, _, names in os.walk(path, onerror=stop):
         for name in names:
             file = Path(folder) / name
-            if file.suffix in READERS:
+            if not ending_of(name):
+                others[file.suffix] += 1
+            else:
                 is_inside = Path(os.path.realpath(file)).is_relative_to(root)  # a loop of links raises nothing
                 (inside if is_inside else outside).append(str(file.relative_to(path)))
-    return sorted(inside), sorted(outside)
+    return sorted(inside), sorted(outside), others
 
 
 def _matched(pattern: str, name: str, *, client: bool = False) -> re.Match[str] | None:
@@ -215,17 +253,15 @@ def _matched(pattern: str, name: str, *, client: bool = False) -> re.Match[str] 
     needed = ["{round}", "{client}"] if client else ["{round}"]
     if missing := [field for field in needed if pattern.count(field) != 1]:
         raise InputError(f"pattern: expected {' and '.join(needed)} once each, found {pattern!r:.80}: {missing[0]}")
-    stem = pattern.removesuffix(_ending(pattern))
+    ending = ending_of(pattern)
+    stem = pattern.removesuffix(ending)
     parts = re.split(r"(\{round\}|\{client\})", stem)
     groups = {"{round}": r"(?P<round>[0-9]{1,9})", "{client}": r"(?P<client>[^/]+)"}
-    ending = re.escape(_ending(pattern)) if _ending(pattern) else "|".join(map(re.escape, READERS))
-    expression = "".join(groups.get(part) or re.escape(part) for part in parts) + f"(?:{ending})"
-    return re.fullmatch(expression, name, re.DOTALL)
-
-
-def _ending(name: str) -> str:
-    """The ending of a model file in a name, "" if it has none."""
-    return next((ending for ending in READERS if name.endswith(ending)), "")
+    expression = "".join(groups.get(part) or re.escape(part) for part in parts)
+    if ending:
+        return re.fullmatch(expression + re.escape(ending), name, re.DOTALL)
+    alone, endings = "|".join(WHOLE), "|".join(map(re.escape, READERS))
+    return re.fullmatch(f"{expression}(?:/(?:{alone}))?(?:{endings})", name, re.DOTALL)
 
 
 def source_of_table(path: Path, model: str | None) -> Source:
@@ -268,6 +304,11 @@ def source_of_table(path: Path, model: str | None) -> Source:
         model_bytes = sum(array.nbytes for array in arrays.values())
     table = read_rows(path, model_bytes)
     layers = [name for name in table.column_names if name not in ("round", "client", "num_examples")]
+    single = [name for name in layers if not (_holds_arrays(table[name].type) or {*"./"} & {*name})]
+    if len(single) < len(layers):
+        layers = [name for name in layers if name not in single]
+        if single:
+            source.notes.append(f"columns of single numbers are no layers and are left out: {several(single)}")
     numbers, clients = table["round"].to_pylist(), names_in(path, table["client"])
     if first is not None:
         source.starts[min(numbers, default=0)] = first
@@ -277,16 +318,25 @@ def source_of_table(path: Path, model: str | None) -> Source:
             source.starts[number] = Row(columns, row, shapes)
         else:
             source.rounds.setdefault(number, []).append((client, Row(columns, row, shapes)))
+    found = sorted({str(client) for client in clients if client is not None})
+    source.taken = (
+        f"the table's rows: {count(len(source.rounds), 'round')} of {count(len(found), 'client')} ({several(found)})"
+    )
     if "num_examples" in table.column_names:
         counts = zip(numbers, clients, table["num_examples"].to_pylist(), strict=True)
-        for number, client, count in counts:
-            source.examples.setdefault(number, {})[client] = count
+        for number, client, claim in counts:
+            source.examples.setdefault(number, {})[client] = claim
     return source
+
+
+def _holds_arrays(kind: pa.DataType) -> bool:
+    """Whether the cells of a column hold lists or tensors."""
+    return pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)
 
 
 def _model_file(path: Path) -> ModelFile:
     """The model's file at a path; raises InputError if there is none."""
-    if path.suffix not in READERS or not path.is_file():
+    if not ending_of(path.name) or not path.is_file():
         raise InputError(f"{path}: expected a model's file ({', '.join(READERS)}), found none")
     return ModelFile(path)
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from gradlens.errors import InputError
 from gradlens.ingestion.disk import disk_faults_as_input_errors
 from gradlens.ingestion.folders import TABLES, Model, Source, several, source_of_folder, source_of_table
+from gradlens.ingestion.formats import named_by_place
 from gradlens.ingestion.tables import examples_in, with_csv_truth
 from gradlens.log import Evidence, LogWriter, ModelSpec, Round
 from gradlens.log.intake import Received, State, Unfit, as_array, received, spec_of, state_of
@@ -38,6 +39,8 @@ class Ingested:
         A line for each assumption, such as an estimated global model, and for what was left out or converted.
     faults : tuple of str
         A line for each client that was refused in a round, or sent numbers that are not finite.
+    taken : str
+        By which names the models were found, and how many rounds and clients that gave.
 
     Examples
     --------
@@ -53,6 +56,7 @@ class Ingested:
     run: Run
     notes: tuple[str, ...]
     faults: tuple[str, ...]
+    taken: str
 
 
 def ingest(
@@ -63,6 +67,7 @@ def ingest(
     global_models: str | None = None,
     after: bool = False,
     updates: bool = False,
+    model_key: str | None = None,
     final_layer: str | None = None,
     buffers: Collection[str] = (),
     num_examples: Path | str | None = None,
@@ -76,7 +81,8 @@ def ingest(
     Parameters
     ----------
     source : Path or str
-        A folder with a file per round and client, a state_dict (`.pt`, `.pth`, `.safetensors`, `.npz`); or a table
+        A folder with a file per round and client, a state_dict (`.pt`, `.pth`, `.bin`, `.ckpt`, `.pt.tar`,
+        `.safetensors`, one in parts with its index, `.npz`), or a checkpoint that holds one; or a table
         (`.arrow`, `.feather`, `.parquet`) with a row per round and client: the columns round, client, optionally
         num_examples, and a column of lists or tensors per layer. A row without a client is the global model before its
         round.
@@ -93,6 +99,8 @@ def ingest(
         before it.
     updates : bool, default False
         Whether clients sent updates instead of local models.
+    model_key : str, optional
+        The entry of a checkpoint that holds the model; by default the usual ones are tried, and one that is alone.
     final_layer : str, optional
         Name of the final layer's weight; by default it is found.
     buffers : collection of str, default ()
@@ -120,6 +128,9 @@ def ingest(
 
     Notes
     -----
+    Names of layers lose the prefixes ``module.`` and ``_orig_mod.`` where all have them, single numbers beside the
+    layers are left out, and arrays without names are taken by their place where they fit; the notes say so.
+
     Unknown global models are estimated: the one before plus the mean of the finite updates. The first one is then the
     coordinate-wise median of the local models, or 0 if clients sent updates. Rounds are renumbered from 0.
 
@@ -150,7 +161,7 @@ def ingest(
         if path.suffix in TABLES:
             recording = source_of_table(path, global_models)
         else:
-            recording = source_of_folder(path, pattern, global_models, after=after)
+            recording = source_of_folder(path, pattern, global_models, after=after, model_key=model_key)
         if not recording.rounds:
             raise InputError(f"{path}: expected the model of at least one client, found none")
         if num_examples is not None:
@@ -168,7 +179,7 @@ def ingest(
         except BaseException:
             _remove(folder, itself=not existed)
             raise
-        return Ingested(Run.open(folder), tuple(notes), tuple(faults))
+        return Ingested(Run.open(folder), tuple(notes), tuple(faults), recording.taken)
 
 
 def _write(
@@ -184,7 +195,8 @@ def _write(
     progress: bool,
 ) -> tuple[list[str], list[str]]:
     """Records one round after the other; returns the notes and the faults."""
-    numbers, notes, faults, converted = sorted(recording.rounds), [*recording.notes], [], Counter[str]()
+    numbers, notes, faults = sorted(recording.rounds), [*recording.notes], []
+    converted, refused = Counter[str](), Counter[str]()
     estimated, writer, state = [], None, {}
     total = sum(len(recording.rounds[number]) for number in numbers)
     bar = tqdm(total=total, desc="ingest", unit="model", delay=2, leave=False, disable=None if progress else True)
@@ -193,34 +205,44 @@ def _write(
             start = _start(recording, number) if writer is None else None
             most = _most(recording.rounds[number], start) if writer is None else MODELS * _size(writer.model) + MARGIN
             sent = [(client, _read(file, most, bar)) for client, file in recording.rounds[number]]
+            if writer is None and start is not None:
+                start = _by_place(recording, start, _most_frequent([answer for _, answer in sent], start))
             if number not in recording.starts:
                 estimated.append(number)
             if writer is None:
-                example = _most_frequent([state for _, state in sent]) if start is None else start
+                example = _most_frequent([answer for _, answer in sent]) if start is None else start
                 model = _model(example, buffers, final_layer)
+                notes += _notes_on_integers(model)
                 if final_layer is None and recording.by_name:
                     notes.append(_note_on_order(model))
                 state = _estimated_start(model, sent, updates=updates) if start is None else state_of(start, model)
                 origin = {"from": str(path), "rounds": numbers, "sent": "updates" if updates else "models"}
                 writer = LogWriter.create(folder, model, state, source={"ingested": origin}, evidence=evidence)
             model = writer.model
+            sent = [(client, _by_place(recording, answer, state)) for client, answer in sent]
             answers = received(index, model, state, sent, recording.examples.get(number), as_models=not updates)
             converted.update(answers.notes.values())
+            refused.update(answers.round_.refused.values())
             for line in _faults(answers, number):
                 if strict:
                     raise InputError(f"{path}: {line}; without --strict the others are recorded")
                 faults.append(line)
             after = _start(recording, numbers[index + 1] if number != numbers[-1] else number + 1)
+            after = None if after is None else _by_place(recording, after, state)
             state = _estimated_result(answers.round_, state, model) if after is None else state_of(after, model)
             metrics = {"global_estimated": 1} if number in estimated else {}
             writer.commit(answers.round_, state, metrics={**metrics, **_num_converted(answers)})
         assert writer is not None
+        if refused.total() == total:
+            [(reason, count)] = refused.most_common(1)
+            raise InputError(f"{path}: none of the {total} updates could be recorded: {reason} ({count} of {total})")
         writer.close()
     finally:
         bar.close()
         if writer is not None:
             writer.leave_open()
     notes += [f"{count} models: {conversion}" for conversion, count in converted.items()]
+    notes += [f"{number} files: {what}" for what, number in recording.said.items()]
     if estimated:
         first = "; the first is " + ("taken as 0" if updates else "the median of its local models")
         notes.append(
@@ -278,8 +300,27 @@ def _read(model: Model, most: int | None, bar: Any) -> Any:
         return reason
 
 
-def _most_frequent(states: list[Any]) -> State:
-    """A model with the most frequent combination of layers and shapes; raises InputError if none can be read."""
+def _by_place(recording: Source, state: Any, like: State) -> Any:
+    """A model whose arrays have no names, by those of another one; see `named_by_place`."""
+    named = named_by_place(state, like)
+    if named is not state:
+        recording.said["arrays without names, arr_0 and on, are taken as the layers in their order"] += 1
+    return named
+
+
+def _notes_on_integers(model: ModelSpec) -> list[str]:
+    """What is said of weights that are integers, as those of compressed models are."""
+    whole = [name for name in model.buffers if len(model[name].shape) > 1 and model[name].dtype.startswith("int")]
+    if not whole:
+        return []
+    return [f"layers of integers are recorded and never scored: {several(whole)}; convert compressed weights first"]
+
+
+def _most_frequent(states: list[Any], otherwise: State | None = None) -> State:
+    """A model with the most frequent combination of layers and shapes.
+
+    Where none can be read it is the one given, or an InputError is raised.
+    """
     signatures: dict[Any, list[State]] = {}
     for state in states:
         try:
@@ -287,6 +328,8 @@ def _most_frequent(states: list[Any]) -> State:
         except (Unfit, AttributeError):
             continue
         signatures.setdefault(key, []).append(state)
+    if not signatures and otherwise is not None:
+        return otherwise
     if not signatures:
         raise InputError(f"no client's model can be read in the first round: {states[0]}")
     return max(signatures.values(), key=len)[0]

@@ -32,8 +32,8 @@ class GradlensStrategy(Strategy):
         The strategy that samples clients and aggregates their replies.
     recorder : Recorder
         Records every round, and judges it if it has a filter.
-    weighted_by_key : str, default "num-examples"
-        Name of the metric that holds a client's number of examples.
+    weighted_by_key : str, optional
+        Name of the metric that holds a client's number of examples; by default the inner strategy's, or "num-examples".
     identity : str or None, default "partition-id"
         Name of the metric that holds a client's number, by which the client is named (see `Clients`). None: clients are
         named by the ids of their nodes.
@@ -55,10 +55,11 @@ class GradlensStrategy(Strategy):
         inner: Strategy,
         recorder: Recorder,
         *,
-        weighted_by_key: str = "num-examples",
+        weighted_by_key: str | None = None,
         identity: str | None = "partition-id",
     ) -> None:
-        self.inner, self.recorder, self.weighted_by_key = inner, recorder, weighted_by_key
+        self.inner, self.recorder = inner, recorder
+        self.weighted_by_key: str = weighted_by_key or getattr(inner, "weighted_by_key", None) or "num-examples"
         self._clients = Clients(identity)
 
     def configure_train(

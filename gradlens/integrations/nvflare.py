@@ -149,14 +149,15 @@ class GradlensAggregator(ModelAggregator):
         steps = {_name(model): model.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND, 1) for model in models}
         decision = recorder.log_round(start, [(_name(model), _state(model, kind)) for model in models], steps)
         update = (self._filter or self._rule)(recorder.log)
+        numbered = {name: array for name, array in start.items() if array.size}
+        result = update if kind == ParamsType.DIFF else step(numbered, update, buffers=recorder.log.model.buffers)
+        params = {name: _like(result.get(name, start[name]), value) for name, value in self._global.items()}
+        after = params  # in the server's type of numbers, as it will be sent
         if kind == ParamsType.DIFF:
-            result, after = update, {name: start[name] + update[name] for name in start}  # as FLARE adds them
-        else:
-            result = after = step(start, update, buffers=recorder.log.model.buffers)
+            after = {name: value + params[name] for name, value in self._global.items()}  # as FLARE adds them
         chosen = set(decision.kept)
         metrics = _means([model for model in models if _name(model) in chosen])
         recorder.commit(after, metrics)
-        params = {name: _like(result[name], value) for name, value in self._global.items()}
         return FLModel(params_type=kind, params=params, metrics=metrics or None)
 
 

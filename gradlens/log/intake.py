@@ -135,13 +135,18 @@ def spec_of(
     ------
     InputError
         Where the state is no table of arrays, or has no such buffer.
+
+    Notes
+    -----
+    A tensor without any number, such as a counter of shape (0,), is no layer.
     """
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise InputError(f"a global model is a table layer -> array, found {type(state).__name__}")
     if unknown := [name for name in buffers if name not in state]:
         raise InputError(f"buffers: the model has no layer {unknown[0]!r}, only {list(state)}")
     arrays = {name: _recorded_type(_array_of_server(name, value)) for name, value in state.items()}
-    every_buffer = {*buffers, *found_buffers(state)}
+    arrays = {name: array for name, array in arrays.items() if array.size}
+    every_buffer = {*buffers, *found_buffers(arrays)}
     return ModelSpec.of(arrays, buffers=every_buffer, final_weight=final_weight, final_bias=final_bias)
 
 
@@ -162,7 +167,9 @@ def state_of(state: State, model: ModelSpec) -> dict[str, np.ndarray]:
     """
     if not isinstance(state, Mapping):
         raise InputError(f"a global model is a table layer -> array, found {type(state).__name__}")
-    if differing := [name for name in [*model, *state] if name not in state or name not in set(model)]:
+    known = set(model)
+    others = [name for name in state if name not in known and _array_of_server(name, state[name]).size]
+    if differing := [name for name in model if name not in state] + others:
         whose = "recorded" if differing[0] not in state else "given"
         raise InputError(f"the global model changed its layers: {differing[0]!r:.80} is in the {whose} model alone")
     arrays = {layer.name: _array_of_server(layer.name, state[layer.name]) for layer in model.layers}
@@ -314,9 +321,10 @@ class _Checks:
         """Why these arrays cannot be a row of the round, "" if they can."""
         if not arrays:
             return "sent nothing"
+        unknown = [name for name, array in arrays.items() if name not in set(self.model) and array.size]
         if missing := [name for name in self.model if name not in arrays]:
-            return f"layer {missing[0]!r} is missing"
-        if unknown := [name for name in arrays if name not in set(self.model)]:
+            return f"layer {missing[0]!r} is missing" + (f", found {unknown[0]!r:.80}" if unknown else "")
+        if unknown:
             return f"layer {unknown[0]!r:.80} is not in the model"
         return next(filter(None, (self._layer_fault(layer, arrays) for layer in self.model.layers)), "")
 

@@ -381,3 +381,15 @@ def test_a_filter_that_is_told_to_stop_stops_the_server_and_keeps_the_evidence(t
     run = gradlens.open(tmp_path / "run")
     assert not run.is_closed
     assert sorted(run.log[0].clients) == ["0", "1"]
+
+
+def test_the_count_of_examples_is_the_metric_that_the_inner_strategy_weighs_by():
+    alone = {"fraction_evaluate": 0.0, "min_train_nodes": 1, "min_available_nodes": 1}
+    strategy = GradlensStrategy(FedAvg(weighted_by_key="num_samples", **alone), Recorder())
+    assert strategy.weighted_by_key == "num_samples"
+    assert GradlensStrategy(FedAvg(), Recorder()).weighted_by_key == "num-examples"
+    assert GradlensStrategy(FedAvg(), Recorder(), weighted_by_key="n").weighted_by_key == "n"
+    counted = RecordDict({"arrays": record(local(0)), "metrics": MetricRecord({"num_samples": 7, "partition-id": 0})})
+    aggregated(strategy, [reply(100, counted)])
+    assert strategy.recorder.log[0].num_examples.tolist() == [7]
+    assert not strategy.recorder.log[0].refused

@@ -210,3 +210,31 @@ def test_a_real_simulation_is_recorded_and_filtered(kind, simulated):
     rule = filtered(mean(weighted=True), DETECTORS["final_rows"]())
     for name, update in rule(run.log).items():  # what FLARE saved is what the run says came of it
         np.testing.assert_allclose(last[name], run.log[-1].global_model[name] + update, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_short_numbers_has_no_round_between_its_rounds(kind, dtype, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = {name: torch.tensor(array).to(getattr(torch, dtype)) for name, array in START.items()}
+    aggregator = GradlensAggregator(str(tmp_path / "run"))
+    for index in range(3):
+        models = []
+        for place in range(4):
+            update = {name: torch.tensor(LOG[0].updates[name][place] * (index + 1)) for name in START}
+            params = update if kind == ParamsType.DIFF else {name: state[name].float() + update[name] for name in START}
+            models.append(
+                sent(place, kind, params={name: value.to(state[name].dtype) for name, value in params.items()})
+            )
+        state, _ = played(aggregator, models, state)
+    told(aggregator, EventType.END_RUN)
+    log = gradlens.open(tmp_path / "run").log
+    assert [len(round_) for round_ in log] == [4, 4, 4]
+
+
+def test_a_tensor_without_numbers_is_handed_back(tmp_path):
+    empty = {"bn.count": np.zeros(0)}
+    models = [sent(place, params={**sent(place).params, **empty}) for place in range(4)]
+    found, _ = played(GradlensAggregator(), models, {**START, **empty})
+    assert found["bn.count"].size == 0
+    assert set(found) == {*START, "bn.count"}
