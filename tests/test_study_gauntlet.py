@@ -130,8 +130,10 @@ def test_a_part_does_not_touch_the_committed_tables(tmp_path, monkeypatch):
 
 
 def test_what_is_not_confirmed_yet_is_left_out_and_said(figures):
-    waiting = figures.replace({"purpose": {"confirm": "choose"}, "task": {"digits": "fashion_mnist"}})
+    waiting = figures.assign(value=0.5).replace({"purpose": {"confirm": "choose"}, "task": {"digits": "fashion_mnist"}})
     text = gauntlet_page.section(pd.concat([figures, waiting], ignore_index=True))
+    body = text.partition("| detector")[2]
+    assert body == gauntlet_page.section(figures).partition("| detector")[2]
     assert "**Not confirmed yet, and left out here**: Fashion-MNIST (full)." in text
 
 

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from gradlens.reporting.page import number
+from simulations.studies.gauntlet_figures import WHERE
 from simulations.studies.gauntlet_scores import ATTACK_FREE, CHOOSE, CONFIRM
 from simulations.studies.results import share, value_at
 
@@ -25,8 +26,10 @@ def ranking_purpose(figures: pd.DataFrame) -> str:
 
 
 def of_purpose(figures: pd.DataFrame, purpose: str) -> pd.DataFrame:
-    """The figures of attacked runs of a purpose, and of attack-free runs."""
-    return figures[figures["purpose"].isin((purpose, ATTACK_FREE))]
+    """The figures of attacked runs of a purpose, and of attack-free runs of the same settings."""
+    shown = figures[figures["purpose"].isin((purpose, ATTACK_FREE))]
+    there = pd.MultiIndex.from_frame(shown.loc[shown["purpose"].eq(purpose), WHERE])
+    return shown[pd.MultiIndex.from_frame(shown[WHERE]).isin(there)]
 
 
 def headline(figures: pd.DataFrame) -> str:
