@@ -26,6 +26,7 @@ from simulations.studies.gauntlet_ranking import (
     headline,
     observed,
     of_purpose,
+    of_settings,
     ranked_rows,
     ranking,
     ranking_purpose,
@@ -62,6 +63,7 @@ def write(tables: Tables, path: Path) -> None:
     """
     figures, runs, labels = tables
     purpose = ranking_purpose(figures)
+    figures = of_settings(figures, of_purpose(figures, purpose))
     by_client = of_purpose(figures, purpose).query("per == 'client'")
     working = by_client[by_client["works"].eq(1)]
     ranked = ranking(working)
@@ -92,6 +94,7 @@ def section(figures: pd.DataFrame) -> str:
     ranked = ranking(working)
     rows = ranked_rows(ranked.head(SECTION_ROWS), by_client)
     chosen = figures[figures["purpose"].eq(CHOOSE) & figures["per"].eq("client") & figures["works"].eq(1)]
+    chosen = of_settings(chosen, by_client)
     for row, name in zip(rows, ranked.index, strict=False):
         row["detector"] = f"`{name}`"
         if purpose == CONFIRM and len(chosen):

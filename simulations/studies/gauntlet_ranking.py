@@ -28,8 +28,12 @@ def ranking_purpose(figures: pd.DataFrame) -> str:
 def of_purpose(figures: pd.DataFrame, purpose: str) -> pd.DataFrame:
     """The figures of attacked runs of a purpose, and of attack-free runs of the same settings."""
     shown = figures[figures["purpose"].isin((purpose, ATTACK_FREE))]
-    there = pd.MultiIndex.from_frame(shown.loc[shown["purpose"].eq(purpose), WHERE])
-    return shown[pd.MultiIndex.from_frame(shown[WHERE]).isin(there)]
+    return of_settings(shown, shown[shown["purpose"].eq(purpose)])
+
+
+def of_settings(figures: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """The figures of settings (task, way of drawing clients) that the others have, too."""
+    return figures[pd.MultiIndex.from_frame(figures[WHERE]).isin(pd.MultiIndex.from_frame(others[WHERE]))]
 
 
 def headline(figures: pd.DataFrame) -> str:
