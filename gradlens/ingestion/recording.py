@@ -233,9 +233,7 @@ def _write(
             metrics = {"global_estimated": 1} if number in estimated else {}
             writer.commit(answers.round_, state, metrics={**metrics, **_num_converted(answers)})
         assert writer is not None
-        if refused.total() == total:
-            [(reason, count)] = refused.most_common(1)
-            raise InputError(f"{path}: none of the {total} updates could be recorded: {reason} ({count} of {total})")
+        _check_something(path, refused, total)
         writer.close()
     finally:
         bar.close()
@@ -243,17 +241,28 @@ def _write(
             writer.leave_open()
     notes += [f"{count} models: {conversion}" for conversion, count in converted.items()]
     notes += [f"{number} files: {what}" for what, number in recording.said.items()]
+    return [*notes, *_notes_on_rounds(numbers, estimated, updates=updates)], faults
+
+
+def _check_something(path: Path, refused: Counter[str], total: int) -> None:
+    """Raises InputError where every update was refused, with the commonest reason."""
+    if refused.total() == total:
+        [(reason, count)] = refused.most_common(1)
+        raise InputError(f"{path}: none of the {total} updates could be recorded: {reason} ({count} of {total})")
+
+
+def _notes_on_rounds(numbers: Sequence[int], estimated: Sequence[int], *, updates: bool) -> Iterator[str]:
+    """What is said of rounds whose global model is not known, whose numbers changed, or that are missing."""
     if estimated:
         first = "; the first is " + ("taken as 0" if updates else "the median of its local models")
-        notes.append(
+        yield (
             f"the global model is not known in {len(estimated)} of {len(numbers)} rounds, and estimated as the one "
             f"before + the mean update{first if numbers[0] in estimated else ''}"
         )
-    if numbers != list(range(len(numbers))):
-        notes.append(f"rounds {numbers[0]} to {numbers[-1]} of the source are recorded as 0 to {len(numbers) - 1}")
+    if list(numbers) != list(range(len(numbers))):
+        yield f"rounds {numbers[0]} to {numbers[-1]} of the source are recorded as 0 to {len(numbers) - 1}"
     if numbers[-1] - numbers[0] != len(numbers) - 1:
-        notes.append(f"{numbers[-1] - numbers[0] + 1 - len(numbers)} rounds between them are missing")
-    return notes, faults
+        yield f"{numbers[-1] - numbers[0] + 1 - len(numbers)} rounds between them are missing"
 
 
 def _remove(folder: Path, *, itself: bool) -> None:
