@@ -208,16 +208,21 @@ def documented(entry: Any) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """A page per module with its public names, and one per name; entries of the tables have theirs already."""
+    """A page per module with its public names, and one per name; entries of the tables have theirs already.
+
+    A name that `gradlens` itself has is described there alone.
+    """
     pages = {}
     for module, lead in API.items():
         summaries = public(module)
-        for name in summaries:
+        own = [name for name in summaries if module == "gradlens" or not is_of_gradlens(module, name)]
+        for name in own:
             directive = "autoclass" if is_class(module, name) else "autofunction"
             members = "   :members:\n" if directive == "autoclass" else ""
             pages[f"api/{module}.{name}.rst"] = f"{heading(name)}.. {directive}:: {module}.{name}\n{members}"
-        rows = [[f":doc:`{name} <{module}.{name}>`", plain(text)] for name, text in summaries.items()]
-        hidden = "\n".join(f"   {module}.{name}" for name in summaries)
+        places = {name: module if name in own else "gradlens" for name in summaries}
+        rows = [[f":doc:`{name} <{places[name]}.{name}>`", plain(text)] for name, text in summaries.items()]
+        hidden = "\n".join(f"   {module}.{name}" for name in own)
         pages[f"api/{module}.rst"] = (
             f"{heading(module)}{lead}\n\n{table(['name', 'in a sentence'], rows)}\n"
             f".. toctree::\n   :hidden:\n\n{hidden}\n"
@@ -237,6 +242,14 @@ def public(module_name: str) -> dict[str, str]:
     names = [n for n, v in vars(module).items() if getattr(v, "__module__", "") == module_name and n[0] != "_"]
     things = {name: getattr(module, name) for name in getattr(module, "__all__", names)}
     return {n: first_paragraph(thing) for n, thing in things.items() if callable(thing) and first_paragraph(thing)}
+
+
+def is_of_gradlens(module_name: str, name: str) -> bool:
+    """Whether a public name of a module is one of the package, too."""
+    try:
+        return getattr(import_module(module_name), name) is getattr(gradlens, name, None)
+    except ModuleNotFoundError:
+        return False
 
 
 def is_class(module_name: str, name: str) -> bool:
