@@ -1,6 +1,7 @@
 """Assembles a scenario before its first round: data, model, clients, attackers, engine and server rule."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,8 +100,8 @@ def assemble(scenario: Scenario, workers: int = 1) -> Federation:
     Raises
     ------
     InputError
-        If the task is unknown or too small; if the attack does not fit it, changes no sample, or changes no output of
-        the model; or if the engine cannot train the model.
+        If the task is unknown or too small; if its own model does not answer a number per class; if the attack does not
+        fit it, changes no sample, or changes no output of the model; or if the engine cannot train the model.
 
     Examples
     --------
@@ -117,6 +118,8 @@ def assemble(scenario: Scenario, workers: int = 1) -> Federation:
     poisoned, chosen = _poisoned(scenario, task, attack, parts, pool)
     deviants = _deviants(scenario, attack, chosen)
     untrained = build_model(task, scenario.model, scenario.seed)
+    if scenario.model == "own":
+        _check_answers(untrained, task)
     model = prepared(untrained, honest[0][0][:2], device_for(scenario.device))
     if poisoned:
         _check_visible(model, task, attack)
@@ -222,6 +225,26 @@ def _deviants(scenario: Scenario, attack: Attack, chosen: Mapping[int, np.ndarra
             f"{scenario.poison_rate:g} none of their eligible samples is poisoned, or they hold none"
         )
     return deviants
+
+
+def _check_answers(model: nn.Module, task: Task) -> None:
+    """Raises InputError where a task's own model answers anything but a float32 number per sample and class."""
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        raise InputError("model: it has lazy layers of unknown shapes: call it once on a sample where it is built")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            answer = deepcopy(model).eval()(torch.tensor(task.x_train[:2]))
+    except Exception as error:  # whatever a model of the user's own does
+        reason = next(iter(str(error).splitlines()), repr(error))
+        raise InputError(f"model: it cannot answer 2 samples of task {task.name}: {reason:.200}") from error
+    if isinstance(answer, torch.Tensor):
+        found, fits = f"{answer.dtype} {list(answer.shape)}".removeprefix("torch."), answer.dtype == torch.float32
+        fits = fits and tuple(answer.shape) == (2, task.num_classes)
+    else:
+        found, fits = f"a {type(answer).__name__}", False
+    if not fits:
+        expected = f"float32 [sample, class], [2, {task.num_classes}] for 2 samples of task {task.name}"
+        raise InputError(f"model: it must answer {expected}, found {found}")
 
 
 def _check_visible(model: nn.Module, task: Task, attack: Attack) -> None:

@@ -2,14 +2,16 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from gradlens.errors import InputError
+from simulations.assemble import assemble
 from simulations.rounds import run
 from simulations.scenario import Scenario
-from simulations.tasks import load_task
+from simulations.tasks import Task, load_task
 
 PLAIN = Scenario(rounds=4)
 ATTACKED = PLAIN.replace(
@@ -82,3 +84,53 @@ def test_an_attack_that_changes_no_sample_is_refused(tmp_path, attack):
     with pytest.raises(InputError, match=r"changes no(ne| sample)"):
         run(ATTACKED.replace(attack=attack, poison_rate=1e-6 if "label_flip" in attack else 1.0), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# What a task's own model answers --------------------------------------------------------------------------------
+
+
+class _Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(16, 3), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.one(x.flatten(1)), self.other(x.flatten(1))
+
+
+OWN = {
+    "one logit": (lambda: flat(1), r"found float32 \[2, 1\]"),
+    "more numbers than labels": (lambda: flat(5), r"found float32 \[2, 5\]"),
+    "a number per pixel": (lambda: nn.Conv2d(1, 3, 3, padding=1), r"found float32 \[2, 3, 4, 4\]"),
+    "two answers": (_Two, "found a tuple"),
+    "short numbers": (lambda: flat(3).bfloat16(), "cannot answer 2 samples of task own: .*dtype"),
+    "lazy": (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "lazy layers"),
+}
+
+
+def flat(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, classes))
+
+
+def own_task(model):
+    rng = np.random.default_rng(0)
+    x, y = rng.random((200, 1, 4, 4), np.float32), rng.integers(3, size=200)
+    return Task("own", x[:150], y[:150], x[150:], y[150:], ("a", "b", "c"), model=model)
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_an_own_model_that_does_not_answer_a_number_per_class_is_one_line_before_training(kind, monkeypatch):
+    model, message = OWN[kind]
+    monkeypatch.setattr("simulations.assemble.load_task", lambda *_, **__: own_task(model))
+    with pytest.raises(InputError, match=message):
+        assemble(Scenario(task="digits", model="own", num_clients=4, rounds=1))
+
+
+def test_an_own_model_that_answers_a_number_per_class_is_taken_and_not_changed_by_the_try(monkeypatch):
+    monkeypatch.setattr("simulations.assemble.load_task", lambda *_, **__: own_task(lambda: flat(3)))
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    federation = assemble(Scenario(task="digits", model="own", num_clients=4, rounds=1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert federation.spec.final_weight == "1.weight"
