@@ -1,6 +1,7 @@
 """Models as they lie about: endings, checkpoints, prefixes, files in parts or without names, servers among clients."""
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -233,3 +234,29 @@ def test_files_of_other_kinds_are_counted_by_their_endings(tmp_path):
         (tmp_path / "in" / name).touch()
     with pytest.raises(InputError, match=r"found 2 files \.h5, 1 files without an ending"):
         ingest(tmp_path / "in", tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_tensor_is_a_refusal_or_a_row_and_never_a_crash(tmp_path):
+    folder = written(tmp_path / "in", dict)
+    state = tensors(sent(0, 0))
+    state["fc1.weight"] = state["fc1.weight"].to_sparse()
+    torch.save(state, folder / "round_0" / "client_c0.pt")
+    done = ingest(folder, tmp_path / "run")
+    assert len(done.run.log[0]) + len(done.run.log[0].refused) == len(CLIENTS)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link out", "missing"])
+def test_a_part_that_is_no_plain_file_beside_its_index_is_refused_without_waiting(tmp_path, kind):
+    folder = tmp_path / "in"
+    for client in "ab":
+        sharded(folder / "round_0" / f"client_{client}", moved(0))
+    part = folder / "round_0" / "client_b" / "model-00002-of-00002.safetensors"
+    outside = part.rename(tmp_path / part.name)
+    if kind == "pipe":
+        os.mkfifo(part)
+    elif kind == "link out":
+        part.symlink_to(outside)
+    done = ingest(folder, tmp_path / "run")
+    assert done.run.log[0].clients.tolist() == ["a"]
+    assert list(done.run.log[0].refused) == ["b"]

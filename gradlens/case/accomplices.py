@@ -78,16 +78,15 @@ def groups_of(sums: Sums, suspects: np.ndarray) -> list[Group]:
     if len(positions) < 2 or clean.sum() < 2:
         return []
     cosine = likeness(sums, clean)
-    among_clean = cosine[np.ix_(clean, clean)][np.triu_indices(int(clean.sum()), 1)]
-    innocent = float(among_clean.max())
+    innocent = float(_of_pairs(cosine, np.flatnonzero(clean)).max())
     among = cosine[np.ix_(positions, positions)]
     count, labels = connected_components(csr_array(among > innocent), directed=False)
     groups = []
     for members in sorted((np.flatnonzero(labels == label) for label in range(count)), key=len, reverse=True):
         if len(members) > 1:
-            pairs = among[np.ix_(members, members)][np.triu_indices(len(members), 1)]
             names = tuple(sums.clients[positions[members]].tolist())
-            groups.append(Group(chr(ord("A") + len(groups) % 26), names, float(pairs.mean()), innocent))
+            mean = float(_of_pairs(among, members).mean())
+            groups.append(Group(chr(ord("A") + len(groups) % 26), names, mean, innocent))
     return groups
 
 
@@ -109,7 +108,12 @@ def both_groups(sums: Sums, camp: np.ndarray) -> list[Group]:
     (('client-5', 'client-6', 'client-7', 'client-8', 'client-9'), True, 'B')
     """
     cosine, groups = likeness(sums, np.ones(len(camp), bool)), []
-    for name, members in zip("AB", (camp, ~camp), strict=True):
-        pairs = cosine[np.ix_(members, members)][np.triu_indices(int(members.sum()), 1)]
-        groups.append(Group(name, tuple(sums.clients[members].tolist()), float(pairs.mean()), float("nan")))
+    for name, members in zip("AB", map(np.flatnonzero, (camp, ~camp)), strict=True):
+        mean = float(_of_pairs(cosine, members).mean())
+        groups.append(Group(name, tuple(sums.clients[members].tolist()), mean, float("nan")))
     return groups
+
+
+def _of_pairs(cosine: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """The cosines of all pairs of some clients, by their positions."""
+    return cosine[np.ix_(members, members)][np.triu_indices(len(members), 1)]

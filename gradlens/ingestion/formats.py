@@ -5,6 +5,8 @@ it, prefixes that wrappers give to all names, and numbers that are no layers. Wh
 """
 
 import json
+import math
+import os
 import re
 import stat
 from collections import Counter
@@ -29,6 +31,7 @@ MEASURED = {  # names of single numbers beside the layers that are no layers
     "loss", "train_loss", "val_loss", "acc", "accuracy", "epoch", "round", "step", "lr", "learning_rate", "time",
     "seed", "num_examples", "num_samples",
 }  # fmt: skip
+LARGEST_INDEX = 1 << 24  # bytes
 INDEX, SHARD = ".safetensors.index.json", re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 SAFETENSORS = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
@@ -113,7 +116,9 @@ class ModelFile:
         size = 0
         for name, value in state.items():
             if _is_array(value):
-                size += value.nbytes  # a view that repeats one number can have any shape
+                size += (
+                    math.prod(value.shape) * value.dtype.itemsize
+                )  # a view that repeats one number can have any shape
             elif not isinstance(value, bool | int | float):  # nested lists may contain themselves
                 raise Unfit(f"layer {shown(name)} must be a tensor, found {type(value).__name__}")
         if most is not None and size > most:
@@ -210,8 +215,10 @@ def _sharded_file(path: Path, most: int | None) -> State:
 
 
 def _shards(path: Path) -> list[Path]:
-    """The files that an index names, all of them beside it; raises Unfit."""
+    """The files that an index names, all of them plain files beside it; raises Unfit."""
     try:
+        if _plain(path) > LARGEST_INDEX:
+            raise ValueError(f"an index takes at most {LARGEST_INDEX:,} bytes")
         names = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
     except Exception as error:  # malformed bytes can raise anything
         raise Unfit(_unreadable(path, error)) from error
@@ -219,7 +226,15 @@ def _shards(path: Path) -> list[Path]:
         name for name in names if not isinstance(name, str) or not SHARD.search(name) or Path(name).name != name
     ]:
         raise Unfit(f"{shown(path.name)} names files that are no parts of a model beside it: {shown(strange[0])}")
-    return [path.with_name(name) for name in names]
+    shards, folder = [path.with_name(name) for name in names], os.path.realpath(path.parent)
+    for shard in shards:
+        try:
+            _plain(shard)  # a pipe would be waited for
+        except OSError as error:
+            raise Unfit(_unreadable(shard, error)) from error
+        if os.path.dirname(os.path.realpath(shard)) != folder:
+            raise Unfit(f"{shown(shard.name)} is a link that leads out of its folder")
+    return shards
 
 
 READERS: Mapping[str, Callable[[Path, int | None], State]] = {

@@ -321,7 +321,8 @@ class _Checks:
         """Why these arrays cannot be a row of the round, "" if they can."""
         if not arrays:
             return "sent nothing"
-        unknown = [name for name, array in arrays.items() if name not in set(self.model) and array.size]
+        known = set(self.model)
+        unknown = [name for name, array in arrays.items() if name not in known and array.size]
         if missing := [name for name in self.model if name not in arrays]:
             return f"layer {missing[0]!r} is missing" + (f", found {unknown[0]!r:.80}" if unknown else "")
         if unknown:
