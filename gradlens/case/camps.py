@@ -148,9 +148,9 @@ def one_sidedness(sums: Sums, camp: np.ndarray) -> float:
     float
         Between -1 and 1; 0 where the model does not tell label drift.
     """
-    if sums.drift is None:
+    drift = sums.label_drift
+    if drift is None:
         return 0.0
-    drift = sums.drift.totals / np.sqrt(sums.rounds)[:, None]
     apart = drift[camp].mean(axis=0) - drift[~camp].mean(axis=0)
     apart -= apart.mean()
     norm = np.linalg.norm(apart)

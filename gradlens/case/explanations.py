@@ -99,9 +99,9 @@ def holds_one_label(sums: Sums, clean: np.ndarray) -> np.ndarray:
     >>> holds_one_label(sums_of(example_log(num_malicious=0)), np.ones(10, bool)).any()
     np.False_
     """
-    if sums.drift is None:
+    drift = sums.label_drift
+    if drift is None:
         return np.zeros(len(clean), bool)
-    drift = sums.drift.totals / np.sqrt(sums.rounds)[:, None]
     drift = drift - np.median(drift[clean], axis=0)
     drift -= drift.mean(axis=1, keepdims=True)
     squares, labels = (drift**2).sum(axis=1), drift.shape[1]

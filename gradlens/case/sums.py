@@ -70,6 +70,11 @@ class Sums:
     log_norms: Mapping[str, np.ndarray]
     squares: Mapping[str, np.ndarray]
 
+    @property
+    def label_drift(self) -> np.ndarray | None:
+        """Label drift summed over rounds, over the root of their number, float64 [client, label]; None without."""
+        return None if self.drift is None else self.drift.totals / np.sqrt(self.rounds)[:, None]
+
 
 def sums_of(log: UpdateLog) -> Sums:
     """Sums a recording up, whatever clients are to be left out later.

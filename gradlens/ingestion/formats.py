@@ -116,9 +116,8 @@ class ModelFile:
         size = 0
         for name, value in state.items():
             if _is_array(value):
-                size += (
-                    math.prod(value.shape) * value.dtype.itemsize
-                )  # a view that repeats one number can have any shape
+                # not its memory: a view that repeats one number can have any shape, and a sparse tensor tells none
+                size += math.prod(value.shape) * value.dtype.itemsize
             elif not isinstance(value, bool | int | float):  # nested lists may contain themselves
                 raise Unfit(f"layer {shown(name)} must be a tensor, found {type(value).__name__}")
         if most is not None and size > most:
