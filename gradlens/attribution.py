@@ -22,6 +22,7 @@ __all__ = ["Gradient", "attribution_accuracy", "influence", "label_drift", "susp
 Gradient = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 ORDINARY = 10  # earlier rounds of a client from which its ordinary label skew is taken
+MOST_NUMBERS = 1 << 20  # of the final weight, above which its bias alone is asked
 
 
 def label_drift(log: UpdateLog, learning_rate: float | None = None) -> pd.DataFrame:
@@ -59,6 +60,10 @@ def label_drift(log: UpdateLog, learning_rate: float | None = None) -> pd.DataFr
     are used instead: each sample is then weighted by the sum of its features, so the values are not counts of labels
     and no learning rate is accepted. Reading poisoned labels from the bias is due to [2]_.
 
+    A sigmoid for each label under binary cross-entropy moves its bias by the same formula, label by label; a single
+    logit is positive for label 1. Of a squared error it is twice (target minus answer), where targets take the place of
+    labels. Where every pixel or token is a sample, the mean goes over these.
+
     References
     ----------
     .. [1] Jebreel et al. 2022, arXiv:2207.01982, eq. (1).
@@ -76,10 +81,12 @@ def label_drift(log: UpdateLog, learning_rate: float | None = None) -> pd.DataFr
     round_ = cohort(log)
     layer = log.model.final_bias or _final_layer(log)
     with np.errstate(all="ignore"):  # only in rows of clients that are not comparable
-        rows = round_.flat(layer).astype(np.float64).reshape(len(round_), *_matrix(log, layer)).sum(axis=2)
+        rows = log.model.by_unit(layer, round_.flat(layer).astype(np.float64)).sum(axis=2)
     unit = "logits"
     if log.model.final_bias is None:
         unit = "row sums of the final weight, for want of a final bias: each sample counts by the sum of its features"
+    if rows.shape[1] == 1:
+        unit += ", of one output: positive is label 1 of a binary task, or a larger answer of a regression"
     if learning_rate is not None:
         if not (np.isfinite(learning_rate) and learning_rate > 0):
             raise InputError(f"learning_rate is a positive number, found {learning_rate}")
@@ -115,7 +122,7 @@ def suspected_labels(log: UpdateLog, rounds: Collection[int] | None = None) -> p
     Raises
     ------
     CannotSay
-        With fewer than 3 comparable clients, or without a final layer.
+        With fewer than 3 comparable clients, without a final layer, or with one of a single output.
     InputError
         If a round is not in the log.
 
@@ -141,7 +148,13 @@ def suspected_labels(log: UpdateLog, rounds: Collection[int] | None = None) -> p
     ['target', 'source', 'strength', 'rounds']
     """
     round_ = cohort(log)
-    evidence, count = _accumulated(log, _final_layer(log), rounds)
+    layer = _final_layer(log)
+    if log.model.num_units(layer) < 2:
+        raise CannotSay(
+            f"the final layer {layer!r} has one output, of a binary task or a regression, and no labels to tell apart; "
+            "label_drift tells in which direction each client pulls it"
+        )
+    evidence, count = _accumulated(log, layer, rounds)
     known = round_.comparable & (count > 0)
     rows = np.where(known[:, None], evidence, 0)
     strength = np.full(len(rows), np.nan)
@@ -372,9 +385,13 @@ def attribution_accuracy(suspected: pd.DataFrame, by: Sequence[str] = ()) -> pd.
 
 
 def _final_layer(log: UpdateLog) -> str:
-    layer = log.model.final_weight or log.model.final_bias
+    model = log.model
+    whole = model.final_weight is not None and len(model[model.final_weight].shape) > 1
+    layer = model.final_weight if whole else model.final_bias
     if layer is None:
-        raise CannotSay("the model has no final layer, from which labels are estimated")
+        raise CannotSay("the model has no final layer, recorded class by class, from which labels are estimated")
+    if model[layer].size > MOST_NUMBERS and model.final_bias is not None:  # a vocabulary: its bias tells its words
+        return model.final_bias
     return layer
 
 
@@ -401,7 +418,7 @@ def _matched_drift(log: UpdateLog, layer: str) -> dict[str, np.ndarray]:
     if len(factors) < SMALLEST:
         return {}
     rows = round_.flat(layer)[round_.comparable] * factors[:, None]
-    rows = _minus_median(rows, np.ones(len(rows), bool)).reshape(len(rows), log.model[layer].shape[0], -1)
+    rows = log.model.by_unit(layer, _minus_median(rows, np.ones(len(rows), bool)))
     return dict(zip(round_.clients[round_.comparable].tolist(), rows, strict=True))
 
 
@@ -430,7 +447,8 @@ def _accumulated(log: UpdateLog, layer: str, rounds: Collection[int] | None) -> 
 
 
 def _matrix(log: UpdateLog, layer: str) -> tuple[int, int]:
-    return log.model[layer].shape[0], log.model[layer].size // log.model[layer].shape[0]
+    units = log.model.num_units(layer)
+    return units, log.model[layer].size // units
 
 
 def _leading(matrices: np.ndarray) -> np.ndarray:

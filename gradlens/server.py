@@ -83,6 +83,13 @@ class Recorder:
         Whether clients send local models or updates.
     buffers : collection of str, default ()
         Layers that are never scored, in addition to integer layers and the statistics of batch normalization.
+    final_layer : str, optional
+        The layer that answers, by the name of its weight, its bias or its module. By default it is found by names,
+        order and shapes; where these do not agree there is none, and statistics of it abstain.
+    layers : collection of str, optional
+        The layers that clients send, by names or patterns such as "body.*", where the rest of the model stays with the
+        clients or the server (personal heads, frozen layers, adapters). The others are not recorded, neither as zero
+        nor as missing; what a client sends of them is left out. By default all layers.
     evidence : Evidence or str, default "full"
         How much of each update is recorded, an `Evidence` or the name of its level. Below "full", each answer is
         reduced as it arrives and then released, so that a generator of answers needs the memory of one.
@@ -138,6 +145,8 @@ class Recorder:
         filter: FilteredAggregator | None = None,
         sent: Literal["models", "updates"] = "models",
         buffers: Collection[str] = (),
+        final_layer: str | None = None,
+        layers: Collection[str] | None = None,
         evidence: Evidence | str = "full",
         source: Mapping[str, Any] | None = None,
         strict: bool = False,
@@ -147,7 +156,9 @@ class Recorder:
         self.path = None if path is None else Path(path)
         self.filter = _filter(filter, detector)
         self.sent, self.buffers, self.strict = sent, tuple(buffers), strict
-        self.source = _plain_source({**(source or {}), "recorder": {"sent": sent, "filter": repr(self.filter)}})
+        self.final_layer, self.layers = final_layer, None if layers is None else tuple(layers)
+        settings = {"sent": sent, "filter": repr(self.filter)} | ({"layers": self.layers} if self.layers else {})
+        self.source = _plain_source({**(source or {}), "recorder": settings})
         self.evidence = Evidence.of(evidence)
         self.lost: list[str] = []
         self._detector = detector if isinstance(detector, str) else repr(self.filter and self.filter.detector)
@@ -227,8 +238,10 @@ class Recorder:
         """
         if self._closed:
             raise InputError("this recorder is closed")
-        reduction = self._reduction or self.evidence.on(spec_of(global_model, self.buffers))
-        state = state_of(global_model, reduction.sent)
+        reduction = self._reduction or self.evidence.on(
+            spec_of(global_model, self.buffers, final_layer=self.final_layer, layers=self.layers)
+        )
+        state = self._state_of(global_model, reduction.sent)
         self._reduction = reduction
         if self._waiting is not None:
             self._record(state)
@@ -239,8 +252,9 @@ class Recorder:
             log = log.append(gap)
         as_models = self.sent == "models"
         answers = received(
-            len(log), reduction.sent, state, sent, num_examples, as_models=as_models, reduction=reduction
-        )
+            len(log), reduction.sent, state, sent, num_examples, as_models=as_models, reduction=reduction,
+            partial=self.layers is not None,
+        )  # fmt: skip
         _warn_if_all_refused(answers.round_)
         metrics = {"converted": len(answers.notes)} if answers.notes else {}
         self._log = log.append(answers.round_)
@@ -278,7 +292,7 @@ class Recorder:
         for name, value in (metrics or {}).items():
             if not isinstance(value, Real | np.number | np.bool_):
                 raise InputError(f"metrics are numbers, found {name!r:.80}: {value!r:.80}")
-        self._record(state_of(next_global, self.model), metrics or {})
+        self._record(self._state_of(next_global, self.model), metrics or {})
 
     def close(self, next_global: State | None = None) -> None:
         """Ends the run; a second call does nothing.
@@ -338,13 +352,16 @@ class Recorder:
         rounds = 0 if self._log is None else len(self._log)
         return f"Recorder({where}, {rounds} rounds, {len(self.lost)} lost, filter={self.filter!r})"
 
+    def _state_of(self, global_model: State, model: ModelSpec) -> dict[str, np.ndarray]:
+        return state_of(global_model, model, partial=self.layers is not None)
+
     def _finish(self, next_global: State | None) -> None:
         if self._waiting is None:
             return
         if next_global is None:
             self._record(self._waiting.state, {"result_unknown": 1})
         else:
-            self._record(state_of(next_global, self.model))
+            self._record(self._state_of(next_global, self.model))
 
     def _record(self, next_global: Mapping[str, np.ndarray], metrics: Mapping[str, float] | None = None) -> None:
         """Writes the waiting round, and the gap before it; if that fails, the round is noted as lost."""
@@ -428,6 +445,8 @@ def _warn_if_all_refused(round_: Round) -> None:
     reason, count = Counter(round_.refused.values()).most_common(1)[0]
     others = f" ({count} of {len(round_.refused)})" if count < len(round_.refused) else ""
     message = f"round {round_.index}: nothing of {len(round_.refused)} clients could be recorded: {reason}{others}"
+    if reason.endswith("is missing"):
+        message += "; Recorder(layers=...) names the layers that clients send, where these are not all"
     warnings.warn(EverybodyRefused(message), stacklevel=4)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -79,6 +79,25 @@ def phrase(name: Any, value: Any) -> str:
 def _short_values(values: Sequence[Any]) -> list[Any]:
     bare = [re.sub(r"\([^()]*\)", "", value) if isinstance(value, str) else value for value in values]
     return bare if len(set(map(str, bare))) == len(set(map(str, values))) else list(values)
+
+
+LISTED = 5  # names that a message lists
+
+
+def several(names: Collection[Any]) -> str:
+    """Lists the first names, and how many more there are.
+
+    Parameters
+    ----------
+    names : collection of str or int
+
+    Examples
+    --------
+    >>> several(["fc1.weight", "fc1.bias"]), several(range(9))
+    ("'fc1.weight', 'fc1.bias'", '0, 1, 2, 3, 4 and 4 more')
+    """
+    listed = ", ".join(f"{name!r:.80}" if isinstance(name, str) else str(name) for name in list(names)[:LISTED])
+    return listed + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def count(number: int, what: str) -> str:

@@ -123,12 +123,12 @@ def assemble(scenario: Scenario, workers: int = 1) -> Federation:
     model = prepared(untrained, honest[0][0][:2], device_for(scenario.device))
     if poisoned:
         _check_visible(model, task, attack)
-    final_weight = f"{task.final_layer}.weight" if task.final_layer and scenario.model == "own" else None
+    final_layer = task.final_layer if scenario.model == "own" else None
     return Federation(
         scenario,
         task,
         model,
-        ModelSpec.of(state_of(model), buffers=buffers(model), final_weight=final_weight),
+        ModelSpec.of(state_of(model), buffers=buffers(model), final_layer=final_layer),
         _engine(scenario, untrained, task, honest, workers),
         honest,
         attack,

@@ -62,7 +62,7 @@ def units_of(log: UpdateLog, client: str, layer: str, clean: np.ndarray) -> list
     if accumulated.sketched or not shape:
         return []
     rows = accumulated.of(np.append(clean, client))
-    sums = accumulated.sums[layer][rows].astype(np.float64).reshape(len(rows), shape[0], -1)
+    sums = log.model.by_unit(layer, accumulated.sums[layer][rows].astype(np.float64))
     sums = sums / np.sqrt(accumulated.rounds[rows])[:, None, None]
     sizes = np.linalg.norm(sums - np.median(sums[:-1], axis=0), axis=2)  # [client, unit]
     ratios = sizes[-1] / np.maximum(sizes[:-1].max(axis=0), TINY)

@@ -10,7 +10,7 @@ from gradlens.cli.output import ends_in, say, say_json
 from gradlens.errors import InputError
 
 if TYPE_CHECKING:
-    from gradlens import Run, Sweep
+    from gradlens import ModelSpec, Run, Sweep
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -82,11 +82,21 @@ def _run_facts(run: "Run") -> dict[str, Any]:
         "parameters": run.model.num_parameters,
         "layers": {layer.name: f"{list(layer.shape)} {layer.kind}" for layer in run.model.layers},
         "final bias": run.model.final_bias,
+        "final layer": _final_layer(run.model),
         "last round": {name: round(value, 4) for name, value in last.items()},
         "truth": run.has_truth,
         "scenario": run.scenario,
         "head": run.head,
     }
+
+
+def _final_layer(model: "ModelSpec") -> str:
+    """The final layer, why it is taken as such, and how certain that is."""
+    found = model.found_final_layer
+    names = ", ".join(name for name in (model.final_weight, model.final_bias) if name)
+    if (found.weight, found.bias) == (model.final_weight, model.final_bias):
+        return f"{names or 'none'} ({found.certainty}: {found.why})"
+    return f"{names or 'none'} (as recorded)"
 
 
 def _sweep_facts(sweep: "Sweep") -> dict[str, Any]:

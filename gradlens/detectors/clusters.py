@@ -316,7 +316,7 @@ def _pulls(log: UpdateLog) -> np.ndarray:
     if bias is not None:
         return round_.flat(bias).astype(np.float64)
     weight = final_weight(log)
-    rows = round_.flat(weight).reshape(len(round_), log.model[weight].shape[0], -1)
+    rows = log.model.by_unit(weight, round_.flat(weight))
     return rows.sum(axis=2, dtype=np.float64)
 
 

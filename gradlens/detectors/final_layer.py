@@ -234,7 +234,7 @@ def _bilgin(log: UpdateLog, robust: bool, threshold: float) -> Judgement:
 
 def _tolpegin(log: UpdateLog, source_label: int | None, rounds: int) -> Judgement:
     round_, weight = log[-1], final_weight(log)
-    classes = log.model[weight].shape[0]
+    classes = log.model.num_units(weight)
     if source_label is not None and source_label >= classes:
         raise InputError(f"source_label must be one of the model's {classes} classes, found {source_label}")
     owners, rows = _observations(log, weight, rounds)
@@ -257,7 +257,7 @@ def _observations(log: UpdateLog, weight: str, rounds: int) -> tuple[np.ndarray,
     Returns the position of each observation's client, int64 [observation], and its rows, float64 [observation, class,
     number].
     """
-    clients, classes = log[-1].clients, log.model[weight].shape[0]
+    clients = log[-1].clients
     order = np.argsort(clients)
     owners, rows = [], []
     for stop in range(max(0, len(log) - rounds) + 1, len(log) + 1):
@@ -265,7 +265,7 @@ def _observations(log: UpdateLog, weight: str, rounds: int) -> tuple[np.ndarray,
         known = np.isin(prefix[-1].clients, clients)
         usable = known & prefix.remembered(_comparable) if stop < len(log) else known
         owners.append(order[np.searchsorted(clients[order], prefix[-1].clients[usable])])
-        rows.append(_rows(prefix[-1].flat(weight)[usable], classes))
+        rows.append(log.model.by_unit(weight, prefix[-1].flat(weight)[usable]).astype(np.float64))
     return np.concatenate(owners), np.concatenate(rows)
 
 
@@ -302,7 +302,7 @@ def _margins(points: np.ndarray, suspicious: np.ndarray) -> np.ndarray:
 
 def _lfighter(log: UpdateLog, variant: str) -> Judgement:
     round_, weight, bias = log[-1], final_weight(log), log.model.final_bias
-    rows = _rows(round_.flat(weight, sketch=True), log.model[weight].shape[0])
+    rows = log.model.by_unit(weight, round_.flat(weight, sketch=True)).astype(np.float64)
     moved = np.sqrt(np.einsum("kci,kci->kc", rows, rows)).sum(axis=0)
     if bias is not None:
         moved += np.abs(round_.flat(bias)).sum(axis=0, dtype=np.float64)
@@ -344,8 +344,3 @@ def _auror(log: UpdateLog, alpha: float | None) -> Judgement:
     scores = minority @ weights / weights.sum()
     evidence = {"minority share": scores, "minority share of indicative": shares}
     return Judgement(scores, shares > 0.5, evidence=evidence_of(round_, evidence))
-
-
-def _rows(matrix: np.ndarray, classes: int) -> np.ndarray:
-    """The updates of the final weight [client, number] as float64 [client, class, number]."""
-    return matrix.reshape(len(matrix), classes, matrix.shape[1] // classes).astype(np.float64)

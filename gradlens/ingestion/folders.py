@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 
 from gradlens.errors import InputError
-from gradlens.ingestion.formats import INDEX, READERS, ModelFile, ending_of
+from gradlens.ingestion.formats import READERS, ModelFile, ending_of
 from gradlens.ingestion.rows import layer_of, names_in, read_rows
-from gradlens.log.intake import State, Unfit, as_array, shown
-from gradlens.words import count
+from gradlens.log.intake import State, Unfit, as_array
+from gradlens.words import LISTED, count, several
 
 # usual names, without the ending: of clients' models, of the global model before a round, and of the one after it
 PATTERNS = (
@@ -58,7 +58,6 @@ AFTER = (
 )  # as in Flower's guides
 WHOLE = ("model", "pytorch_model", "adapter_model")  # names of the file in a folder that is a model's alone
 TABLES = (".arrow", ".feather", ".parquet")
-LISTED = 5  # names that a message lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +119,6 @@ class Source:
         Number of the round -> client -> number of examples; empty means 1 for every client.
     notes : list of str
         A line for each assumption, such as which files were left out.
-    by_name : bool
-        Whether layers are in the order of their names rather than the model's.
     said : Counter of str
         What was taken off around the models, and of how many.
     taken : str
@@ -132,7 +129,6 @@ class Source:
     starts: dict[int, Model] = field(default_factory=dict)
     examples: dict[int, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    by_name: bool = False
     said: Counter[str] = field(default_factory=Counter)
     taken: str = ""
 
@@ -218,8 +214,6 @@ def source_of_folder(
         f"{candidate}: {count(len(source.rounds), 'round')} of {count(len(names), 'client')} ({several(names)}); "
         f"global models: {of_server}"
     )
-    first = min(source.rounds)
-    source.by_name = starts.get(first, next(iter(clients))).endswith((".safetensors", INDEX))
     if ignored := [name for name in remaining if name not in clients]:
         source.notes.append(f"{len(ignored)} files match no pattern and are left out: {several(ignored)}")
     if outside:
@@ -346,9 +340,3 @@ def _read(model: Model) -> State:
         return model.read()
     except Unfit as reason:
         raise InputError(f"the global model {reason}") from reason
-
-
-def several(names: Collection[Any]) -> str:
-    """Lists the first names, and how many more there are."""
-    listed = [name if isinstance(name, int) else shown(name) for name in list(names)[:LISTED]]
-    return ", ".join(map(str, listed)) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

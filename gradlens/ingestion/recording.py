@@ -1,5 +1,6 @@
 """Importing updates that another tool recorded as a run (`ingest`)."""
 
+import hashlib
 import math
 import shutil
 from collections import Counter
@@ -15,13 +16,14 @@ from tqdm import tqdm
 
 from gradlens.errors import InputError
 from gradlens.ingestion.disk import disk_faults_as_input_errors
-from gradlens.ingestion.folders import TABLES, Model, Source, several, source_of_folder, source_of_table
+from gradlens.ingestion.folders import TABLES, Model, Source, source_of_folder, source_of_table
 from gradlens.ingestion.formats import named_by_place
 from gradlens.ingestion.tables import examples_in, with_csv_truth
 from gradlens.log import Evidence, LogWriter, ModelSpec, Round
 from gradlens.log.intake import Received, State, Unfit, as_array, received, spec_of, state_of
 from gradlens.log.writer import check_free
 from gradlens.run import Run
+from gradlens.words import several
 
 # a client's file may take as much as 4 models and 1 MiB, which leaves room for float64 or an optimizer's moments
 MODELS, MARGIN = 4, 1 << 20
@@ -102,7 +104,7 @@ def ingest(
     model_key : str, optional
         The entry of a checkpoint that holds the model; by default the usual ones are tried, and one that is alone.
     final_layer : str, optional
-        Name of the final layer's weight; by default it is found.
+        The layer that answers, by the name of its weight, its bias or its module; by default it is found.
     buffers : collection of str, default ()
         Layers that are never scored, in addition to integer layers and the statistics of batch normalization.
     num_examples : Path or str, optional
@@ -211,10 +213,9 @@ def _write(
                 estimated.append(number)
             if writer is None:
                 example = _most_frequent([answer for _, answer in sent]) if start is None else start
-                model = _model(example, buffers, final_layer)
-                notes += _notes_on_integers(model)
-                if final_layer is None and recording.by_name:
-                    notes.append(_note_on_order(model))
+                model = spec_of(example, buffers, final_layer=final_layer)
+                notes += [*_notes_on_integers(model), *_notes_on_final_layer(model, final_layer)]
+                notes += _notes_on_tied(example, model)
                 state = _estimated_start(model, sent, updates=updates) if start is None else state_of(start, model)
                 origin = {"from": str(path), "rounds": numbers, "sent": "updates" if updates else "models"}
                 writer = LogWriter.create(folder, model, state, source={"ingested": origin}, evidence=evidence)
@@ -344,22 +345,29 @@ def _most_frequent(states: list[Any], otherwise: State | None = None) -> State:
     return max(signatures.values(), key=len)[0]
 
 
-def _model(state: State, buffers: Collection[str], final_layer: str | None) -> ModelSpec:
-    """The specification of a model; its final bias is looked up by name first, as some formats keep no order."""
-    if final_layer is not None and final_layer not in state:
-        raise InputError(f"final layer: the model has no layer {final_layer!r:.80}, only {several(list(state))}")
-    model = spec_of(state, buffers)
-    weight = final_layer or model.final_weight
-    bias = f"{weight}".removesuffix("weight") + "bias"
-    has_bias = weight is not None and bias in model.parameters and model[bias].shape == model[weight].shape[:1]
-    return spec_of(state, buffers, final_weight=weight, final_bias=bias if has_bias else None)
+def _notes_on_final_layer(model: ModelSpec, named: str | None) -> list[str]:
+    """What is said of a final layer that was found, or was not."""
+    found = model.found_final_layer
+    if named is not None or found.certainty == "certain":
+        return []
+    if found.weight is None:
+        return [f"the final layer is unknown, and statistics of it abstain: {found.why}; --final-layer names it"]
+    return [f"{found.weight} is taken as the final layer: {found.why}; --final-layer names another"]
 
 
-def _note_on_order(model: ModelSpec) -> str:
-    return (
-        f"safetensors keep no order of layers: the last by name, {model.final_weight}, is taken as the final one; "
-        "--final-layer names another"
-    )
+def _notes_on_tied(state: State, model: ModelSpec) -> list[str]:
+    """What is said of layers that hold the same numbers, as an embedding and a head that share theirs do."""
+    seen: dict[bytes, str] = {}
+    notes = []
+    for name in model.parameters:
+        array = np.asarray(as_array(state[name])[0], np.float32)
+        if array.ndim < 2 or array.min() == array.max():
+            continue
+        key = hashlib.sha256(array.tobytes()).digest() + repr(array.shape).encode()
+        if key in seen:
+            notes.append(f"{name} holds the numbers of {seen[key]}: a layer that is tied counts twice")
+        seen.setdefault(key, name)
+    return notes
 
 
 def _estimated_start(model: ModelSpec, sent: list[tuple[str, Any]], *, updates: bool) -> Mapping[str, np.ndarray]:

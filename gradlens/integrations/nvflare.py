@@ -66,10 +66,17 @@ class GradlensAggregator(ModelAggregator):
     """
 
     def __init__(
-        self, path: str = "", detector: str = "", aggregator: str = "mean", settings: dict[str, Any] | None = None
+        self,
+        path: str = "",
+        detector: str = "",
+        aggregator: str = "mean",
+        settings: dict[str, Any] | None = None,
+        final_layer: str = "",
+        layers: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.path, self.detector, self.aggregator, self.settings = path, detector, aggregator, settings
+        self.final_layer, self.layers = final_layer, layers
         tables: dict[str, Any] = {"detector": {}, "aggregator": {}, "filter": {}}
         if unknown := [name for name in settings or {} if name not in tables]:
             raise InputError(f"settings: expected tables of {', '.join(tables)}, found {unknown[0]!r:.80}")
@@ -142,16 +149,18 @@ class GradlensAggregator(ModelAggregator):
         if self._recorder is None:
             sent = "updates" if models and _usual(models) == ParamsType.DIFF else "models"
             self._recorder = Recorder(
-                self.path or None, filter=self._filter, sent=sent, source={"framework": "nvflare"}
-            )
+                self.path or None, filter=self._filter, sent=sent, source={"framework": "nvflare"},
+                final_layer=self.final_layer or None, layers=self.layers,
+            )  # fmt: skip
         recorder = self._recorder
         kind = ParamsType.DIFF if recorder.sent == "updates" else ParamsType.FULL
         steps = {_name(model): model.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND, 1) for model in models}
         decision = recorder.log_round(start, [(_name(model), _state(model, kind)) for model in models], steps)
         update = (self._filter or self._rule)(recorder.log)
-        numbered = {name: array for name, array in start.items() if array.size}
-        result = update if kind == ParamsType.DIFF else step(numbered, update, buffers=recorder.log.model.buffers)
-        params = {name: _like(result.get(name, start[name]), value) for name, value in self._global.items()}
+        sent = {name: start[name] for name in recorder.model}
+        result = update if kind == ParamsType.DIFF else step(sent, update, buffers=recorder.log.model.buffers)
+        rest = {name: 0 * array if kind == ParamsType.DIFF else array for name, array in start.items()}  # not sent
+        params = {name: _like((rest | result)[name], value) for name, value in self._global.items()}
         after = params  # in the server's type of numbers, as it will be sent
         if kind == ParamsType.DIFF:
             after = {name: value + params[name] for name, value in self._global.items()}  # as FLARE adds them

@@ -5,19 +5,26 @@ Nothing that a client sent raises an error: it becomes a row of the round, or a 
 """
 
 import hashlib
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from gradlens.errors import InputError, Stopped
+from gradlens.log.final_layer import PLACE
 from gradlens.log.levels import Reduction
 from gradlens.log.model import Layer, ModelSpec
 from gradlens.log.round import Round
+from gradlens.words import several
 
-BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")  # last part of a layer's name
+BUFFER_NAMES = (  # last part of a layer's name: running statistics of torch, Keras, and of spectral normalization
+    "running_mean", "running_var", "num_batches_tracked", "moving_mean", "moving_variance", "_u", "_v", "weight_u",
+)  # fmt: skip
 LONGEST_NAME = 200  # characters of a client's name
 LONGEST_QUOTE = 80  # characters of a value that a reason quotes
 
@@ -112,13 +119,59 @@ def as_array(value: Any) -> tuple[np.ndarray, str]:
 
 
 def found_buffers(state: State) -> list[str]:
-    """The layers that are buffers by their type or name: integers, and the statistics of batch normalization."""
-    by_name = [name for name in state if name.rsplit(".", 1)[-1] in BUFFER_NAMES]
-    return [name for name in state if name in by_name or as_array(state[name])[0].dtype.kind in "iub"]
+    """The layers that are buffers by type or name: integers, and statistics of batch and spectral normalization.
+
+    Parameters
+    ----------
+    state : Mapping
+        Layer -> array of any library.
+
+    Notes
+    -----
+    Where names are numbers, as in a list of arrays, two vectors before a single integer are the running statistics of
+    batch normalization that torch lists with their counter; so are the last two of four or five vectors of one length,
+    unless one of the last has a negative number (Keras: scale, shift, mean, variance).
+    """
+    arrays = {name: as_array(value)[0] for name, value in state.items()}
+    parts = {name: re.split(r"[./]", name) for name in arrays}
+    spectral = {name.removesuffix("_orig") for name in arrays if name.endswith("weight_orig")}
+    return [
+        name
+        for name, array in arrays.items()
+        if array.dtype.kind in "iub"
+        or parts[name][-1] in BUFFER_NAMES
+        or "batch_stats" in parts[name]
+        or (name.endswith("weight_v") and name.removesuffix("_v") in spectral)
+    ] + _buffers_by_place(arrays)
+
+
+def _buffers_by_place(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Running statistics among arrays whose names are places in a list."""
+    if not all(PLACE.match(name) for name in arrays):
+        return []
+    names, found = list(arrays), []
+    for place, name in enumerate(names):
+        array, (*_, first, second) = arrays[name], ["", "", *names[:place]]
+        if array.size == 1 and array.dtype.kind in "iu" and place > 1 and _are_vectors(arrays, [first, second]):
+            found += [first, second]
+    alike = [list(group) for _, group in groupby(names, key=lambda name: arrays[name].shape)]
+    for group in alike:
+        if len(group) in (4, 5) and _are_vectors(arrays, group) and not (arrays[group[-1]] < 0).any():
+            found += group[-2:]
+    return list(dict.fromkeys(found))
+
+
+def _are_vectors(arrays: Mapping[str, np.ndarray], names: list[str]) -> bool:
+    shapes = {arrays[name].shape for name in names}
+    return len(shapes) == 1 and len(arrays[names[0]].shape) == 1 and arrays[names[0]].dtype.kind == "f"
 
 
 def spec_of(
-    state: State, buffers: Collection[str] = (), *, final_weight: str | None = None, final_bias: str | None = None
+    state: State,
+    buffers: Collection[str] = (),
+    *,
+    final_layer: str | None = None,
+    layers: Collection[str] | None = None,
 ) -> ModelSpec:
     """The specification of a global model whose arrays may be of any library.
 
@@ -128,13 +181,16 @@ def spec_of(
         Layer -> array.
     buffers : collection of str
         Layers that are never scored, besides those that `found_buffers` finds.
-    final_weight, final_bias : str, optional
-        The final layer; found by `ModelSpec.of` where it is not given.
+    final_layer : str, optional
+        The layer that answers, by the name of its weight, its bias or its module; found where it is not given.
+    layers : collection of str, optional
+        The layers that clients send, by names or patterns such as "body.*"; by default all. The others are no part of
+        the specification, and a final layer among them is none.
 
     Raises
     ------
     InputError
-        Where the state is no table of arrays, or has no such buffer.
+        Where the state is no table of arrays, or has no such buffer, final layer or layer to send.
 
     Notes
     -----
@@ -147,10 +203,19 @@ def spec_of(
     arrays = {name: _recorded_type(_array_of_server(name, value)) for name, value in state.items()}
     arrays = {name: array for name, array in arrays.items() if array.size}
     every_buffer = {*buffers, *found_buffers(arrays)}
-    return ModelSpec.of(arrays, buffers=every_buffer, final_weight=final_weight, final_bias=final_bias)
+    model = ModelSpec.of(arrays, buffers=every_buffer, final_layer=final_layer)
+    return model if layers is None else model.only(_matching(model, layers))
 
 
-def state_of(state: State, model: ModelSpec) -> dict[str, np.ndarray]:
+def _matching(model: ModelSpec, patterns: Collection[str]) -> list[str]:
+    """The layers that match one of the patterns; raises InputError where a pattern matches none."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in model):
+            raise InputError(f"layers: no layer of the model matches {pattern!r:.80}, only {several(list(model))}")
+    return [name for name in model if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def state_of(state: State, model: ModelSpec, *, partial: bool = False) -> dict[str, np.ndarray]:
     """A copy of a global model in the types in which it is recorded.
 
     Parameters
@@ -159,6 +224,8 @@ def state_of(state: State, model: ModelSpec) -> dict[str, np.ndarray]:
         Layer -> array of any library.
     model : ModelSpec
         The layers that it must have.
+    partial : bool, default False
+        Whether it may have others, which clients do not send.
 
     Raises
     ------
@@ -168,7 +235,7 @@ def state_of(state: State, model: ModelSpec) -> dict[str, np.ndarray]:
     if not isinstance(state, Mapping):
         raise InputError(f"a global model is a table layer -> array, found {type(state).__name__}")
     known = set(model)
-    others = [name for name in state if name not in known and _array_of_server(name, state[name]).size]
+    others = [name for name in state if name not in known and not partial and _array_of_server(name, state[name]).size]
     if differing := [name for name in model if name not in state] + others:
         whose = "recorded" if differing[0] not in state else "given"
         raise InputError(f"the global model changed its layers: {differing[0]!r:.80} is in the {whose} model alone")
@@ -189,6 +256,7 @@ def received(
     *,
     as_models: bool,
     reduction: Reduction | None = None,
+    partial: bool = False,
 ) -> Received:
     """The round made of what the clients sent; no client can make it raise an error.
 
@@ -209,6 +277,8 @@ def received(
     reduction : Reduction, optional
         What is recorded of each update; by default everything. Below that, each answer is reduced as it arrives and
         then let go of, so that an iterable of many answers takes the memory of one.
+    partial : bool, default False
+        Whether the model is a part that was agreed on: what a client sends besides is left out.
 
     Returns
     -------
@@ -222,7 +292,7 @@ def received(
     recorded: they are evidence.
     """
     reduction = None if reduction is None or reduction.is_full else reduction
-    checks = _Checks(model, global_model, as_models, reduction)
+    checks = _Checks(model, global_model, as_models, reduction, partial)
     answers: dict[str, list[_Answer | Unfit]] = {}
     claims: dict[str, Any] = {}
     refused: dict[str, str] = {}
@@ -282,11 +352,14 @@ class _Checks:
     global_model: Mapping[str, np.ndarray]
     as_models: bool
     reduction: Reduction | None
+    partial: bool
 
     def answer(self, state: Any) -> _Answer | Unfit:
         """What is kept of an answer, or why it cannot be recorded."""
         try:
             arrays, kinds = _arrays(state)
+            if self.partial:
+                arrays = {name: array for name, array in arrays.items() if name in set(self.model)}
             if fault := self._fault(arrays):
                 raise Unfit(fault)
         except Unfit as reason:
@@ -320,7 +393,7 @@ class _Checks:
     def _fault(self, arrays: Mapping[str, np.ndarray]) -> str:
         """Why these arrays cannot be a row of the round, "" if they can."""
         if not arrays:
-            return "sent nothing"
+            return "sent none of the layers that were agreed on" if self.partial else "sent nothing"
         known = set(self.model)
         unknown = [name for name, array in arrays.items() if name not in known and array.size]
         if missing := [name for name in self.model if name not in arrays]:

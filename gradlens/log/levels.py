@@ -318,7 +318,7 @@ def _sketched(evidence: Evidence, model: ModelSpec, layer: Layer) -> Layer:
     shape: tuple[int, ...] = (evidence.width,)
     if layer.name == model.final_weight:
         row = layer.size // layer.shape[0]
-        by_rows = layer.shape[0] <= MOST_SKETCHED_ROWS
+        by_rows = layer.shape[0] <= MOST_SKETCHED_ROWS and model.unit_axes[layer.name] == 0
         if layer.size <= WHOLE_SIZE or (by_rows and row <= evidence.width):
             return layer
         shape = (layer.shape[0], evidence.width) if by_rows else shape

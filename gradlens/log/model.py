@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from gradlens.errors import InputError
+from gradlens.log.final_layer import FinalLayer, final_layer_of, named_final_layer, unit_axis
 
 DTYPES = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8")
 
@@ -118,6 +119,7 @@ class ModelSpec:
         state: Mapping[str, np.ndarray],
         *,
         buffers: Collection[str] = (),
+        final_layer: str | None = None,
         final_weight: str | None = None,
         final_bias: str | None = None,
     ) -> Self:
@@ -129,22 +131,78 @@ class ModelSpec:
             Layer -> array.
         buffers : collection of str
             The layers that are never scored.
-        final_weight : str, optional
-            By default the last parameter of two or more dimensions.
-        final_bias : str, optional
-            By default the parameter right after the final weight, where it has one number for each row of that weight.
+        final_layer : str, optional
+            The layer that answers, by the name of its weight, its bias or its module; by default it is found
+            (`found_final_layer`), and none where that is not sure.
+        final_weight, final_bias : str, optional
+            Its weight, and its bias where that is not to be found.
+
+        Raises
+        ------
+        InputError
+            Where the model has no such layer.
         """
         arrays = {name: np.asarray(array) for name, array in state.items()}
         layers = tuple(
             Layer(name, a.shape, str(a.dtype) if name in buffers else "float32", _kind(name, buffers))
             for name, a in arrays.items()
         )
-        parameters = [layer for layer in layers if layer.kind == "parameter"]
-        if final_weight is None:
-            final_weight = next((p.name for p in reversed(parameters) if len(p.shape) >= 2), None)
-        if final_bias is None and final_weight is not None:
-            final_bias = _bias_of(final_weight, parameters)
+        if final_bias is None:
+            parameters = [layer for layer in layers if layer.kind == "parameter"]
+            name = final_layer or final_weight
+            found = final_layer_of(parameters) if name is None else named_final_layer(parameters, name)
+            final_weight, final_bias = found.weight, found.bias
         return cls(layers, final_weight, final_bias)
+
+    @property
+    def found_final_layer(self) -> FinalLayer:
+        """Which layer names, order and shapes say is the final one, why, and how certain that is.
+
+        Examples
+        --------
+        >>> model = ModelSpec.of({"fc.weight": np.zeros((3, 2)), "fc.bias": np.zeros(3)})
+        >>> model.found_final_layer.why
+        'the only weight that could be it'
+        """
+        return final_layer_of([self[name] for name in self.parameters])
+
+    def by_unit(self, layer: str, numbers: np.ndarray) -> np.ndarray:
+        """The numbers of a layer, unit by unit: those of a class, an output or a filter together.
+
+        Parameters
+        ----------
+        layer : str
+            Its name.
+        numbers : numpy.ndarray
+            [..., number], in the order of the layer.
+
+        Returns
+        -------
+        numpy.ndarray
+            [..., unit, number]. Kernels of Keras and flax have their units in the last dimension.
+
+        Examples
+        --------
+        >>> model = ModelSpec.of({"fc.kernel": np.zeros((2, 3)), "fc.bias": np.zeros(3)})
+        >>> model.by_unit("fc.kernel", np.arange(6)).tolist()
+        [[0, 3], [1, 4], [2, 5]]
+        """
+        shape, axis, before = self[layer].shape, self.unit_axes[layer], numbers.shape[:-1]
+        if axis:
+            numbers = np.moveaxis(numbers.reshape(*before, *shape), len(before) + axis, len(before))
+        return numbers.reshape(*before, self.num_units(layer), self[layer].size // self.num_units(layer))
+
+    def num_units(self, layer: str) -> int:
+        """How many units a layer has: classes, outputs or filters."""
+        shape = self[layer].shape
+        return shape[self.unit_axes[layer]] if shape else 1
+
+    @cached_property
+    def unit_axes(self) -> Mapping[str, int]:
+        """Layer -> which of its recorded dimensions counts its units."""
+        parameters = [self[name] for name in self.parameters]
+        axes = {each.name: unit_axis(each, parameters) if each.sketch_of is None else 0 for each in parameters}
+        return {name: axes.get(name, 0) for name in self}
 
     @cached_property
     def _by_name(self) -> dict[str, Layer]:
@@ -203,12 +261,6 @@ class ModelSpec:
 
 def _kind(name: str, buffers: Collection[str]) -> Literal["parameter", "buffer"]:
     return "buffer" if name in buffers else "parameter"
-
-
-def _bias_of(weight: str, parameters: Sequence[Layer]) -> str | None:
-    position = [p.name for p in parameters].index(weight)
-    after = parameters[position + 1 : position + 2]
-    return next((p.name for p in after if p.shape == parameters[position].shape[:1]), None)
 
 
 def first_duplicate(names: Sequence[str]) -> str:

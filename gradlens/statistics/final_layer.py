@@ -203,8 +203,8 @@ def final_rows(log: UpdateLog) -> pd.DataFrame:
     """
     round_ = cohort(log)
     layer = final_weight(log)
-    classes = log.model[layer].shape[0]
-    rows = deviations(round_, layer).reshape(len(round_), classes, -1)
+    classes = log.model.num_units(layer)
+    rows = log.model.by_unit(layer, deviations(round_, layer))
     with np.errstate(all="ignore"):  # only in rows that become NaN
         return table(round_, units(layer, classes), np.sqrt(np.einsum("kci,kci->kc", rows, rows)))
 
@@ -235,7 +235,8 @@ def neup(log: UpdateLog) -> pd.DataFrame:
 
     An update of 0 prefers no class and has 1 / classes everywhere. The size of an update does not matter.
 
-    **Abstains** when fewer than 3 clients are comparable, or the model has no final weight with a row per class.
+    **Abstains** when fewer than 3 clients are comparable, or the model has no final weight with a row for each of two
+    classes or more.
 
     **Fails when** benign clients differ in their labels, or poisoned samples are so few that clean ones dominate the
     energy.
@@ -253,7 +254,7 @@ def neup(log: UpdateLog) -> pd.DataFrame:
     """
     round_ = cohort(log)
     layer = final_weight(log)
-    return table(round_, units(layer, log.model[layer].shape[0]), _neup(log, round_))
+    return table(round_, units(layer, log.model.num_units(layer)), _neup(log, round_))
 
 
 def threshold_exceedings(log: UpdateLog) -> pd.DataFrame:
@@ -282,7 +283,8 @@ def threshold_exceedings(log: UpdateLog) -> pd.DataFrame:
 
     where 0.01 and 1 / classes are the paper's [1]_.
 
-    **Abstains** when fewer than 3 clients are comparable, or the model has no final weight with a row per class.
+    **Abstains** when fewer than 3 clients are comparable, or the model has no final weight with a row for each of two
+    classes or more.
 
     **Fails when** the model has few classes, since a count is then coarse, and when benign clients hold few labels.
 
@@ -365,7 +367,7 @@ def ddif(log: UpdateLog, predict: Predict | None = None) -> pd.DataFrame:
     if not round_.is_whole:
         raise CannotSay("ddif needs the clients' models, of which not everything was recorded")
     layer = final_weight(log)
-    classes = log.model[layer].shape[0]
+    classes = log.model.num_units(layer)
     before = np.asarray(predict(round_.global_model), np.float64)
     if before.ndim != 2 or before.shape[1] != classes or not np.isfinite(before).all() or not len(before):
         raise InputError(f"ddif: predict must give finite probabilities [sample, {classes}], found {before.shape}")
@@ -433,7 +435,8 @@ def final_spectrum(log: UpdateLog, share: float = 0.5) -> pd.DataFrame:
     layers = [weight] if log.model.final_bias is None else [weight, log.model.final_bias]
     values = np.full((len(round_), 1), np.nan)
     for row in np.flatnonzero(round_.comparable).tolist():
-        numbers = np.concatenate([round_.flat(layer)[row] for layer in layers]).astype(np.float64)
+        parts = [log.model.by_unit(layer, round_.flat(layer)[row]).reshape(-1) for layer in layers]
+        numbers = np.concatenate(parts).astype(np.float64)
         energy = np.square(np.asarray(dct(numbers, type=2, norm="ortho")))
         total = energy.sum()
         values[row] = energy[: max(1, int(share * len(energy)))].sum() / total if total > 0 else 0
@@ -450,7 +453,7 @@ def final_weight(log: UpdateLog) -> str:
     """The name of the final weight; raises CannotSay where there is none with a row per class."""
     weight = log.model.final_weight
     if weight is None:
-        raise CannotSay("the model has no final weight (a layer of two or more dimensions)")
+        raise CannotSay("the model has no final weight (a layer of two or more dimensions) that is known as such")
     if len(log.model[weight].shape) < 2:
         raise CannotSay(f"the final weight {weight!r} was recorded as one sketch, without a row for each class")
     return weight
@@ -459,9 +462,10 @@ def final_weight(log: UpdateLog) -> str:
 def _neup(log: UpdateLog, round_: Round) -> np.ndarray:
     """Normalized update energies, float64 [client, class]; NaN or infinite where a client is not comparable."""
     weight, bias = final_weight(log), log.model.final_bias
-    classes = log.model[weight].shape[0]
+    if log.model.num_units(weight) < 2:
+        raise CannotSay(f"the final layer {weight!r} has one output, whose share is always 1")
     with np.errstate(all="ignore"):
-        rows = np.abs(round_.flat(weight)).reshape(len(round_), classes, -1).astype(np.float64)
+        rows = log.model.by_unit(weight, np.abs(round_.flat(weight))).astype(np.float64)
         size = rows.sum(axis=2)
         if bias is not None:
             size += np.abs(round_.flat(bias))
