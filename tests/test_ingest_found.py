@@ -260,3 +260,15 @@ def test_a_part_that_is_no_plain_file_beside_its_index_is_refused_without_waitin
     done = ingest(folder, tmp_path / "run")
     assert done.run.log[0].clients.tolist() == ["a"]
     assert list(done.run.log[0].refused) == ["b"]
+
+
+def test_files_may_hold_a_part_of_the_layers_that_was_agreed_on(tmp_path):
+    head = {"head.weight": np.zeros((3, 2))}
+    np.savez(tmp_path / "global_0.npz", **{"body.weight": np.zeros((2, 4)), **head})
+    for client, rest in (("a", {}), ("b", head), ("c", {})):
+        np.savez(tmp_path / f"round_0_client_{client}.npz", **{"body.weight": np.ones((2, 4)), **rest})
+    done = ingest(tmp_path, tmp_path / "run", layers=["body.*"])
+    assert list(done.run.model) == ["body.weight"]
+    assert len(done.run.log[0]) == 3
+    with pytest.raises(InputError, match=r"layers: no layer of the model matches 'trunk\."):
+        ingest(tmp_path, tmp_path / "other", layers=["trunk.*"])

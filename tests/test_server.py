@@ -15,7 +15,7 @@ import gradlens
 from conftest import ROOT, STATE
 from gradlens import DETECTORS, InputError, Recorder, filtered
 from gradlens.aggregators import FilterStopped, mean
-from gradlens.errors import EvidenceLost
+from gradlens.errors import EverybodyRefused, EvidenceLost
 from gradlens.log import files
 
 COUNT = "norm.count"
@@ -584,3 +584,33 @@ def test_a_disk_that_is_really_full(tmp_path, size):
     assert (run.verify().faults, run.is_closed) == ((), True)
     assert [len(round_) for round_ in run.log] == [8, 8, 0, 8, 8, 8]
     assert run.metrics["lost"].dropna().tolist() == [3]
+
+
+BODY = ["fc1.weight", "fc1.bias"]
+
+
+def test_clients_may_send_a_part_of_the_layers_that_was_agreed_on(tmp_path):
+    rng = np.random.default_rng(0)
+    sent = {f"c{i}": {name: STATE[name] + rng.normal(size=STATE[name].shape) for name in BODY} for i in range(6)}
+    sent["c0"] |= {"fc2.weight": np.full((2, 2), np.nan), "own.head": np.ones(3)}  # stays out, whatever it holds
+    with Recorder(tmp_path / "run", layers=["fc1.*"], detector="layer_norms") as recorder:
+        for _ in range(2):
+            decision = recorder.log_round(STATE, sent)  # the server's model has all layers
+            recorder.commit({name: STATE[name] for name in BODY})  # what it aggregates may not
+    assert set(decision.kept) == set(sent)
+    run = gradlens.open(tmp_path / "run")
+    assert list(run.model) == BODY
+    assert (run.model.final_weight, run.model.final_bias) == (None, None)  # the head was not sent
+    assert run.header["source"]["recorder"]["layers"] == ["fc1.*"]
+    assert all(len(round_) == 6 and not round_.refused for round_ in run.log)
+    assert run.verify().intact
+
+
+def test_a_part_that_was_not_agreed_on_is_refused_and_the_warning_says_what_to_do():
+    body = {name: STATE[name] for name in BODY}
+    with pytest.warns(EverybodyRefused, match=r"'fc2.weight' is missing; Recorder\(layers=...\) names the"):
+        Recorder().log_round(STATE, {"c0": body, "c1": body})
+    with pytest.warns(EverybodyRefused, match="sent none of the layers that were agreed on"):
+        Recorder(layers=["fc2.*"]).log_round(STATE, {"c0": body, "c1": body})
+    with pytest.raises(InputError, match="layers: no layer of the model matches 'head"):
+        Recorder(layers=["head.*"]).log_round(STATE, {"c0": body})

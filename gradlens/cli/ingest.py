@@ -46,10 +46,16 @@ ModelKey = Annotated[
 ]
 FinalLayer = Annotated[
     str | None,
-    typer.Option(metavar="LAYER", help="Name of the final layer's weight, if it is not recognized."),
+    typer.Option(metavar="LAYER", help="The final layer, by its weight or module, if it is not recognized."),
 ]
 Buffers = Annotated[
     str | None, typer.Option(metavar="LAYERS", help="Names of layers that are not trained, separated by commas.")
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYERS", help="The layers that clients send, names or patterns separated by commas. [default: all]"
+    ),
 ]
 NumExamples = Annotated[
     Path | None,
@@ -81,6 +87,7 @@ def ingest(
     model_key: ModelKey = None,
     final_layer: FinalLayer = None,
     buffers: Buffers = None,
+    layers: Layers = None,
     num_examples: NumExamples = None,
     truth: Truth = None,
     strict: Strict = False,
@@ -98,11 +105,12 @@ def ingest(
         say(f"run: {run.path}, {int(run.truth['poisoned'].sum())} poisoned updates, head {run.head}")
         return
     names = [name.strip() for name in (buffers or "").split(",") if name.strip()]
+    part = [name.strip() for name in (layers or "").split(",") if name.strip()] or None
     try:
         result = record(
             source, out, pattern=pattern, global_models=global_models, after=after, updates=updates,
-            model_key=model_key, final_layer=final_layer, buffers=names, num_examples=num_examples, truth=truth,
-            strict=strict, evidence=evidence, progress=True,
+            model_key=model_key, final_layer=final_layer, buffers=names, layers=part, num_examples=num_examples,
+            truth=truth, strict=strict, evidence=evidence, progress=True,
         )  # fmt: skip
     except Stopped as stopped:
         stopped.left = "nothing is left of the run"

@@ -4,7 +4,7 @@ import hashlib
 import math
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +72,7 @@ def ingest(
     model_key: str | None = None,
     final_layer: str | None = None,
     buffers: Collection[str] = (),
+    layers: Collection[str] | None = None,
     num_examples: Path | str | None = None,
     truth: Path | str | None = None,
     strict: bool = False,
@@ -107,6 +108,9 @@ def ingest(
         The layer that answers, by the name of its weight, its bias or its module; by default it is found.
     buffers : collection of str, default ()
         Layers that are never scored, in addition to integer layers and the statistics of batch normalization.
+    layers : collection of str, optional
+        The layers that clients send, by names or patterns such as "body.*", where the rest stays with them; by default
+        all. What files hold of the others is left out.
     num_examples : Path or str, optional
         A CSV file: client, num_examples, and round if they vary over rounds. By default those of the table, or 1.
     truth : Path or str, optional
@@ -172,7 +176,8 @@ def ingest(
             sent = {number: [str(client) for client, _ in models] for number, models in recording.rounds.items()}
             recording.examples = dict(examples_in(num_examples, sent))
         existed = folder.exists()
-        record = partial(_write, recording, folder, path, updates=updates, final_layer=final_layer, buffers=buffers)
+        model_of = partial(spec_of, buffers=buffers, final_layer=final_layer, layers=layers)
+        record = partial(_write, recording, folder, path, updates=updates, model_of=model_of, part=layers is not None)
         level = Evidence.of(evidence)
         try:
             notes, faults = record(evidence=level, strict=strict, progress=progress)
@@ -190,8 +195,8 @@ def _write(
     path: Path,
     *,
     updates: bool,
-    final_layer: str | None,
-    buffers: Collection[str],
+    model_of: Callable[[State], ModelSpec],
+    part: bool,
     evidence: Evidence,
     strict: bool,
     progress: bool,
@@ -213,15 +218,20 @@ def _write(
                 estimated.append(number)
             if writer is None:
                 example = _most_frequent([answer for _, answer in sent]) if start is None else start
-                model = spec_of(example, buffers, final_layer=final_layer)
-                notes += [*_notes_on_integers(model), *_notes_on_final_layer(model, final_layer)]
+                model = model_of(example)
+                notes += [*_notes_on_integers(model), *_notes_on_final_layer(model)]
                 notes += _notes_on_tied(example, model)
-                state = _estimated_start(model, sent, updates=updates) if start is None else state_of(start, model)
+                if start is None:
+                    state = _estimated_start(model, sent, updates=updates, part=part)
+                else:
+                    state = state_of(start, model, partial=part)
                 origin = {"from": str(path), "rounds": numbers, "sent": "updates" if updates else "models"}
                 writer = LogWriter.create(folder, model, state, source={"ingested": origin}, evidence=evidence)
             model = writer.model
             sent = [(client, _by_place(recording, answer, state)) for client, answer in sent]
-            answers = received(index, model, state, sent, recording.examples.get(number), as_models=not updates)
+            answers = received(
+                index, model, state, sent, recording.examples.get(number), as_models=not updates, partial=part
+            )
             converted.update(answers.notes.values())
             refused.update(answers.round_.refused.values())
             for line in _faults(answers, number):
@@ -230,7 +240,11 @@ def _write(
                 faults.append(line)
             after = _start(recording, numbers[index + 1] if number != numbers[-1] else number + 1)
             after = None if after is None else _by_place(recording, after, state)
-            state = _estimated_result(answers.round_, state, model) if after is None else state_of(after, model)
+            state = (
+                _estimated_result(answers.round_, state, model)
+                if after is None
+                else state_of(after, model, partial=part)
+            )
             metrics = {"global_estimated": 1} if number in estimated else {}
             writer.commit(answers.round_, state, metrics={**metrics, **_num_converted(answers)})
         assert writer is not None
@@ -345,10 +359,10 @@ def _most_frequent(states: list[Any], otherwise: State | None = None) -> State:
     return max(signatures.values(), key=len)[0]
 
 
-def _notes_on_final_layer(model: ModelSpec, named: str | None) -> list[str]:
-    """What is said of a final layer that was found, or was not."""
+def _notes_on_final_layer(model: ModelSpec) -> list[str]:
+    """What is said of a final layer that was found and not named, or was not found."""
     found = model.found_final_layer
-    if named is not None or found.certainty == "certain":
+    if (found.weight, found.bias) != (model.final_weight, model.final_bias) or found.certainty == "certain":
         return []
     if found.weight is None:
         return [f"the final layer is unknown, and statistics of it abstain: {found.why}; --final-layer names it"]
@@ -370,12 +384,14 @@ def _notes_on_tied(state: State, model: ModelSpec) -> list[str]:
     return notes
 
 
-def _estimated_start(model: ModelSpec, sent: list[tuple[str, Any]], *, updates: bool) -> Mapping[str, np.ndarray]:
+def _estimated_start(
+    model: ModelSpec, sent: list[tuple[str, Any]], *, updates: bool, part: bool
+) -> Mapping[str, np.ndarray]:
     """Estimates the global model before the first round: 0 for updates, else the median of the local models."""
     zero = {layer.name: np.zeros(layer.shape, layer.dtype) for layer in model.layers}
     if updates:
         return zero
-    round_ = received(0, model, zero, sent, as_models=False).round_
+    round_ = received(0, model, zero, sent, as_models=False, partial=part).round_
     rows = np.flatnonzero(round_.finite)
     median = {name: round_.trimmed_mean(name, None, round_.finite) for name in model.parameters}
     return {**zero, **median, **{name: round_.weighted_mean(name, rows, np.ones(len(rows))) for name in model.buffers}}

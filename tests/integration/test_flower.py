@@ -393,3 +393,18 @@ def test_the_count_of_examples_is_the_metric_that_the_inner_strategy_weighs_by()
     aggregated(strategy, [reply(100, counted)])
     assert strategy.recorder.log[0].num_examples.tolist() == [7]
     assert not strategy.recorder.log[0].refused
+
+
+def test_personal_heads_stay_with_the_clients(tmp_path):
+    start = {"body.weight": np.zeros((3, 4), np.float32), "head.weight": np.ones((2, 3), np.float32)}
+
+    def client(place, index, state):
+        return content({"body.weight": state["body.weight"] + 1 + place})
+
+    inner = FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+    with Recorder(tmp_path / "run", layers=["body.*"]) as recorder:
+        result = GradlensStrategy(inner, recorder).start(FakeGrid(4, client), record(start), num_rounds=2)
+    run = gradlens.open(tmp_path / "run")
+    assert list(run.model) == ["body.weight"]
+    assert [len(round_) for round_ in run.log] == [4, 4]
+    np.testing.assert_allclose(state_of(result.arrays)["body.weight"], 5)  # 1 + the mean of 0 to 3, twice
