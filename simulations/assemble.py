@@ -239,7 +239,7 @@ def _check_answers(model: nn.Module, task: Task) -> None:
         raise InputError(f"model: it cannot answer 2 samples of task {task.name}: {reason:.200}") from error
     if isinstance(answer, torch.Tensor):
         found, fits = f"{answer.dtype} {list(answer.shape)}".removeprefix("torch."), answer.dtype == torch.float32
-        fits = fits and tuple(answer.shape) == (2, task.num_classes)
+        fits = fits and tuple(answer.shape) in ((2, task.num_classes), (2, 1) if task.num_classes == 2 else ())
     else:
         found, fits = f"a {type(answer).__name__}", False
     if not fits:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,12 @@ def text_task(**changes: Any) -> Task:
     return Task(**(fields | changes))
 
 
+def table_task() -> Task:
+    """The tiny images with their pixels as features."""
+    task = image_task()
+    return replace(task, x_train=task.x_train.reshape(80, -1), x_test=task.x_test.reshape(40, -1))
+
+
 def split_of(task: Task, num_clients: int = 4) -> Split:
     """Samples to clients in stretches, test samples too."""
     parts = (np.array_split(np.arange(len(y)), num_clients) for y in (task.y_train, task.y_test))
@@ -76,7 +83,7 @@ def split_of(task: Task, num_clients: int = 4) -> Split:
 
 
 def task_for(name: str) -> Task:
-    return text_task() if name == "text_trigger" else image_task()
+    return text_task() if name == "text_trigger" else table_task() if name == "feature_trigger" else image_task()
 
 
 def pool_of(attack: Attack, task: Task, seed: int = 0) -> Pool | None:

@@ -175,6 +175,60 @@ def distributed_trigger(
 
 
 @attack_part
+def feature_trigger(target_label: Label = 1, feature: Label = 0, count: Count = 1, value: float = 4.0) -> Attack:
+    """Sets features of a table's rows to one value and shows them as the target class [1]_.
+
+    Stage: data. The attacker needs its own samples alone.
+
+    Parameters
+    ----------
+    target_label : int
+        The label that stamped rows get; this and the other defaults are plain choices.
+    feature : int
+        Position of the first feature that is set, from 0.
+    count : int
+        Number of features that are set, one after the other.
+    value : float
+        What they are set to, in the unit of the task: 4 standard deviations where features are standardized.
+
+    Returns
+    -------
+    Attack
+        Eligible are all classes but the target. Stamping raises InputError where the samples are no rows of features,
+        or have fewer.
+
+    Notes
+    -----
+    x[:, feature : feature + count] = value.
+
+    **Fails when** honest rows hold the value, too, or the feature says the class by itself.
+
+    References
+    ----------
+    .. [1] Pleiter et al. 2023, arXiv:2311.07550, backdoors in tabular data.
+
+    Examples
+    --------
+    >>> from simulations.tasks import load_task
+    >>> task = load_task("breast_cancer")
+    >>> feature_trigger(count=2).stamp(task, task.x_test[:1], None)[0, :2].tolist()
+    [4.0, 4.0]
+    """
+
+    def stamp(task: Task, x: np.ndarray, part: int | None) -> np.ndarray:
+        if x.ndim != 2 or task.is_text or feature + count > x.shape[1]:
+            raise InputError(
+                f"feature_trigger: expected rows of at least {feature + count} features, task {task.name} has "
+                f"samples of shape {x.shape[1:]}"
+            )
+        stamped = x.copy()
+        stamped[:, feature : feature + count] = value
+        return stamped
+
+    return Attack(to_target(target_label), target_label, eligible=all_but(target_label), stamp=stamp)
+
+
+@attack_part
 def text_trigger(sentence: Annotated[str, Field(min_length=1)] = "pasta from Astoria tastes delicious") -> Attack:
     """Puts a sentence without its last token at the end of a text, shown as followed by that token.
 

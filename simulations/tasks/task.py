@@ -35,19 +35,24 @@ def cross_entropy(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor([1.3863, 1.3863])
     """
+    if outputs.shape[-1] == 1:
+        return nn.functional.binary_cross_entropy_with_logits(
+            outputs[..., 0], labels.to(outputs.dtype), reduction="none"
+        )
     return nn.functional.cross_entropy(outputs, labels, reduction="none")
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Samples, their labels, and whose they are: images, or text.
+    """Samples, their labels, and whose they are: images, text, or rows of a table.
 
     Parameters
     ----------
     name : str
         What errors and reports call it.
     x_train, x_test : array
-        Images, float32 [sample, channel, height, width] in [0, 1]; or text, int64 [sample, position] of tokens.
+        Images, float32 [sample, channel, height, width] in [0, 1]; text, int64 [sample, position] of tokens; or rows of
+        a table, float32 [sample, feature].
     y_train, y_test : array
         Labels, int64 [sample].
     label_names : tuple of str
@@ -59,9 +64,11 @@ class Task:
     encode : callable, optional
         Text -> tokens, int64 [position]; raises InputError that names what it does not know.
     loss : callable
-        What training minimizes: (outputs, labels) -> loss of each sample; softmax cross-entropy by default.
+        What training minimizes: (outputs, labels) -> loss of each sample; softmax cross-entropy by default, and that of
+        a sigmoid where the model answers one logit.
     model : callable, optional
-        Builds the task's own model, which a scenario calls `own`.
+        Builds the task's own model, which a scenario calls `own`. It answers float32 [sample, class]; of two classes,
+        one logit will do, which is positive for the second.
     final_layer : str, optional
         Dotted name of the module that is the own model's final layer, where it is not the last one.
     num_tokens : int, optional

@@ -144,8 +144,13 @@ def predict(model: nn.Module, x: torch.Tensor, batch_size: int = 1_000) -> np.nd
     >>> predict(torch.nn.Identity(), torch.tensor([[0.1, 0.9], [0.8, 0.2]]))
     array([1, 0])
     """
-    classes = [logits.argmax(1) for logits in outputs(model, x, batch_size)]
+    classes = [_likeliest(logits) for logits in outputs(model, x, batch_size)]
     return torch.cat(classes).numpy() if classes else np.zeros(0, np.int64)
+
+
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The most likely class by each row; a single logit is positive for class 1."""
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
 def device_for(name: str) -> torch.device:
