@@ -1,4 +1,4 @@
-"""Module paths of version 0.1, which bore the names of functions; kept until version 0.3 with a warning."""
+"""Module paths of version 0.1, most of which bore the names of functions; kept until version 0.3 with a warning."""
 
 import sys
 import warnings
@@ -11,6 +11,7 @@ MOVED = {
     "gradlens.localize": "gradlens.localization",
     "gradlens.replay": "gradlens.replays",
     "gradlens.report": "gradlens.reporting",
+    "gradlens.log.received": "gradlens.log.intake",
 }
 
 

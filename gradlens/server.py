@@ -24,13 +24,14 @@ from gradlens.detectors import DETECTORS, Detector
 from gradlens.detectors.verdict import verdict_on
 from gradlens.errors import EverybodyRefused, EvidenceLost, InputError
 from gradlens.log import Evidence, LogWriter, ModelSpec, Round, UpdateLog
-from gradlens.log.intake import Received, Sent, State, received, spec_of, state_of
+from gradlens.log.files import read_state
+from gradlens.log.intake import Received, Sent, StartedFrom, State, received, spec_of, state_of
 from gradlens.log.levels import Reduction
-from gradlens.log.manifest import MANIFEST, read_manifest
+from gradlens.log.manifest import MANIFEST, read_manifest, stem
 from gradlens.log.writer import FolderLock, check_free
 from gradlens.names import named
 
-__all__ = ["Decision", "Recorder"]
+__all__ = ["Decision", "Recorder", "StartedFrom"]
 
 HELD = 16  # rounds that are kept in memory if there is no folder
 PATIENCE = 3.0  # seconds to wait for another server to release the folder
@@ -211,7 +212,8 @@ class Recorder:
             anything that `numpy.asarray` takes.
         sent : Mapping or iterable of pairs
             Client -> (layer -> array), local models or updates (`sent` of the recorder). Clients are known by
-            ``str(client)``, escaped if it cannot be printed.
+            ``str(client)``, escaped if it cannot be printed. Where clients work asynchronously, an answer is
+            ``StartedFrom(round, state)``, with the index of the round whose global model that client was given.
         num_examples : Mapping, optional
             Client -> the number of examples that it claims; by default 1 for everybody.
 
@@ -253,7 +255,7 @@ class Recorder:
         as_models = self.sent == "models"
         answers = received(
             len(log), reduction.sent, state, sent, num_examples, as_models=as_models, reduction=reduction,
-            partial=self.layers is not None,
+            partial=self.layers is not None, base=self._base,
         )  # fmt: skip
         _warn_if_all_refused(answers.round_)
         metrics = {"converted": len(answers.notes)} if answers.notes else {}
@@ -391,6 +393,14 @@ class Recorder:
             self._note_loss(f"round {round_.index} was not recorded: {error}")
             return
         self._log, self._last_state, self._num_lost = self._writer.log, next_global, 0
+
+    def _base(self, index: int) -> Mapping[str, np.ndarray]:
+        """The global model of an earlier round, in full; raises InputError where it is not at hand."""
+        if self.path is not None and self._writer is not None:
+            return read_state(self.path / "globals" / stem(index), self.model)
+        if self.evidence.level != "full":
+            raise InputError("without a folder and below the evidence level full, earlier models are not kept")
+        return self.log[index].global_model
 
     def _round(self, index: int) -> Round:
         if index not in self._held:

@@ -17,6 +17,7 @@ from gradlens import DETECTORS, InputError, Recorder, filtered
 from gradlens.aggregators import FilterStopped, mean
 from gradlens.errors import EverybodyRefused, EvidenceLost
 from gradlens.log import files
+from gradlens.server import StartedFrom
 
 COUNT = "norm.count"
 SKETCH = gradlens.Evidence("sketch", width=4, seed=1)  # of fc1.weight, the only layer of more than 4 numbers before fc2
@@ -608,9 +609,58 @@ def test_clients_may_send_a_part_of_the_layers_that_was_agreed_on(tmp_path):
 
 def test_a_part_that_was_not_agreed_on_is_refused_and_the_warning_says_what_to_do():
     body = {name: STATE[name] for name in BODY}
-    with pytest.warns(EverybodyRefused, match=r"'fc2.weight' is missing; Recorder\(layers=...\) names the"):
+    with pytest.warns(EverybodyRefused, match=r"'norm.count' is missing; Recorder\(layers=...\) names the"):
         Recorder().log_round(STATE, {"c0": body, "c1": body})
     with pytest.warns(EverybodyRefused, match="sent none of the layers that were agreed on"):
         Recorder(layers=["fc2.*"]).log_round(STATE, {"c0": body, "c1": body})
     with pytest.raises(InputError, match="layers: no layer of the model matches 'head"):
         Recorder(layers=["head.*"]).log_round(STATE, {"c0": body})
+
+
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_an_update_is_measured_from_the_model_that_its_client_started_from(tmp_path, where, level):
+    if where == "memory" and level != "full":
+        pytest.skip("earlier models are kept in a folder only")
+    with Recorder(None if where == "memory" else tmp_path / "run", evidence=level) as recorder:
+        for round_ in range(3):
+            recorder.log_round(moved(round_), {f"c{i}": local(i) for i in range(4)})
+            recorder.commit(moved(round_ + 1))
+        late = [(f"c{i}", moved(3.5)) for i in range(3)]  # a step of a half
+        late += [("c3", StartedFrom(1, moved(1.5))), ("c4", StartedFrom(0, moved(0.5))), ("c4", moved(3.5))]
+        decision = recorder.log_round(moved(3), late)
+        recorder.commit(moved(4))
+        round_ = recorder.log[-1]
+    assert decision.clients.tolist() == ["c0", "c1", "c2", "c3", "c4 (from round 0)", "c4"]
+    assert not round_.refused
+    np.testing.assert_allclose(round_.updates["fc1.bias"], 0.5, atol=1e-6)
+    np.testing.assert_allclose(round_.total_norms, round_.total_norms[0], rtol=1e-5)
+    assert dict(round_.started) == {"c3": 1, "c4 (from round 0)": 0}
+    assert dict(round_.take(round_.clients == "c3").started) == {"c3": 1}
+    if where == "folder":
+        run = gradlens.open(tmp_path / "run")
+        assert dict(run.log[-1].started) == dict(round_.started)
+        assert run.verify().intact
+
+
+@pytest.mark.parametrize("start", [7, -1, 1.5, "0", None])
+def test_a_start_that_cannot_be_is_a_reason_and_no_crash(start):
+    recorder = Recorder()
+    recorder.log_round(STATE, COHORT)
+    recorder.commit(STATE)
+    recorder.log_round(STATE, {**COHORT, "late": StartedFrom(start, local())})
+    assert recorder.log[-1].refused["late"].startswith("started from round ")
+
+
+def test_two_answers_of_one_start_are_still_two_answers_under_one_name():
+    recorder = Recorder()
+    recorder.log_round(STATE, COHORT)
+    recorder.commit(STATE)
+    twice = [
+        ("a", StartedFrom(0, local(1))),
+        ("a", StartedFrom(0, local(2))),
+        ("a (from round 0)", local(3)),
+        ("a", local(4)),
+    ]
+    recorder.log_round(STATE, [*COHORT.items(), *twice])
+    assert set(recorder.log[-1].refused) == {"a (from round 0)"}
+    assert "a" in recorder.log[-1].clients

@@ -6,7 +6,7 @@ Nothing that a client sent raises an error: it becomes a row of the round, or a 
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -30,6 +30,27 @@ LONGEST_QUOTE = 80  # characters of a value that a reason quotes
 
 State = Mapping[str, Any]  # layer -> array of any library
 Sent = Mapping[Any, State] | Iterable[tuple[Any, State]]
+
+
+@dataclass(frozen=True, eq=False)
+class StartedFrom:
+    """What a client sent that started from the global model of an earlier round, as in asynchronous learning.
+
+    Parameters
+    ----------
+    round : int
+        Index of the round whose global model it started from, as the server knows it.
+    state : Mapping
+        Layer -> array.
+
+    Examples
+    --------
+    >>> StartedFrom(3, {"fc.bias": [0.0, 1.0]}).round
+    3
+    """
+
+    round: int
+    state: Any
 
 
 class Unfit(Exception):  # noqa: N818 - an answer, not a fault
@@ -257,6 +278,7 @@ def received(
     as_models: bool,
     reduction: Reduction | None = None,
     partial: bool = False,
+    base: Callable[[int], Mapping[str, np.ndarray]] | None = None,
 ) -> Received:
     """The round made of what the clients sent; no client can make it raise an error.
 
@@ -279,6 +301,9 @@ def received(
         then let go of, so that an iterable of many answers takes the memory of one.
     partial : bool, default False
         Whether the model is a part that was agreed on: what a client sends besides is left out.
+    base : callable, optional
+        (index of an earlier round) -> the global model of that round, for answers that are `StartedFrom` it; raises
+        InputError where it is not at hand.
 
     Returns
     -------
@@ -289,11 +314,12 @@ def received(
     Refused with a reason are: a name that cannot be printed (it is recorded escaped) or is too long; an answer that
     cannot be read, or whose layers are not those of the model; a claim that is no count; and different answers under
     one name, since it cannot be told which is genuine. Identical ones count once. Numbers that are not finite are
-    recorded: they are evidence.
+    recorded: they are evidence. Of several answers of one client that started from different global models the latest
+    bears its name, and "client (from round 3)" an earlier one.
     """
     reduction = None if reduction is None or reduction.is_full else reduction
     checks = _Checks(model, global_model, as_models, reduction, partial)
-    answers: dict[str, list[_Answer | Unfit]] = {}
+    arrived: dict[tuple[str, int], list[_Answer | Unfit]] = {}
     claims: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for client, state in sent.items() if isinstance(sent, Mapping) else sent:
@@ -301,8 +327,20 @@ def received(
         if fault:
             refused[name] = fault
         claims.setdefault(name, 1 if num_examples is None else _claim_of(client, name, num_examples))
-        answers.setdefault(name, []).append(checks.answer(state))
+        start, state = (state.round, state.state) if isinstance(state, StartedFrom) else (index, state)
+        arrived.setdefault((name, start), []).append(checks.answer(state, _base(start, index, global_model, base)))
         del state  # the next answer may need its memory
+    latest = {name: max(start for other, start in arrived if other == name) for name, _ in arrived}
+    answers: dict[str, list[_Answer | Unfit]] = {}
+    started: dict[str, int] = {}
+    for (name, start), several_answers in arrived.items():
+        row = name if start == latest[name] else f"{name} (from round {start})"
+        answers.setdefault(row, []).extend(several_answers)
+        claims.setdefault(row, claims[name])
+        if name in refused:
+            refused[row] = refused[name]
+        if start != index:
+            started[row] = start
     accepted, counts = {}, {}
     for name in answers:
         try:
@@ -313,7 +351,8 @@ def received(
     notes = {name: answer.note for name, answer in accepted.items() if answer.note}
     round_ = checks.round(index, accepted, [counts[name] for name in accepted])
     in_order = {name: refused[name] for name in answers if name in refused}
-    return Received(replace(round_, refused=in_order), tuple(answers), notes)
+    started = {name: start for name, start in started.items() if name in accepted}
+    return Received(replace(round_, refused=in_order, started=started), tuple(answers), notes)
 
 
 def printable(name: str) -> str:
@@ -342,6 +381,7 @@ class _Answer:
     arrays: dict[str, np.ndarray]
     moments: dict[str, np.ndarray] = field(default_factory=dict)
     note: str = ""
+    base: Mapping[str, np.ndarray] = field(default_factory=dict)  # the global model that it started from
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,27 +394,29 @@ class _Checks:
     reduction: Reduction | None
     partial: bool
 
-    def answer(self, state: Any) -> _Answer | Unfit:
-        """What is kept of an answer, or why it cannot be recorded."""
+    def answer(self, state: Any, base: Mapping[str, np.ndarray] | Unfit) -> _Answer | Unfit:
+        """What is kept of an answer, or why it cannot be recorded; base: the global model that it started from."""
         try:
+            if isinstance(base, Unfit):
+                raise base
             arrays, kinds = _arrays(state)
             if self.partial:
                 arrays = {name: array for name, array in arrays.items() if name in set(self.model)}
-            if fault := self._fault(arrays):
+            if fault := self._fault(arrays, base):
                 raise Unfit(fault)
         except Unfit as reason:
             return Unfit(str(reason))  # without its traceback, which holds what was sent
         note = _conversions(kinds, self.model)
         if self.reduction is None:
-            return _Answer(arrays, note=note)
-        return _Answer(*self.reduction.update(arrays, self.global_model if self.as_models else None), note)
+            return _Answer(arrays, note=note, base=base)
+        return _Answer(*self.reduction.update(arrays, base if self.as_models else None), note)
 
-    def update(self, arrays: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
+    def update(self, arrays: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
         """The update of one layer, formed when it is needed: a second copy of what was sent is not held."""
         if not self.as_models:
             return arrays[layer]
         with np.errstate(all="ignore"):
-            return np.subtract(arrays[layer], self.global_model[layer])
+            return np.subtract(arrays[layer], base[layer])
 
     def round(self, index: int, accepted: Mapping[str, _Answer], counts: list[int]) -> Round:
         """The round of the clients that were accepted."""
@@ -386,11 +428,11 @@ class _Checks:
             updates[layer.name] = np.zeros((len(accepted), *layer.shape), layer.dtype)
             for row, answer in enumerate(accepted.values()):
                 with np.errstate(all="ignore"):  # beyond float32 is infinite, and recorded as such
-                    updates[layer.name][row] = self.update(answer.arrays, layer.name)
+                    updates[layer.name][row] = self.update(answer.arrays, answer.base, layer.name)
         names, examples = np.array(list(accepted), np.str_), np.array(counts, np.int64)
         return Round(index, names, examples, updates, self.global_model, {}, self.model.buffers)
 
-    def _fault(self, arrays: Mapping[str, np.ndarray]) -> str:
+    def _fault(self, arrays: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> str:
         """Why these arrays cannot be a row of the round, "" if they can."""
         if not arrays:
             return "sent none of the layers that were agreed on" if self.partial else "sent nothing"
@@ -400,17 +442,34 @@ class _Checks:
             return f"layer {missing[0]!r} is missing" + (f", found {unknown[0]!r:.80}" if unknown else "")
         if unknown:
             return f"layer {unknown[0]!r:.80} is not in the model"
-        return next(filter(None, (self._layer_fault(layer, arrays) for layer in self.model.layers)), "")
+        return next(filter(None, (self._layer_fault(layer, arrays, base) for layer in self.model.layers)), "")
 
-    def _layer_fault(self, layer: Layer, arrays: Mapping[str, np.ndarray]) -> str:
+    def _layer_fault(self, layer: Layer, arrays: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> str:
         if (shape := arrays[layer.name].shape) != layer.shape:
             return f"layer {layer.name!r} must have shape {layer.shape}, found {shape}"
         if layer.dtype.startswith(("int", "uint")):
-            update = self.update(arrays, layer.name)
+            update = self.update(arrays, base, layer.name)
             with np.errstate(all="ignore"):
                 if not np.array_equal(update.astype(layer.dtype), update):
                     return f"layer {layer.name!r} must hold {layer.dtype}, found other numbers"
         return ""
+
+
+def _base(
+    start: Any,
+    index: int,
+    global_model: Mapping[str, np.ndarray],
+    earlier: Callable[[int], Mapping[str, np.ndarray]] | None,
+) -> Mapping[str, np.ndarray] | Unfit:
+    """The global model that an answer started from, or why it is not known."""
+    if start == index:
+        return global_model
+    if earlier is None or not isinstance(start, int) or not 0 <= start < index:
+        return Unfit(f"started from round {shown(start)}, expected one from 0 to {index}")
+    try:
+        return earlier(start)
+    except InputError as error:
+        return Unfit(f"started from round {start}, whose global model is not at hand: {error}")
 
 
 def _name_of(client: Any) -> tuple[str, str]:

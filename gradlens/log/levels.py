@@ -290,7 +290,8 @@ class Reduction:
         layers = {name: round_.updates[name] for name in self.sent}
         reduced = [self.update({name: rows[i] for name, rows in layers.items()}, None) for i in range(len(round_))]
         names, counts = round_.clients.tolist(), round_.num_examples
-        return self.round(round_.index, names, counts, reduced, round_.global_model, round_.refused)
+        made = self.round(round_.index, names, counts, reduced, round_.global_model, round_.refused)
+        return replace(made, started=round_.started)
 
 
 @lru_cache(maxsize=16)

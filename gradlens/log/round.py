@@ -52,6 +52,9 @@ class Round:
     moments : Mapping
         Layer -> float64 [client, 4], for each parameter layer that was not recorded in full: the sums of a client's
         numbers, of their squares, cubes and fourth powers. Such a layer's updates are sketches, or are missing.
+    started : Mapping
+        Client -> index of the round whose global model it started from, where that is an earlier one; its update is
+        measured from that model.
 
     Raises
     ------
@@ -81,6 +84,7 @@ class Round:
     refused: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     moments: Mapping[str, np.ndarray] = field(default_factory=dict)
+    started: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         clients = np.asarray(self.clients, dtype=np.str_).reshape(-1)
@@ -193,8 +197,10 @@ class Round:
         positions = np.arange(len(self.clients))[selection]
         judgment = Judgment(self.finite[positions], self.comparable[positions])
         moments = {name: array[positions] for name, array in self.moments.items()}
+        chosen = set(self.clients[positions].tolist())
         return replace(
             self,
+            started={client: start for client, start in self.started.items() if client in chosen},
             clients=self.clients[positions],
             num_examples=self.num_examples[positions],
             updates=self.source.take(positions, self._products, judgment),

@@ -1,0 +1,2 @@
+open('storm-work/runcode/RAN', 'w').write('imported')
+def f(samples, seed): pass
