@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-EVERYTHING := simulations,data,cluster,files,flower,nvflare,pfl,notebook,docs,dev
+EVERYTHING := simulations,data,cluster,files,custody,flower,nvflare,pfl,notebook,docs,dev
 
 .PHONY: install demo test check docs bench reports gauntlet reference cases evidence notebooks clean
 

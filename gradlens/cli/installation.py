@@ -38,6 +38,7 @@ EXTRAS = {  # extra -> its distributions, and what it brings
 EXTRA_OF = {  # module -> the extra that installs it
     "torch": "simulations", "datasets": "data", "PIL": "data", "safetensors": "files", "dask": "cluster",
     "distributed": "cluster", "flwr": "flower", "nvflare": "nvflare", "pfl": "pfl",
+    "cryptography": "custody", "rfc3161_client": "custody",
 }  # fmt: skip
 SIMULATED = ("attacks", "partitions", "schedules", "tasks", "models")  # kinds of the package `simulations`
 REQUIRED = ("numpy", "scipy", "pandas", "pyarrow", "scikit-learn", "matplotlib", "seaborn", "pydantic", "typer")

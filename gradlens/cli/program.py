@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 import typer.core
 
+from gradlens.cli.custody import prune, seal, share
 from gradlens.cli.detect import detect
 from gradlens.cli.ingest import ingest
 from gradlens.cli.inspect import inspect
@@ -41,6 +42,9 @@ for command, example in (
     (report, "gradlens report runs/demo -o reports/demo.html"),
     (replay, "gradlens replay runs/demo/0a1b2c3d4e5f -d panel --clean-rounds 10 --fpr 0.02"),
     (verify, "gradlens verify runs/demo/0a1b2c3d4e5f --head 5d41402a..."),
+    (seal, "gradlens seal runs/first --key examiner.pem"),
+    (share, "gradlens share runs/first -o copies/first --names names.csv"),
+    (prune, "gradlens prune runs/first --keep sketch --yes"),
     (ingest, "gradlens ingest checkpoints -o runs/first --pattern 'round_{round}/client_{client}'"),
     (doctor, "gradlens doctor"),
 ):

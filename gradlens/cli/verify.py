@@ -1,6 +1,7 @@
 """`gradlens verify`: checks that the evidence is what was committed."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,14 +21,21 @@ def verify(
     head: Annotated[
         str | None, typer.Option(help="The head that was noted when the run was recorded, or the sweep finished.")
     ] = None,
+    key: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="A public key that must have signed the head (`gradlens seal`).")
+    ] = None,
+    authority: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="Certificates of the authority that must have time-stamped it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Checks every committed byte of a run (of each run of a sweep, and its seal) against its chain of hashes."""
+    """Checks every committed byte of a run or sweep against its chain of hashes, its signatures and its time stamp."""
     if head is not None and not HEAD.fullmatch(head):
         raise typer.BadParameter(f"--head: expected 64 hexadecimal digits, found {head!r:.80}")
     from gradlens.sealing import is_sweep
 
     verifications = _verified(run, head)
+    verifications[str(run)] = _with_seals(run, verifications[str(run)], key, authority)
     if as_json:
         say_json({name: {**vars(result), "intact": result.intact} for name, result in verifications.items()})
     else:
@@ -45,10 +53,21 @@ def _verified(path: Path, head: str | None) -> "dict[str, Verification]":
     return verify_sweep(path, head, progress=True) if is_sweep(path) else {str(path): verify_run(path, head)}
 
 
+def _with_seals(path: Path, found: "Verification", key: Path | None, authority: Path | None) -> "Verification":
+    """The verification of the whole, with what its seals say and what is wrong with them."""
+    from gradlens.custody import check_seals
+    from gradlens.log.manifest import read_manifest
+    from gradlens.sealing import is_sweep
+
+    heads = [found.head] if is_sweep(path) else list(read_manifest(path).hashes)
+    seals = check_seals(path, heads, key=key, authority=authority)
+    return replace(found, seals=seals.says, faults=(*found.faults, *seals.faults))
+
+
 def _sweep_lines(name: str, whole: "Verification", runs: int) -> list[str]:
     lines = [f"{name}: {'intact' if whole.intact else 'NOT INTACT'}, a sweep of {runs} runs, {whole.rounds} rounds"]
     lines[0] += f", {'sealed' if whole.closed else 'not sealed'}, head {whole.head}"
-    return lines + [f"  {fault}" for fault in whole.faults]
+    return lines + [f"  {said}" for said in (*whole.seals, *whole.faults)]
 
 
 def _verification_lines(name: str, verification: "Verification") -> list[str]:
@@ -56,4 +75,4 @@ def _verification_lines(name: str, verification: "Verification") -> list[str]:
     lines = [f"{name}: {'intact' if verification.intact else 'NOT INTACT'}, {rounds} rounds, {state}"]
     lines[0] += f", head {verification.head}"
     lines += [f"  {verification.in_flight}"] if verification.in_flight else []
-    return lines + [f"  {fault}" for fault in verification.faults]
+    return lines + [f"  {said}" for said in (*verification.seals, *verification.faults)]

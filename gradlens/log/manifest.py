@@ -19,6 +19,7 @@ from gradlens.errors import InputError
 FORMAT = 1
 REDUCED = 2  # of a run that does not record everything: what reads format 1 alone must not take it for whole
 MANIFEST, RUN, CLOSED, TRUTH = "manifest.jsonl", "run.json", "closed", "truth.arrow"
+SIGNATURES, STAMP = "signatures.json", "stamp.tsr"  # seals, which lie beside the manifest and are no part of the chain
 FOLDERS = ("updates", "globals", "verdicts")
 START = "0" * 64  # what the first line names as the line before
 COMMITTED = re.compile(rf"{re.escape(RUN)}|{re.escape(TRUTH)}|(?:{'|'.join(FOLDERS)})/round-\d{{6,18}}\.arrow")

@@ -12,6 +12,8 @@ from gradlens.log.manifest import (
     COMMITTED,
     FOLDERS,
     MANIFEST,
+    SIGNATURES,
+    STAMP,
     Manifest,
     describe_in_flight,
     read_manifest,
@@ -40,6 +42,8 @@ class Verification:
         What is wrong; empty if the evidence is what was committed.
     after_head : str
         What was committed after the head that was noted elsewhere, "" if nothing.
+    seals : tuple of str
+        What the signatures and the time stamp say, where they were checked (`gradlens.custody`).
 
     Examples
     --------
@@ -57,6 +61,7 @@ class Verification:
     in_flight: str = ""
     faults: tuple[str, ...] = ()
     after_head: str = ""
+    seals: tuple[str, ...] = ()
 
     @property
     def intact(self) -> bool:
@@ -119,7 +124,15 @@ def _listed(folder: Path) -> list[str]:
 
 def _added(manifest: Manifest, listed: Sequence[str]) -> list[str]:
     """Faults for what lies in the folder and was never committed."""
-    expected = {MANIFEST, CLOSED, *manifest.named(), *manifest.in_flight(), *(f"{name}/" for name in FOLDERS)}
+    expected = {
+        MANIFEST,
+        CLOSED,
+        SIGNATURES,
+        STAMP,
+        *manifest.named(),
+        *manifest.in_flight(),
+        *(f"{name}/" for name in FOLDERS),
+    }
     added = [name for name in listed if name not in expected and os.path.lexists(manifest.folder / name)]
     return [f"{name}: no line of the manifest names it" for name in added]
 
