@@ -49,7 +49,7 @@ ARROWS = {
 }  # fmt: skip
 ABOVE = {"__init__", "__main__", "cli"}  # what may import everything
 # file names that stand twice, for the same subject seen by two packages
-SAME_SUBJECT = {"custody", "final_layer", "localization"}
+SAME_SUBJECT = {"adapters", "custody", "final_layer", "localization"}
 LONGEST_FUNCTION, LONGEST_FILE = 60, 500
 PUBLIC = {
     "Round", "ModelSpec", "UpdateLog", "LogWriter", "Run", "Sweep", "Verdict", "Case", "CannotSay", "score_by",

@@ -11,7 +11,7 @@ import gradlens
 from gradlens import DETECTORS, STATISTICS, CannotSay, InputError, ModelSpec, Recorder, Round, UpdateLog
 from gradlens.ingestion import ingest
 from gradlens.integrations import Answer, kept
-from gradlens.log.intake import found_buffers, spec_of
+from gradlens.log.global_model import found_buffers, spec_of
 
 
 def shapes(**layers):

@@ -433,7 +433,7 @@ def _trimmed_mean(log: UpdateLog, num_malicious: int | None) -> dict[str, np.nda
     trimmed = tolerated_of(num_malicious, (len(rows) - 1) // 2)
     return {
         layer.name: round_.trimmed_mean(layer.name, trimmed, round_.finite)
-        if layer.kind == "parameter"
+        if layer.kind != "buffer"
         else round_.weighted_mean(layer.name, rows, np.ones(len(rows)))
         for layer in log.model.layers
     }

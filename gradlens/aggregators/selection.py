@@ -181,7 +181,7 @@ def _bulyan(log: UpdateLog, num_malicious: int | None, selection: str) -> dict[s
     rows = rows[np.sort(_selected_by_krum(distances[np.ix_(rows, rows)], tolerated, selection))]
     return {
         layer.name: _near_median(round_, layer.name, rows, len(rows) - 2 * tolerated)
-        if layer.kind == "parameter"
+        if layer.kind != "buffer"
         else round_.weighted_mean(layer.name, rows, np.ones(len(rows)))
         for layer in log.model.layers
     }

@@ -100,7 +100,7 @@ def thinned(run: Run, out: Path, evidence: Evidence) -> None:
     >>> from gradlens.examples import example_run
     >>> with TemporaryDirectory() as folder:
     ...     thinned(Run.open(example_run(f"{folder}/run")), Path(folder) / "thin", Evidence("sketch", seed=1))
-    ...     Run.open(f"{folder}/thin").header["source"]["thinned from"]["evidence"]["level"]
+    ...     Run.open(f"{folder}/thin").header["source"]["thinned from"]["evidence"]
     'full'
     """
     _check_intact(run)

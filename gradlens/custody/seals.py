@@ -30,6 +30,11 @@ class Seals:
         A sentence for each signature and for the time stamp.
     faults : tuple of str
         What is wrong with them.
+
+    Examples
+    --------
+    >>> Seals().faults
+    ()
     """
 
     says: tuple[str, ...] = ()
@@ -97,6 +102,14 @@ def sign(folder: Path, head: str, key: Path) -> str:
     ------
     InputError
         Where the key or the signatures that are there cannot be read.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     public = new_key(Path(folder) / "examiner")
+    ...     sign(Path(folder), "00" * 32, Path(folder) / "examiner") == public
+    True
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -155,6 +168,17 @@ def add_stamp(folder: Path, head: str, reply: Path) -> str:
     ------
     InputError
         Where the reply is none, was refused, or is of another head.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "reply.tsr").write_bytes(b"")
+    ...     try:
+    ...         add_stamp(Path(folder), "00" * 32, Path(folder) / "reply.tsr")
+    ...     except InputError as error:
+    ...         print("not the reply of a time-stamping authority" in str(error))
+    True
     """
     content = regular_file(reply, LARGEST).read_bytes()
     answer = _stamp(content, str(reply))
@@ -190,6 +214,15 @@ def check_seals(
     ------
     InputError
         Where the key or the certificates cannot be read.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = new_key(Path(folder) / "examiner")
+    ...     _ = sign(Path(folder), "00" * 32, Path(folder) / "examiner")
+    ...     len(check_seals(Path(folder), ["00" * 32]).says), check_seals(Path(folder), ["11" * 32]).says
+    (1, ())
     """
     wanted = None if key is None else _public_key(key)
     says, faults, signed = [], [], set()

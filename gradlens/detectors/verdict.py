@@ -15,6 +15,7 @@ import pandas as pd
 from gradlens.detectors.nulls import NullScores, attack_free, nominal_threshold
 from gradlens.errors import CannotSay, InputError
 from gradlens.log import Round, UpdateLog
+from gradlens.log.adapters import with_products
 from gradlens.scorers import Scorer, robust_zscore
 from gradlens.statistics import Statistic
 from gradlens.words import count
@@ -357,6 +358,10 @@ def detect(run: Any, detectors: Mapping[str, Detector]) -> pd.DataFrame:
     DataFrame
         A row per update and detector: round, client, detector, score, flag, abstained (the reason, or "").
 
+    Notes
+    -----
+    Low-rank adapters are judged by the products of their layers (`gradlens.log.adapters.with_products`).
+
     Examples
     --------
     >>> from gradlens import DETECTORS, detect
@@ -366,6 +371,7 @@ def detect(run: Any, detectors: Mapping[str, Detector]) -> pd.DataFrame:
     ((40, 6), ['client-9'])
     """
     log: UpdateLog = getattr(run, "log", run)
+    log = log if log.model.is_reduced else with_products(log)
     answers = []
     for prefix in log.prefixes():  # rounds outermost, so that each is read once
         for name, detector in detectors.items():

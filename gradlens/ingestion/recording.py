@@ -214,17 +214,12 @@ def _write(
             sent = [(client, _read(file, most, bar)) for client, file in recording.rounds[number]]
             if writer is None and start is not None:
                 start = _by_place(recording, start, _most_frequent([answer for _, answer in sent], start))
-            if number not in recording.starts:
-                estimated.append(number)
+            estimated += [] if number in recording.starts else [number]
             if writer is None:
                 example = _most_frequent([answer for _, answer in sent]) if start is None else start
                 model = model_of(example)
-                notes += [*_notes_on_integers(model), *_notes_on_final_layer(model)]
-                notes += _notes_on_tied(example, model)
-                if start is None:
-                    state = _estimated_start(model, sent, updates=updates, part=part)
-                else:
-                    state = state_of(start, model, partial=part)
+                notes += [*_notes_on_integers(model), *_notes_on_final_layer(model), *_notes_on_tied(example, model)]
+                state = state_of(start, model, partial=part) if start else _estimated_start(model, sent, updates, part)
                 origin = {"from": str(path), "rounds": numbers, "sent": "updates" if updates else "models"}
                 writer = LogWriter.create(folder, model, state, source={"ingested": origin}, evidence=evidence)
             model = writer.model
@@ -240,11 +235,8 @@ def _write(
                 faults.append(line)
             after = _start(recording, numbers[index + 1] if number != numbers[-1] else number + 1)
             after = None if after is None else _by_place(recording, after, state)
-            state = (
-                _estimated_result(answers.round_, state, model)
-                if after is None
-                else state_of(after, model, partial=part)
-            )
+            estimate = _estimated_result(answers.round_, state, model)
+            state = estimate if after is None else state_of(after, model, partial=part)
             metrics = {"global_estimated": 1} if number in estimated else {}
             writer.commit(answers.round_, state, metrics={**metrics, **_num_converted(answers)})
         assert writer is not None
@@ -385,7 +377,7 @@ def _notes_on_tied(state: State, model: ModelSpec) -> list[str]:
 
 
 def _estimated_start(
-    model: ModelSpec, sent: list[tuple[str, Any]], *, updates: bool, part: bool
+    model: ModelSpec, sent: list[tuple[str, Any]], updates: bool, part: bool
 ) -> Mapping[str, np.ndarray]:
     """Estimates the global model before the first round: 0 for updates, else the median of the local models."""
     zero = {layer.name: np.zeros(layer.shape, layer.dtype) for layer in model.layers}

@@ -32,6 +32,8 @@ from gradlens.server import Recorder
 
 __all__ = ["GradlensAggregator"]
 
+RECORDED = ("final_layer", "layers", "buffers", "evidence", "strict")  # settings of the recorder
+
 
 class GradlensAggregator(ModelAggregator):
     """A FLARE aggregator that records every round, filters it, or both, and aggregates by a gradlens rule.
@@ -45,7 +47,8 @@ class GradlensAggregator(ModelAggregator):
     aggregator : str, default "mean"
         Name of the aggregation rule.
     settings : dict, optional
-        Settings of each, such as {"detector": {...}, "aggregator": {"weighted": True}, "filter": {...}}.
+        Settings of each, such as {"detector": {...}, "aggregator": {"weighted": True}, "filter": {...}}, and of the
+        recorder: {"recorder": {"final_layer": "head", "layers": ["body.*"], "evidence": "sketch"}}.
 
     Raises
     ------
@@ -66,27 +69,22 @@ class GradlensAggregator(ModelAggregator):
     """
 
     def __init__(
-        self,
-        path: str = "",
-        detector: str = "",
-        aggregator: str = "mean",
-        settings: dict[str, Any] | None = None,
-        final_layer: str = "",
-        layers: list[str] | None = None,
+        self, path: str = "", detector: str = "", aggregator: str = "mean", settings: dict[str, Any] | None = None
     ) -> None:
         super().__init__()
         self.path, self.detector, self.aggregator, self.settings = path, detector, aggregator, settings
-        self.final_layer, self.layers = final_layer, layers
-        tables: dict[str, Any] = {"detector": {}, "aggregator": {}, "filter": {}}
+        tables: dict[str, Any] = {"detector": {}, "aggregator": {}, "filter": {}, "recorder": {}}
         if unknown := [name for name in settings or {} if name not in tables]:
             raise InputError(f"settings: expected tables of {', '.join(tables)}, found {unknown[0]!r:.80}")
         tables |= settings or {}
+        if unknown := [name for name in tables["recorder"] if name not in RECORDED]:
+            raise InputError(f"settings: recorder: expected {', '.join(RECORDED)}, found {unknown[0]!r:.80}")
         self._rule: Aggregator = named("aggregators", AGGREGATORS, aggregator)(**tables["aggregator"])
         self._filter: FilteredAggregator | None = None
         if detector:
             judge = named("detectors", DETECTORS, detector)(**tables["detector"])
             self._filter = filtered(self._rule, judge, **tables["filter"])
-        self._recorder: Recorder | None = None
+        self._recording, self._recorder = tables["recorder"], None
         self._global: Mapping[str, Any] = {}
         self._models: list[FLModel] = []
 
@@ -141,17 +139,13 @@ class GradlensAggregator(ModelAggregator):
             If the filter is set to stop in such a round.
         """
         if not self._global:
-            raise InputError(
-                "GradlensAggregator: no global model was sent before this round, found nothing to aggregate"
-            )
+            raise InputError("GradlensAggregator: expected a global model before this round, none was sent")
         start = {name: as_array(value)[0] for name, value in self._global.items()}
         models, self._models = self._models, []
         if self._recorder is None:
             sent = "updates" if models and _usual(models) == ParamsType.DIFF else "models"
-            self._recorder = Recorder(
-                self.path or None, filter=self._filter, sent=sent, source={"framework": "nvflare"},
-                final_layer=self.final_layer or None, layers=self.layers,
-            )  # fmt: skip
+            options: dict[str, Any] = {"sent": sent, "source": {"framework": "nvflare"}, **self._recording}
+            self._recorder = Recorder(self.path or None, filter=self._filter, **options)
         recorder = self._recorder
         kind = ParamsType.DIFF if recorder.sent == "updates" else ParamsType.FULL
         steps = {_name(model): model.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND, 1) for model in models}

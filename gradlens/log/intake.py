@@ -1,34 +1,31 @@
-"""What arrives from elsewhere: arrays of any library, a global model, and what the clients of a round sent.
+"""What the clients of a round sent, as it arrives.
 
 This is the one place where a client's answer is checked, for a live server, for ingestion and for the integrations.
 Nothing that a client sent raises an error: it becomes a row of the round, or a reason why it cannot.
 """
 
 import hashlib
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from gradlens.errors import InputError, Stopped
-from gradlens.log.final_layer import PLACE
+from gradlens.errors import InputError
+from gradlens.log.adapters import padded
+from gradlens.log.arrays import State as State
+from gradlens.log.arrays import Unfit as Unfit
+from gradlens.log.arrays import as_array as as_array
+from gradlens.log.arrays import refusing as refusing
+from gradlens.log.arrays import shown as shown
+from gradlens.log.global_model import spec_of as spec_of
+from gradlens.log.global_model import state_of as state_of
 from gradlens.log.levels import Reduction
 from gradlens.log.model import Layer, ModelSpec
 from gradlens.log.round import Round
-from gradlens.words import several
 
-BUFFER_NAMES = (  # last part of a layer's name: running statistics of torch, Keras, and of spectral normalization
-    "running_mean", "running_var", "num_batches_tracked", "moving_mean", "moving_variance", "_u", "_v", "weight_u",
-)  # fmt: skip
 LONGEST_NAME = 200  # characters of a client's name
-LONGEST_QUOTE = 80  # characters of a value that a reason quotes
 
-State = Mapping[str, Any]  # layer -> array of any library
 Sent = Mapping[Any, State] | Iterable[tuple[Any, State]]
 
 
@@ -53,10 +50,6 @@ class StartedFrom:
     state: Any
 
 
-class Unfit(Exception):  # noqa: N818 - an answer, not a fault
-    """Why what a client sent cannot be recorded; also stands in for an answer that could not even be read."""
-
-
 @dataclass(frozen=True, eq=False)
 class Received:
     """A round made of what the clients sent.
@@ -74,198 +67,6 @@ class Received:
     round_: Round
     clients: tuple[str, ...]
     notes: Mapping[str, str]
-
-
-@contextmanager
-def refusing(fault: str) -> Iterator[None]:
-    """Turns whatever a client's own code raises into `Unfit`, SystemExit and KeyboardInterrupt included.
-
-    Only the signals that end a command of gradlens pass through. A Ctrl-C at a server of another kind cannot be told
-    from a client's own KeyboardInterrupt, and refuses the client whose answer was being read.
-
-    Parameters
-    ----------
-    fault : str
-        What could not be done; the error is appended after a colon.
-    """
-    try:
-        yield
-    except (Unfit, Stopped):
-        raise
-    except BaseException as error:
-        raise Unfit(f"{fault}: {shown(error)}") from error
-
-
-def as_array(value: Any) -> tuple[np.ndarray, str]:
-    """Converts an array of any library to numpy.
-
-    Torch tensors are converted without importing torch; bfloat16 and smaller floats become float32.
-
-    Parameters
-    ----------
-    value : Any
-        A numpy array, a torch tensor, or what `numpy.asarray` takes.
-
-    Returns
-    -------
-    array : numpy.ndarray
-        Of floats, integers or booleans.
-    kind : str
-        The type that the numbers had, such as "bfloat16".
-
-    Raises
-    ------
-    Unfit
-        Where the value is no array, or holds something other than numbers.
-
-    Examples
-    --------
-    >>> array, kind = as_array([[1.0, 2.0]])
-    >>> array.shape, kind
-    ((1, 2), 'float64')
-    """
-    with refusing("is no array"):
-        if hasattr(value, "detach"):
-            value = value.detach().cpu()
-            kind = str(value.dtype).removeprefix("torch.")
-            array = np.asarray(value.float().numpy() if kind.startswith(("bfloat", "float8")) else value.numpy())
-        else:
-            array = np.asarray(value)
-            kind = array.dtype.name
-            if array.dtype.kind == "V" and kind.startswith(("bfloat", "float")):  # types that ml_dtypes adds
-                array = array.astype(np.float32)
-    if array.dtype.kind not in "fiub":
-        raise Unfit(f"must hold numbers, found {type(value).__name__} of type {array.dtype}")
-    return array, kind
-
-
-def found_buffers(state: State) -> list[str]:
-    """The layers that are buffers by type or name: integers, and statistics of batch and spectral normalization.
-
-    Parameters
-    ----------
-    state : Mapping
-        Layer -> array of any library.
-
-    Notes
-    -----
-    Where names are numbers, as in a list of arrays, two vectors before a single integer are the running statistics of
-    batch normalization that torch lists with their counter; so are the last two of four or five vectors of one length,
-    unless one of the last has a negative number (Keras: scale, shift, mean, variance).
-    """
-    arrays = {name: as_array(value)[0] for name, value in state.items()}
-    parts = {name: re.split(r"[./]", name) for name in arrays}
-    spectral = {name.removesuffix("_orig") for name in arrays if name.endswith("weight_orig")}
-    return [
-        name
-        for name, array in arrays.items()
-        if array.dtype.kind in "iub"
-        or parts[name][-1] in BUFFER_NAMES
-        or "batch_stats" in parts[name]
-        or (name.endswith("weight_v") and name.removesuffix("_v") in spectral)
-    ] + _buffers_by_place(arrays)
-
-
-def _buffers_by_place(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """Running statistics among arrays whose names are places in a list."""
-    if not all(PLACE.match(name) for name in arrays):
-        return []
-    names, found = list(arrays), []
-    for place, name in enumerate(names):
-        array, (*_, first, second) = arrays[name], ["", "", *names[:place]]
-        if array.size == 1 and array.dtype.kind in "iu" and place > 1 and _are_vectors(arrays, [first, second]):
-            found += [first, second]
-    alike = [list(group) for _, group in groupby(names, key=lambda name: arrays[name].shape)]
-    for group in alike:
-        if len(group) in (4, 5) and _are_vectors(arrays, group) and not (arrays[group[-1]] < 0).any():
-            found += group[-2:]
-    return list(dict.fromkeys(found))
-
-
-def _are_vectors(arrays: Mapping[str, np.ndarray], names: list[str]) -> bool:
-    shapes = {arrays[name].shape for name in names}
-    return len(shapes) == 1 and len(arrays[names[0]].shape) == 1 and arrays[names[0]].dtype.kind == "f"
-
-
-def spec_of(
-    state: State,
-    buffers: Collection[str] = (),
-    *,
-    final_layer: str | None = None,
-    layers: Collection[str] | None = None,
-) -> ModelSpec:
-    """The specification of a global model whose arrays may be of any library.
-
-    Parameters
-    ----------
-    state : Mapping
-        Layer -> array.
-    buffers : collection of str
-        Layers that are never scored, besides those that `found_buffers` finds.
-    final_layer : str, optional
-        The layer that answers, by the name of its weight, its bias or its module; found where it is not given.
-    layers : collection of str, optional
-        The layers that clients send, by names or patterns such as "body.*"; by default all. The others are no part of
-        the specification, and a final layer among them is none.
-
-    Raises
-    ------
-    InputError
-        Where the state is no table of arrays, or has no such buffer, final layer or layer to send.
-
-    Notes
-    -----
-    A tensor without any number, such as a counter of shape (0,), is no layer.
-    """
-    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise InputError(f"a global model is a table layer -> array, found {type(state).__name__}")
-    if unknown := [name for name in buffers if name not in state]:
-        raise InputError(f"buffers: the model has no layer {unknown[0]!r}, only {list(state)}")
-    arrays = {name: _recorded_type(_array_of_server(name, value)) for name, value in state.items()}
-    arrays = {name: array for name, array in arrays.items() if array.size}
-    every_buffer = {*buffers, *found_buffers(arrays)}
-    model = ModelSpec.of(arrays, buffers=every_buffer, final_layer=final_layer)
-    return model if layers is None else model.only(_matching(model, layers))
-
-
-def _matching(model: ModelSpec, patterns: Collection[str]) -> list[str]:
-    """The layers that match one of the patterns; raises InputError where a pattern matches none."""
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in model):
-            raise InputError(f"layers: no layer of the model matches {pattern!r:.80}, only {several(list(model))}")
-    return [name for name in model if any(fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def state_of(state: State, model: ModelSpec, *, partial: bool = False) -> dict[str, np.ndarray]:
-    """A copy of a global model in the types in which it is recorded.
-
-    Parameters
-    ----------
-    state : Mapping
-        Layer -> array of any library.
-    model : ModelSpec
-        The layers that it must have.
-    partial : bool, default False
-        Whether it may have others, which clients do not send.
-
-    Raises
-    ------
-    InputError
-        Where its layers or their shapes are not those of the model.
-    """
-    if not isinstance(state, Mapping):
-        raise InputError(f"a global model is a table layer -> array, found {type(state).__name__}")
-    known = set(model)
-    others = [name for name in state if name not in known and not partial and _array_of_server(name, state[name]).size]
-    if differing := [name for name in model if name not in state] + others:
-        whose = "recorded" if differing[0] not in state else "given"
-        raise InputError(f"the global model changed its layers: {differing[0]!r:.80} is in the {whose} model alone")
-    arrays = {layer.name: _array_of_server(layer.name, state[layer.name]) for layer in model.layers}
-    for layer in model.layers:
-        if (shape := arrays[layer.name].shape) != layer.shape:
-            raise InputError(f"layer {layer.name!r} of the global model must have shape {layer.shape}, found {shape}")
-    with np.errstate(all="ignore"):
-        return {layer.name: np.array(arrays[layer.name], layer.dtype) for layer in model.layers}
 
 
 def received(
@@ -364,16 +165,6 @@ def printable(name: str) -> str:
     return name
 
 
-def shown(value: Any) -> str:
-    """A value in a few characters, to quote it in a reason."""
-    try:
-        return f"{value!r:.{LONGEST_QUOTE}}"
-    except Stopped:
-        raise
-    except BaseException:  # an integer of 5,000 digits, an object that raises when it is printed
-        return f"a value of type {type(value).__name__}"
-
-
 @dataclass(frozen=True, eq=False)
 class _Answer:
     """What one client sent, or what is recorded of it: arrays, their moments, and which types were converted."""
@@ -400,6 +191,8 @@ class _Checks:
             if isinstance(base, Unfit):
                 raise base
             arrays, kinds = _arrays(state)
+            if self.as_models:
+                arrays = padded(arrays, self.model)
             if self.partial:
                 arrays = {name: array for name, array in arrays.items() if name in set(self.model)}
             if fault := self._fault(arrays, base):
@@ -561,17 +354,3 @@ def _conversions(kinds: Mapping[str, str], model: ModelSpec) -> str:
     floats = [layer for layer in model.layers if layer.dtype.startswith("float")]
     pairs = {(kinds[layer.name], layer.dtype) for layer in floats if kinds[layer.name] != layer.dtype}
     return ", ".join(f"sent {kind}, recorded as {dtype}" for kind, dtype in sorted(pairs))
-
-
-def _array_of_server(name: str, value: Any) -> np.ndarray:
-    try:
-        return as_array(value)[0]
-    except Unfit as reason:
-        raise InputError(f"layer {name!r} of the global model {reason}") from reason
-
-
-def _recorded_type(array: np.ndarray) -> np.ndarray:
-    """Integers as int64, since differences of smaller ones would wrap around; floats as float32, float64 kept."""
-    if array.dtype.kind in "iub":
-        return array.astype(np.int64)
-    return array if array.dtype == np.float64 else array.astype(np.float32)

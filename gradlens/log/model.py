@@ -26,8 +26,9 @@ class Layer:
         The shape that is recorded.
     dtype : str, default "float32"
         The type that is recorded; always "float32" for parameters.
-    kind : {"parameter", "buffer"}, default "parameter"
-        A buffer (batch-normalization statistics, counters) is recorded and aggregated but never scored.
+    kind : {"parameter", "buffer", "adapter"}, default "parameter"
+        A buffer (batch-normalization statistics, counters) is recorded and aggregated but never scored. An adapter is
+        the product of two recorded layers (`gradlens.log.adapters`), and is scored.
     sketch_of : tuple of int, optional
         The shape that was sent, where only a sketch is recorded.
 
@@ -45,15 +46,15 @@ class Layer:
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
-    kind: Literal["parameter", "buffer"] = "parameter"
+    kind: Literal["parameter", "buffer", "adapter"] = "parameter"
     sketch_of: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("parameter", "buffer"):
-            raise InputError(f"layer {self.name!r}: kind is 'parameter' or 'buffer', found {self.kind!r}")
+        if self.kind not in ("parameter", "buffer", "adapter"):
+            raise InputError(f"layer {self.name!r}: kind is 'parameter', 'buffer' or 'adapter', found {self.kind!r}")
         if any(not isinstance(n, int) or n < 1 for n in self.shape):
             raise InputError(f"layer {self.name!r}: every dimension must be at least 1, found {self.shape}")
-        if self.kind == "parameter" and self.dtype != "float32":
+        if self.kind != "buffer" and self.dtype != "float32":
             raise InputError(f"layer {self.name!r}: parameters are recorded as float32, found {self.dtype}")
         if self.dtype not in DTYPES:
             raise InputError(f"layer {self.name!r}: dtype must be one of {', '.join(DTYPES)}, found {self.dtype}")
@@ -220,12 +221,17 @@ class ModelSpec:
     @cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names of the layers that are scored."""
-        return tuple(layer.name for layer in self.layers if layer.kind == "parameter")
+        return tuple(layer.name for layer in self.layers if layer.kind != "buffer")
 
     @cached_property
     def buffers(self) -> tuple[str, ...]:
         """Names of the layers that are recorded and aggregated, never scored."""
         return tuple(layer.name for layer in self.layers if layer.kind == "buffer")
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether a layer is recorded as a sketch."""
+        return any(layer.sketch_of is not None for layer in self.layers)
 
     @property
     def num_parameters(self) -> int:

@@ -258,39 +258,39 @@ class SelectedSource(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, whole: Source, positions: np.ndarray, computed: Products, judgment: Judgment) -> None:
-        self._whole, self._positions, self._computed, self.judgment = whole, positions, computed, judgment
+        self.whole, self.positions, self._computed, self.judgment = whole, positions, computed, judgment
 
     def __getitem__(self, layer: str) -> np.ndarray:
-        return self._whole[layer][self._positions]
+        return self.whole[layer][self.positions]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._whole)
+        return iter(self.whole)
 
     def __len__(self) -> int:
-        return len(self._whole)
+        return len(self.whole)
 
     def shape(self, layer: str) -> tuple[int, ...]:
         """Shape of one client's update of the layer."""
-        return self._whole.shape(layer)
+        return self.whole.shape(layer)
 
     def columns(self, layer: str) -> Columns:
         """A function (start, stop) -> those numbers of the layer, [client, number]."""
-        columns = self._whole.columns(layer)
-        return lambda start, stop: columns(start, stop)[self._positions]
+        columns = self.whole.columns(layer)
+        return lambda start, stop: columns(start, stop)[self.positions]
 
     def norms(self, layer: str) -> np.ndarray:
         """L2 norm of every client's update, float64 [client]."""
-        return self._computed.norms[layer][self._positions]
+        return self._computed.norms[layer][self.positions]
 
     def gram(self, layer: str, order: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Inner products, float64 [client, client]."""
         if self._computed.gram is None:
             return _gram(self.columns(layer), order, math.prod(self.shape(layer)))
-        return self._computed.gram[layer][np.ix_(self._positions, self._positions)], None
+        return self._computed.gram[layer][np.ix_(self.positions, self.positions)], None
 
     def weighted_mean(self, layer: str, clients: np.ndarray, weights: np.ndarray, total: float | None) -> np.ndarray:
         """The weighted sum over some clients divided by `total`, or by the sum of the weights, [*shape]."""
-        return self._whole.weighted_mean(layer, self._positions[clients], weights, total)
+        return self.whole.weighted_mean(layer, self.positions[clients], weights, total)
 
     def take(self, positions: np.ndarray, computed: Products, judgment: Judgment) -> Source:
         """The source of the clients at these positions."""
@@ -302,7 +302,7 @@ class SelectedSource(Mapping[str, np.ndarray]):
 
     def only(self, layers: Collection[str]) -> Source:
         """The source of some layers alone, by which clients are found finite and comparable anew."""
-        whole, positions = self._whole.only(layers), self._positions
+        whole, positions = self.whole.only(layers), self.positions
         return ArraySource(tuple(whole), lambda name: [whole[name][positions]])
 
 
@@ -445,10 +445,10 @@ def _norms(columns: Columns, count: int, size: int) -> np.ndarray:
 
 def _gram(columns: Columns, order: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     gram, squares = kernels.gram(columns, order, size)
-    return _with_identical_entries(gram, columns, size), np.sqrt(squares)
+    return with_identical_entries(gram, columns, size), np.sqrt(squares)
 
 
-def _with_identical_entries(gram: np.ndarray, columns: Columns, size: int) -> np.ndarray:
+def with_identical_entries(gram: np.ndarray, columns: Columns, size: int) -> np.ndarray:
     """Gives identical updates identical Gram entries; otherwise rounding would depend on client order."""
     squares = np.diagonal(gram)
     with np.errstate(invalid="ignore"):  # of clients that are not finite

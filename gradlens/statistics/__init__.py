@@ -14,6 +14,7 @@ from gradlens.statistics.accumulation import (
     label_drift_residual,
     persistence,
 )
+from gradlens.statistics.adapters import adapter_angles, adapter_rank, adapter_share
 from gradlens.statistics.cohort import Statistic
 from gradlens.statistics.final_layer import (
     ddif,
@@ -44,6 +45,9 @@ __all__ = [
     "accumulated_neighbours",
     "accumulated_norms",
     "accumulated_spectral",
+    "adapter_angles",
+    "adapter_rank",
+    "adapter_share",
     "aggregate_cosines",
     "consistency",
     "ddif",
@@ -89,6 +93,10 @@ STATISTICS: Mapping[str, Statistic] = {
     "spectral": spectral,
     "neighbour_distances": neighbour_distances,
     "neighbour_cosines": neighbour_cosines,
+    # low-rank adapters
+    "adapter_rank": adapter_rank,
+    "adapter_share": adapter_share,
+    "adapter_angles": adapter_angles,
     # over a client's rounds
     "accumulated_norms": accumulated_norms,
     "accumulated_spectral": accumulated_spectral,

@@ -15,7 +15,7 @@ import numpy as np
 from gradlens.errors import InputError
 from gradlens.names import FUNCTION, installed, named
 from simulations.tasks.images import data_folder, digits, hugging_face
-from simulations.tasks.tables import breast_cancer
+from simulations.tasks.tabular import breast_cancer
 from simulations.tasks.task import Task, frozen
 from simulations.tasks.text import shakespeare_chars, shakespeare_words
 
