@@ -139,7 +139,7 @@ class GradlensAggregator(ModelAggregator):
             If the filter is set to stop in such a round.
         """
         if not self._global:
-            raise InputError("GradlensAggregator: expected a global model before this round, none was sent")
+            raise InputError("GradlensAggregator: no global model was sent before this round")
         start = {name: as_array(value)[0] for name, value in self._global.items()}
         models, self._models = self._models, []
         if self._recorder is None:
