@@ -8,6 +8,7 @@ from gradlens import DETECTORS, STATISTICS, CannotSay, InputError, ModelSpec, Re
 from gradlens.detectors.products import on_products
 from gradlens.log.adapters import Pair, pairs_of, with_products
 from gradlens.log.intake import received, spec_of
+from gradlens.statistics import adapter_angles, adapter_rank, adapter_share
 
 CLIENTS = np.array([f"c{i}" for i in range(9)])
 
@@ -81,8 +82,6 @@ def test_products_have_the_norms_inner_products_and_numbers_of_formed_ones():
 
 @pytest.mark.parametrize("name", sorted(set(STATISTICS) - {"ddif", "global_cosines"}))
 def test_every_statistic_says_of_products_what_it_says_of_formed_ones(name):
-    if name.startswith("adapter_"):
-        pytest.skip("it reads factors, of which formed products have none")
     log = adapted(rounds=4)
     expected, found = STATISTICS[name](formed(log)), STATISTICS[name](with_products(log))
     assert found.columns.tolist() == expected.columns.tolist()
@@ -116,8 +115,8 @@ def test_a_client_that_sends_infinity_stays_in_its_row():
     np.testing.assert_allclose(
         after.gram["q.lora"][np.ix_(others, others)], before.gram["q.lora"][np.ix_(others, others)], rtol=1e-12
     )
-    for name in ("adapter_rank", "adapter_share", "adapter_angles"):
-        assert STATISTICS[name](broken).iloc[2].isna().all()
+    for statistic in (adapter_rank, adapter_share, adapter_angles):
+        assert statistic(broken).iloc[2].isna().all()
 
 
 def test_another_pair_of_the_same_product_is_the_same_client():
@@ -143,13 +142,13 @@ def test_rank_share_and_angles_are_those_of_formed_products():
     left, values, right = np.linalg.svd(dense, full_matrices=False)
     shares = values / values.sum(axis=1, keepdims=True)
     ranks = np.exp(-(np.where(shares > 1e-7, shares * np.log(np.maximum(shares, 1e-12)), 0)).sum(axis=1))
-    np.testing.assert_allclose(STATISTICS["adapter_rank"](log)["q.lora"], ranks, rtol=1e-3)
+    np.testing.assert_allclose(adapter_rank(log)["q.lora"], ranks, rtol=1e-3)
     leading = values[:, 0] ** 2 / (values**2).sum(axis=1)
-    np.testing.assert_allclose(STATISTICS["adapter_share"](log)["q.lora"], leading, rtol=1e-4)
+    np.testing.assert_allclose(adapter_share(log)["q.lora"], leading, rtol=1e-4)
     for side, bases in (("outputs", left[:, :, :3]), ("inputs", right.transpose(0, 2, 1)[:, :, :3])):
         cosines = np.array([[np.linalg.norm(one.T @ other) ** 2 / 3 for other in bases] for one in bases])
         expected = [np.median(np.delete(row, i)) for i, row in enumerate(cosines)]
-        found = STATISTICS["adapter_angles"](log)[f"q.lora {side}"]
+        found = adapter_angles(log)[f"q.lora {side}"]
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -159,23 +158,23 @@ def test_a_direction_of_its_own_stands_out_by_share_and_angle_whatever_its_size(
     updates = {name: common[name] + 0.3 * rng.normal(size=(9, *array.shape)) for name, array in state.items()}
     updates["q.lora_B.weight"][8] = np.outer(rng.normal(size=40), [5.0, 0, 0])
     log = UpdateLog(ModelSpec.of(state), [Round(0, CLIENTS, np.ones(9), updates, state)])
-    assert STATISTICS["adapter_share"](log)["q.lora"].idxmax() == "c8"
-    assert STATISTICS["adapter_angles"](log)["q.lora outputs"].idxmin() == "c8"
+    assert adapter_share(log)["q.lora"].idxmax() == "c8"
+    assert adapter_angles(log)["q.lora outputs"].idxmin() == "c8"
 
 
 def test_models_without_adapters_and_sketches_of_them_have_none_of_this():
     from gradlens.examples import example_log
 
     assert with_products(example_log()) is not None
-    for name in ("adapter_rank", "adapter_share", "adapter_angles"):
+    for statistic in (adapter_rank, adapter_share, adapter_angles):
         with pytest.raises(CannotSay, match="the model has no adapter"):
-            STATISTICS[name](example_log())
+            statistic(example_log())
     with Recorder(evidence=gradlens.Evidence("sketch", width=8, seed=1)) as recorder:
         recorder.log_round(state_of(), {name: state_of() for name in "abc"})
         with pytest.raises(InputError, match="was recorded as a sketch, its product is not known"):
             with_products(recorder.log)
         with pytest.raises(CannotSay, match="not recorded in full"):
-            STATISTICS["adapter_rank"](recorder.log)
+            adapter_rank(recorder.log)
 
 
 def test_a_smaller_rank_is_filled_with_zeros_and_a_larger_one_refused():

@@ -93,10 +93,6 @@ STATISTICS: Mapping[str, Statistic] = {
     "spectral": spectral,
     "neighbour_distances": neighbour_distances,
     "neighbour_cosines": neighbour_cosines,
-    # low-rank adapters
-    "adapter_rank": adapter_rank,
-    "adapter_share": adapter_share,
-    "adapter_angles": adapter_angles,
     # over a client's rounds
     "accumulated_norms": accumulated_norms,
     "accumulated_spectral": accumulated_spectral,

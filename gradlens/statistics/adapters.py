@@ -86,9 +86,10 @@ def adapter_share(log: UpdateLog) -> pd.DataFrame:
 
     Examples
     --------
-    >>> from gradlens.statistics import STATISTICS
-    >>> STATISTICS["adapter_share"].__name__
-    'adapter_share'
+    >>> from gradlens import score_by
+    >>> from gradlens.scorers import robust_zscore
+    >>> score_by(adapter_share, robust_zscore, threshold=3.5)
+    score_by(adapter_share, robust_zscore, threshold=3.5)
     """
     return _by_singular_values(log, lambda s: s[:, 0] ** 2 / np.maximum((s**2).sum(axis=1), np.finfo(float).tiny))
 
@@ -124,9 +125,10 @@ def adapter_angles(log: UpdateLog) -> pd.DataFrame:
 
     Examples
     --------
-    >>> from gradlens.statistics import STATISTICS
-    >>> STATISTICS["adapter_angles"].__name__
-    'adapter_angles'
+    >>> from gradlens import score_by
+    >>> from gradlens.scorers import robust_zscore
+    >>> score_by(adapter_angles, robust_zscore, threshold=3.5)
+    score_by(adapter_angles, robust_zscore, threshold=3.5)
     """
     round_, factors = _adapters(log)
     values, names = [], []
