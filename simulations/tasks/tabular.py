@@ -40,7 +40,7 @@ def breast_cancer(samples: int | None = None, seed: int = 0) -> Task:
     train, test = train_test_split(np.arange(len(y)), test_size=114, stratify=y, random_state=0)
     mean, scale = bunch.data[train].mean(axis=0), bunch.data[train].std(axis=0)
     x = ((bunch.data - mean) / scale).astype(np.float32)
-    groups = KMeans(SITES, n_init=1, random_state=0).fit(x[train])
+    groups = KMeans(SITES, n_init="auto", random_state=0).fit(x[train])
     sites = np.array([f"site {group + 1}" for group in groups.predict(x)])
     chosen = train[selection("breast_cancer", len(train), samples, seed)]
     names = ("benign", "malignant")
