@@ -46,10 +46,8 @@ def test_one_logit_is_trained_as_two_of_which_the_first_is_zero():
     assert np.array_equal(predict(nn.Identity(), logit), predict(nn.Identity(), both))
 
 
-def test_the_model_of_one_logit_takes_two_classes_alone(tumors):
-    assert build_model(tumors, "logit")(torch.tensor(tumors.x_test[:3])).shape == (3, 1)
-    with pytest.raises(InputError, match="model logit: expected numbers in two classes, task digits is of 10 classes"):
-        build_model(load_task("digits"), "logit")
+def test_its_own_model_answers_by_one_logit(tumors):
+    assert build_model(tumors, "own")(torch.tensor(tumors.x_test[:3])).shape == (3, 1)
     with pytest.raises(InputError, match="model cnn: expected images, task breast_cancer is arrays of 1 axes"):
         build_model(tumors, "cnn")
 
@@ -69,7 +67,7 @@ def test_a_feature_trigger_sets_its_features_and_no_others(tumors):
 
 @pytest.mark.parametrize("engine", ["plain", "stacked"])
 def test_a_backdoor_by_a_feature_works_on_one_logit_and_its_control_has_none(tmp_path, engine):
-    settings = {"task": "breast_cancer", "model": "logit", "num_clients": 8, "rounds": 12, "learning_rate": 0.2,
+    settings = {"task": "breast_cancer", "model": "own", "num_clients": 8, "rounds": 12, "learning_rate": 0.2,
                 "engine": engine}  # fmt: skip
     attacked = simulate(Scenario(**settings, attack="feature_trigger", num_malicious=2), tmp_path / "attacked")
     control = simulate(Scenario(**settings), tmp_path / "control")
@@ -83,7 +81,7 @@ def test_a_backdoor_by_a_feature_works_on_one_logit_and_its_control_has_none(tmp
 
 
 def test_sites_are_the_clients_of_a_partition_by_writer(tmp_path, tumors):
-    run = simulate(Scenario(task="breast_cancer", model="logit", num_clients=6, rounds=2, partition="writer"), tmp_path)
+    run = simulate(Scenario(task="breast_cancer", model="own", num_clients=6, rounds=2, partition="writer"), tmp_path)
     assert len(run.log[0]) == 6
 
 

@@ -153,7 +153,7 @@ def test_an_unknown_task_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as refused:
         load_task("digitz")
-    assert "expected digits, shakespeare_chars, shakespeare_words, a folder" in str(refused.value)
+    assert "expected digits, shakespeare_chars, shakespeare_words, breast_cancer, a folder" in str(refused.value)
     assert "found 'digitz'" in str(refused.value)
     assert "\n" not in str(refused.value)
 

@@ -366,7 +366,8 @@ def _notes_on_tied(state: State, model: ModelSpec) -> list[str]:
     seen: dict[bytes, str] = {}
     notes = []
     for name in model.parameters:
-        array = np.asarray(as_array(state[name])[0], np.float32)
+        with np.errstate(all="ignore"):  # beyond float32 is infinite, as it is recorded
+            array = np.asarray(as_array(state[name])[0], np.float32)
         if array.ndim < 2 or array.min() == array.max():
             continue
         key = hashlib.sha256(array.tobytes()).digest() + repr(array.shape).encode()

@@ -83,34 +83,6 @@ class MLP(nn.Module):
         return self.fc2(torch.relu(self.fc1(images.flatten(1))))
 
 
-class Logit(nn.Module):
-    """A multilayer perceptron with one hidden layer of 16 units and one logit, for two classes: fc1, fc2.
-
-    Parameters
-    ----------
-    task : Task
-        Of samples of numbers of any shape in two classes; anything else is refused with an InputError.
-
-    Examples
-    --------
-    >>> from simulations.tasks import build_model, load_task
-    >>> sum(parameter.numel() for parameter in build_model(load_task("breast_cancer"), "logit").parameters())
-    513
-    """
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        if task.is_text or task.num_classes != 2:
-            kind = "text" if task.is_text else f"of {task.num_classes} classes"
-            raise InputError(f"model logit: expected numbers in two classes, task {task.name} is {kind}")
-        self.fc1 = nn.Linear(int(np.prod(task.input_shape)), 16)
-        self.fc2 = nn.Linear(16, 1)
-
-    def forward(self, samples: torch.Tensor) -> torch.Tensor:
-        """Samples [sample, ...] -> logits of class 1, [sample, 1]."""
-        return self.fc2(torch.relu(self.fc1(samples.flatten(1))))
-
-
 class CNN(nn.Module):
     """Two convolutions and two dense layers: conv1, conv2, fc1, fc2.
 
@@ -374,7 +346,6 @@ class LSTM(nn.Module):
 
 MODELS: Mapping[str, Callable[[Task], nn.Module]] = {
     "mlp": MLP,
-    "logit": Logit,
     "cnn": CNN,
     "bilgin_cnn": BilginCNN,
     "sun_cnn": SunCNN,

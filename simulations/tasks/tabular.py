@@ -1,5 +1,6 @@
 """Tasks of tables: rows of features, told apart in two classes."""
 
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ def breast_cancer(samples: int | None = None, seed: int = 0) -> Task:
     -------
     Task
         Features are in standard deviations of the training rows. The owners are 12 sites that are made up: k-means
-        groups of similar tumors, since the data name no hospital.
+        groups of similar tumors, since the data name no hospital. Its own model (`model = "own"`) has one hidden layer
+        of 16 units and answers by one logit, which is positive for malignant.
 
     Examples
     --------
@@ -44,4 +46,11 @@ def breast_cancer(samples: int | None = None, seed: int = 0) -> Task:
     sites = np.array([f"site {group + 1}" for group in groups.predict(x)])
     chosen = train[selection("breast_cancer", len(train), samples, seed)]
     names = ("benign", "malignant")
-    return frozen(Task("breast_cancer", x[chosen], y[chosen], x[test], y[test], names, sites[chosen], sites[test]))
+    owners = sites[chosen], sites[test]
+    return frozen(Task("breast_cancer", x[chosen], y[chosen], x[test], y[test], names, *owners, model=_one_logit))
+
+
+def _one_logit() -> Any:
+    from torch import nn
+
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(30, 16), relu=nn.ReLU(), fc2=nn.Linear(16, 1)))
