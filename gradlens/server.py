@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
@@ -255,7 +255,7 @@ class Recorder:
         as_models = self.sent == "models"
         answers = received(
             len(log), reduction.sent, state, sent, num_examples, as_models=as_models, reduction=reduction,
-            partial=self.layers is not None, base=self._base,
+            partial=self.layers is not None, base=cache(self._base),
         )  # fmt: skip
         _warn_if_all_refused(answers.round_)
         metrics = {"converted": len(answers.notes)} if answers.notes else {}

@@ -201,6 +201,16 @@ def test_a_thinned_run_says_what_it_was_and_keeps_the_rest(run, tmp_path):
         thinned(thin, tmp_path / "thinner", Evidence("sketch"))
 
 
+def test_whole_layers_of_updates_are_not_shared(run, tmp_path):
+    thinned(Run.open(run), tmp_path / "layers", Evidence("layers", layers=("fc2.bias",)))
+    with pytest.raises(InputError, match="whole layers were recorded"):
+        share(Run.open(tmp_path / "layers"), tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    thinned(Run.open(run), tmp_path / "thin", Evidence("sketch", seed=1))
+    assert len(share(Run.open(tmp_path / "thin"), tmp_path / "copy")) == 10
+    assert Run.open(tmp_path / "copy").verify().intact
+
+
 def test_prune_asks_before_it_throws_anything_away(run, command):
     before = head_of(run)
     said = command("prune", run)

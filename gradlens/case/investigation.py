@@ -24,7 +24,7 @@ from gradlens.case.verdicts import CANNOT_SAY, ESTABLISHED, NOT_ESTABLISHED, SUS
 from gradlens.detectors.nulls import attack_free
 from gradlens.errors import CannotSay, InputError
 from gradlens.log import UpdateLog
-from gradlens.log.adapters import with_products
+from gradlens.log.adapters import judged
 from gradlens.words import count
 
 COLUMNS = (
@@ -180,7 +180,7 @@ def log_of(run: Any) -> UpdateLog:
         raise InputError(f"investigate: expected a run or a log, found a {type(run).__name__}")
     if not len(log):
         raise InputError("investigate: the recording has no round")
-    return with_products(log) if not log.model.is_reduced else log
+    return judged(log)
 
 
 def basis_of(log: UpdateLog, null: Any, looks: bool = False) -> Null:

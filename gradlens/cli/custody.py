@@ -88,6 +88,7 @@ def prune(
     from gradlens import Evidence, Run
     from gradlens.custody import thinned
 
+    run = run.resolve()  # a name to put others beside
     opened = Run.open(run)
     layers = tuple(name.strip() for name in keep.split(",") if name.strip())
     evidence = Evidence("sketch") if keep == "sketch" else Evidence("layers", layers=layers)
@@ -113,10 +114,9 @@ def prune(
 
 def _verified_head(folder: Path) -> str:
     """The head of an intact run or sweep; raises InputError for any other."""
-    from gradlens.log import verify
-    from gradlens.sealing import is_sweep, verify_sweep
+    from gradlens.cli.verify import verified
 
-    found = next(iter(verify_sweep(folder).values())) if is_sweep(folder) else verify(folder)
+    found = verified(folder)[str(folder)]
     if not found.intact:
         raise InputError(f"{folder}: expected intact evidence, found: {found.faults[0]}")
     return found.head

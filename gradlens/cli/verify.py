@@ -34,7 +34,7 @@ def verify(
         raise typer.BadParameter(f"--head: expected 64 hexadecimal digits, found {head!r:.80}")
     from gradlens.sealing import is_sweep
 
-    verifications = _verified(run, head)
+    verifications = verified(run, head)
     verifications[str(run)] = _with_seals(run, verifications[str(run)], key, authority)
     if as_json:
         say_json({name: {**vars(result), "intact": result.intact} for name, result in verifications.items()})
@@ -46,7 +46,8 @@ def verify(
         raise typer.Exit(1)
 
 
-def _verified(path: Path, head: str | None) -> "dict[str, Verification]":
+def verified(path: Path, head: str | None = None) -> "dict[str, Verification]":
+    """Path -> what was found: the run or the sweep as a whole, then each run of the sweep."""
     from gradlens.log import verify as verify_run
     from gradlens.sealing import is_sweep, verify_sweep
 

@@ -1,7 +1,8 @@
 """Copies of a run that hold less: for a second examiner without names, and to keep for longer."""
 
-import json
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def share(run: Run, out: Path, *, seed: int | None = None) -> dict[str, str]:
     Parameters
     ----------
     run : Run
-        Of any evidence level.
+        Recorded in full, or as sketches.
     out : Path
         The folder of the copy, new or empty.
     seed : int, optional
@@ -43,12 +44,13 @@ def share(run: Run, out: Path, *, seed: int | None = None) -> dict[str, str]:
     Raises
     ------
     InputError
-        If the run is not intact, or the folder is taken.
+        If the run is not intact or holds whole layers of its updates, or the folder is taken.
 
     Notes
     -----
     The copy has a chain of hashes of its own, and names the head of the run it was made from. What it gives away:
-    `GIVEN_AWAY`, which the command prints. Signs of the sketches are drawn anew for the copy and are in it.
+    `GIVEN_AWAY`, which the command prints. Signs of the sketches are in it; of a run that was
+    recorded in full they are drawn anew.
 
     Examples
     --------
@@ -61,12 +63,14 @@ def share(run: Run, out: Path, *, seed: int | None = None) -> dict[str, str]:
     (10, True, 'sketch')
     """
     _check_intact(run)
+    if run.evidence.level == "layers":
+        raise InputError(f"{run.path}: whole layers were recorded, of which a copy would give away the updates")
     every = sorted({name for round_ in run.log for name in (*round_.clients.tolist(), *round_.refused)})
     order = np.random.default_rng(seed).permutation(len(every))
     names = {
         every[place]: f"anonymous-{number:0{len(str(len(every)))}d}" for number, place in enumerate(order.tolist(), 1)
     }
-    level = run.evidence if run.evidence.level == "sketch" else Evidence("sketch")
+    level = Evidence("sketch") if run.evidence.level == "full" else run.evidence
     source = {"shared from": {"head": run.head, "rounds": len(run.log)}}
     _rewritten(run, out, level, source, names)
     return names
@@ -126,28 +130,28 @@ def _rewritten(
 ) -> None:
     """Writes a run anew at another level; with names, those of clients are replaced and reasons left out."""
     files = run.manifest.named()
-    model = run.model if run.evidence.level != "layers" else run.log.model
-    writer = LogWriter.create(out, model, dict(run.start), source=json.loads(json.dumps(source)), evidence=evidence)
+    writer = LogWriter.create(out, run.model, run.start, source=source, evidence=evidence)
     try:
         states, metrics = run.states(), [dict(line.get("metrics", {})) for line in run.manifest.rounds]
         for round_, state, numbers in zip(run.log, states, metrics, strict=True):
             path = f"verdicts/{stem(round_.index)}"
             verdict = _renamed(read_table(run.path / path), names) if path in files else None
-            writer.commit(_of_others(round_, names), dict(state), verdict=verdict, metrics=numbers)
+            writer.commit(_of_others(round_, names), state, verdict=verdict, metrics=numbers)
         if run.has_truth:
             writer.add_truth(_renamed(run.truth, names))
         if run.is_closed:
             writer.close()
-    finally:
+    except BaseException:
         writer.leave_open()
+        shutil.rmtree(out)
+        raise
+    writer.leave_open()
 
 
 def _of_others(round_: Round, names: Mapping[str, str] | None) -> Round:
     """The round with the names replaced and without the reasons of refusals, which may quote what was sent."""
     if names is None:
         return round_
-    from dataclasses import replace
-
     clients = np.array([names[name] for name in round_.clients.tolist()], np.str_)
     refused = {names[name]: "refused" for name in round_.refused}
     started = {names[name]: start for name, start in round_.started.items()}

@@ -5,10 +5,12 @@ head; a time stamp of an authority proves that the head existed by then. Both li
 that was committed. No network is used: a request goes into a file, and the authority's reply comes from one.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +116,7 @@ def sign(folder: Path, head: str, key: Path) -> str:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    try:
-        private = load_pem_private_key(regular_file(key, LARGEST).read_bytes(), password=None)
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(f"{key}: expected a private key in PEM without a password: {error}") from error
+    private = _loaded(key, "a private key in PEM without a password", partial(load_pem_private_key, password=None))
     if not isinstance(private, Ed25519PrivateKey):
         raise InputError(f"{key}: expected an Ed25519 key, found another kind; `gradlens seal --new-key` makes one")
     public = _hexadecimal(private.public_key())
@@ -224,13 +223,24 @@ def check_seals(
     ...     len(check_seals(Path(folder), ["00" * 32]).says), check_seals(Path(folder), ["11" * 32]).says
     (1, ())
     """
+    heads = list(heads)
+    says, faults = _signatures_say(folder, heads, key)
+    if os.path.lexists(folder / STAMP):
+        said, fault = _stamp_says(folder, heads, authority)
+        says, faults = [*says, *said], [*faults, *fault]
+    elif authority is not None:
+        faults.append("no time stamp, which --authority asks for")
+    return Seals(tuple(says), tuple(faults))
+
+
+def _signatures_say(folder: Path, heads: list[str], key: Path | None) -> tuple[list[str], list[str]]:
+    """What the signatures say, and what is wrong with them."""
     wanted = None if key is None else _public_key(key)
     says, faults, signed = [], [], set()
     try:
         entries = _signatures(folder)
     except InputError as error:
         entries, faults = [], [str(error).removeprefix(f"{folder}/")]
-    heads = list(heads)
     for entry in entries:
         whose = f"signature of {entry['public_key'][:16]}"
         if not _is_signed(entry):
@@ -243,12 +253,7 @@ def check_seals(
             says.append(f"signed by {entry['public_key']}" + (f", {later} lines before the head" if later else ""))
     if wanted is not None and wanted not in signed:
         faults.append(f"not signed by the key {key}, {wanted}")
-    if os.path.lexists(folder / STAMP):
-        said, fault = _stamp_says(folder, heads, authority)
-        says, faults = [*says, *said], [*faults, *fault]
-    elif authority is not None:
-        faults.append("no time stamp, which --authority asks for")
-    return Seals(tuple(says), tuple(faults))
+    return says, faults
 
 
 def _hexadecimal(key: Any) -> str:
@@ -261,10 +266,7 @@ def _public_key(path: Path) -> str:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    try:
-        key = load_pem_public_key(regular_file(path, LARGEST).read_bytes())
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(f"{path}: expected a public key in PEM: {error}") from error
+    key = _loaded(path, "a public key in PEM", load_pem_public_key)
     if not isinstance(key, Ed25519PublicKey):
         raise InputError(f"{path}: expected an Ed25519 key, found another kind")
     return _hexadecimal(key)
@@ -307,6 +309,7 @@ def _stamp(content: bytes, where: str) -> Any:
     try:
         answer = decode_timestamp_response(content)
         granted = PKIStatus(answer.status) in (PKIStatus.GRANTED, PKIStatus.GRANTED_WITH_MODS)
+        _ = granted and answer.tst_info  # parsed when it is read
     except ValueError as error:
         raise InputError(f"{where}: not the reply of a time-stamping authority (RFC 3161): {error}") from error
     if not granted:
@@ -316,8 +319,6 @@ def _stamp(content: bytes, where: str) -> Any:
 
 def _digest(answer: Any, head: str) -> bytes:
     """The digest of what is stamped, by the algorithm of the reply."""
-    import hashlib
-
     names = {"2.16.840.1.101.3.4.2.1": "sha256", "2.16.840.1.101.3.4.2.2": "sha384", "2.16.840.1.101.3.4.2.3": "sha512"}
     name = names.get(answer.tst_info.message_imprint.hash_algorithm.dotted_string)
     return b"" if name is None else hashlib.new(name, PURPOSE + head.encode()).digest()
@@ -325,6 +326,7 @@ def _digest(answer: Any, head: str) -> bytes:
 
 def _stamp_says(folder: Path, heads: list[str], authority: Path | None) -> tuple[list[str], list[str]]:
     """What the stamp says, and what is wrong with it."""
+    from cryptography.x509 import load_pem_x509_certificates
     from rfc3161_client import VerificationError, VerifierBuilder
 
     try:
@@ -338,7 +340,7 @@ def _stamp_says(folder: Path, heads: list[str], authority: Path | None) -> tuple
     if authority is None:
         return [f"{sentence} (not checked: --authority names whom to trust)"], []
     builder = VerifierBuilder()
-    for certificate in _certificates(authority):
+    for certificate in dict.fromkeys(_loaded(authority, "certificates in PEM", load_pem_x509_certificates)):
         builder = builder.add_root_certificate(certificate)
     try:
         builder.build().verify_message(answer, PURPOSE + stamped[-1].encode())
@@ -347,10 +349,9 @@ def _stamp_says(folder: Path, heads: list[str], authority: Path | None) -> tuple
     return [f"{sentence}, signed by the authority {authority}"], []
 
 
-def _certificates(path: Path) -> list[Any]:
-    from cryptography.x509 import load_pem_x509_certificates
-
+def _loaded(path: Path, what: str, load: Callable[[bytes], Any]) -> Any:
+    """What a small file holds; raises InputError where it is something else."""
     try:
-        return load_pem_x509_certificates(regular_file(path, LARGEST).read_bytes())
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: expected certificates in PEM: {error}") from error
+        return load(regular_file(path, LARGEST).read_bytes())
+    except (ValueError, TypeError, OSError) as error:
+        raise InputError(f"{path}: expected {what}: {error}") from error

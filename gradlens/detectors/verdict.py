@@ -15,7 +15,7 @@ import pandas as pd
 from gradlens.detectors.nulls import NullScores, attack_free, nominal_threshold
 from gradlens.errors import CannotSay, InputError
 from gradlens.log import Round, UpdateLog
-from gradlens.log.adapters import with_products
+from gradlens.log.adapters import judged
 from gradlens.scorers import Scorer, robust_zscore
 from gradlens.statistics import Statistic
 from gradlens.words import count
@@ -370,8 +370,7 @@ def detect(run: Any, detectors: Mapping[str, Detector]) -> pd.DataFrame:
     >>> table.shape, table["client"][table["flag"]].unique().tolist()
     ((40, 6), ['client-9'])
     """
-    log: UpdateLog = getattr(run, "log", run)
-    log = log if log.model.is_reduced else with_products(log)
+    log: UpdateLog = judged(getattr(run, "log", run))
     answers = []
     for prefix in log.prefixes():  # rounds outermost, so that each is read once
         for name, detector in detectors.items():

@@ -234,9 +234,10 @@ def _write(
                     raise InputError(f"{path}: {line}; without --strict the others are recorded")
                 faults.append(line)
             after = _start(recording, numbers[index + 1] if number != numbers[-1] else number + 1)
-            after = None if after is None else _by_place(recording, after, state)
-            estimate = _estimated_result(answers.round_, state, model)
-            state = estimate if after is None else state_of(after, model, partial=part)
+            if after is None:
+                state = _estimated_result(answers.round_, state, model)
+            else:
+                state = state_of(_by_place(recording, after, state), model, partial=part)
             metrics = {"global_estimated": 1} if number in estimated else {}
             writer.commit(answers.round_, state, metrics={**metrics, **_num_converted(answers)})
         assert writer is not None

@@ -125,14 +125,25 @@ def with_products(log: UpdateLog, pairs: Collection[Pair] | None = None) -> Upda
     pairs = pairs_of(log.model) if pairs is None else tuple(pairs)
     if not pairs:
         return log
-    sketched = [name for pair in pairs for name in (pair.first, pair.second) if _is_sketched(log.model, name)]
+    factors = [name for pair in pairs for name in (pair.first, pair.second)]
+    sketched = [name for name in factors if log.model[name].sketch_of is not None]
     if sketched:
         raise InputError(f"adapters: layer {sketched[0]!r} was recorded as a sketch, its product is not known")
     model = _model(log.model, pairs)
     return UpdateLog.lazy(model, [_Made(log, place, pairs, model) for place in range(len(log))])
 
 
-def padded(arrays: Mapping[str, np.ndarray], model: ModelSpec) -> dict[str, np.ndarray]:
+def judged(log: UpdateLog) -> UpdateLog:
+    """What is judged of a recording: `with_products`, or the log itself where something was recorded as a sketch.
+
+    Parameters
+    ----------
+    log : UpdateLog
+    """
+    return log if log.model.is_reduced else with_products(log)
+
+
+def padded(arrays: Mapping[str, np.ndarray], model: ModelSpec, pairs: Collection[Pair]) -> dict[str, np.ndarray]:
     """Adapters of a smaller rank than the model's, filled with zeros, which changes no product.
 
     Parameters
@@ -141,9 +152,11 @@ def padded(arrays: Mapping[str, np.ndarray], model: ModelSpec) -> dict[str, np.n
         Layer -> array, as a client sent them.
     model : ModelSpec
         The layers as they are recorded.
+    pairs : collection of Pair
+        Those of the model.
     """
     filled = dict(arrays)
-    for pair in pairs_of(model):
+    for pair in pairs:
         for name, axis in ((pair.first, 0), (pair.second, 1)):
             if name not in arrays:
                 continue
@@ -167,8 +180,8 @@ class _Made:
     def __call__(self) -> Round:
         round_ = self.log[self.place]
         source = ProductSource(round_.source, round_.global_model, self.pairs, tuple(self.model))
-        zero = {pair.name: np.zeros(self.model[pair.name].shape, np.float32) for pair in self.pairs}
-        state = {name: zero.get(name) if name in zero else round_.global_model[name] for name in self.model}
+        zero = {pair.name: np.broadcast_to(np.float32(0), self.model[pair.name].shape) for pair in self.pairs}
+        state = {name: zero[name] if name in zero else round_.global_model[name] for name in self.model}
         return replace(round_, updates=source, global_model=state)
 
 
@@ -276,10 +289,9 @@ class Factors:
     @classmethod
     def of(cls, source: Source, state: Mapping[str, np.ndarray], pair: Pair) -> "Factors":
         """The factors of an adapter's updates."""
-        first, second = (_matrices(source[name], keep) for name, keep in ((pair.first, 1), (pair.second, 1)))
-        before_first, before_second = (
-            _matrices(np.asarray(state[name])[None], 1)[0] for name in (pair.first, pair.second)
-        )
+        names = pair.first, pair.second
+        first, second = (_matrices(source[name]) for name in names)
+        before_first, before_second = (_matrices(np.asarray(state[name])[None])[0] for name in names)
         with np.errstate(all="ignore"):
             after = before_first + first
         left = np.concatenate([second, np.broadcast_to(before_second, second.shape)], axis=2)
@@ -358,10 +370,6 @@ def _fit(first: Layer, second: Layer) -> bool:
     return min(map(len, shapes)) > 1 and shapes[0][0] == shapes[1][1] and math.prod(shapes[1][2:]) == 1
 
 
-def _is_sketched(model: ModelSpec, name: str) -> bool:
-    return model[name].sketch_of is not None
-
-
 def _model(model: ModelSpec, pairs: Sequence[Pair]) -> ModelSpec:
     """The model with a layer for each product, in the place of the first of its two layers."""
     of_first, seconds = {pair.first: pair for pair in pairs}, {pair.second for pair in pairs}
@@ -378,6 +386,6 @@ def _model(model: ModelSpec, pairs: Sequence[Pair]) -> ModelSpec:
     return ModelSpec(tuple(layers), *final)
 
 
-def _matrices(array: np.ndarray, axis: int) -> np.ndarray:
-    """[client, a, b, ...] as float64 [client, a, b ...] with what follows the first dimension flattened."""
-    return array.reshape(*array.shape[: axis + 1], -1).astype(np.float64)
+def _matrices(array: np.ndarray) -> np.ndarray:
+    """[client, a, b, ...] as float64 [client, a, number]."""
+    return array.reshape(*array.shape[:2], -1).astype(np.float64)

@@ -27,6 +27,7 @@ HEAD = re.compile(
 )
 DEPTH = 3  # leading parts of a name in which the name of a head counts
 TRANSPOSED = re.compile(r"transpose|deconv|^up(conv)?\d*$", re.IGNORECASE)
+MAGNITUDE = re.compile(r"(weight_g|parametrizations\.weight\.original0)$")  # beside the direction, in weight norm
 PLACE = re.compile(r"^(arr_|array_|param_|layer_|p|w|v)?\d+$", re.IGNORECASE)  # a name that is a place in a list
 
 
@@ -91,7 +92,7 @@ def final_layer_of(parameters: Sequence[Shaped]) -> FinalLayer:
     >>> model.final_weight, model.final_bias, model.num_units("out/kernel")
     ('out/kernel', 'out/bias', 4)
     """
-    candidates = [_Candidate(layer, _bias_of(layer, parameters)) for layer in parameters if len(layer.sent_shape) > 1]
+    candidates = _candidates(parameters)
     takers = [each for each in candidates if not MAGNITUDE.search(each.layer.name)]
     candidates = [each for each in candidates if not each.is_aside]
     if not candidates:
@@ -124,7 +125,7 @@ def named_final_layer(parameters: Sequence[Shaped], name: str) -> FinalLayer:
     InputError
         Where the model has no such layer, or the module has several weights.
     """
-    candidates = [_Candidate(layer, _bias_of(layer, parameters)) for layer in parameters if len(layer.sent_shape) > 1]
+    candidates = _candidates(parameters)
     exact = [each for each in candidates if name in (each.layer.name, each.bias_name)]
     found = exact or [each for each in candidates if each.module == name and not MAGNITUDE.search(each.layer.name)]
     if len(found) == 1:
@@ -138,28 +139,21 @@ def named_final_layer(parameters: Sequence[Shaped], name: str) -> FinalLayer:
     raise InputError(f"final layer: the model has no layer {name!r:.80}, only {several([p.name for p in parameters])}")
 
 
-def unit_axis(layer: Shaped, parameters: Sequence[Shaped]) -> int:
-    """The dimension of a layer that has an entry for each of its classes, outputs or filters.
+def unit_axes(parameters: Sequence[Shaped]) -> dict[str, int]:
+    """Layer -> the dimension that has an entry for each of its classes, outputs or filters.
 
     Parameters
     ----------
-    layer : Layer
-        One of the parameters.
     parameters : sequence of Layer
-        In the order of the model; the layer's bias may be among them.
+        In the order of the model.
 
     Returns
     -------
-    int
-        0 as in torch, the last one for kernels as in Keras and flax, 1 for transposed convolutions of torch; where
-        neither name nor bias tells, 0.
+    dict of str to int
+        Of the layers of two or more dimensions: 0 as in torch, the last one for kernels as in Keras and flax, 1 for
+        transposed convolutions of torch; where neither name nor bias tells, 0.
     """
-    if len(layer.sent_shape) < 2:
-        return 0
-    return _Candidate(layer, _bias_of(layer, parameters)).axis or 0
-
-
-MAGNITUDE = re.compile(r"(weight_g|parametrizations\.weight\.original0)$")
+    return {each.layer.name: each.axis or 0 for each in _candidates(parameters)}
 
 
 @dataclass(frozen=True)
@@ -269,17 +263,25 @@ def _is_taken(each: _Candidate, takers: Collection[_Candidate]) -> bool:
     return any(other.takes(each.outputs, flattened=flattened) for other in takers if other.layer is not each.layer)
 
 
-def _bias_of(weight: Shaped, parameters: Sequence[Shaped]) -> Shaped | None:
-    """The bias of a weight: of its module, or the layer right after it where names are no modules."""
-    by_name: Mapping[str, Shaped] = {layer.name: layer for layer in parameters}
+def _candidates(parameters: Sequence[Shaped]) -> list[_Candidate]:
+    """The layers of two or more dimensions, each with its bias: of its module, or right after it without modules."""
+    by_name = {layer.name: layer for layer in parameters}
+    followers = [*parameters[1:], None]
+    return [
+        _Candidate(layer, _bias_of(layer, by_name, after))
+        for layer, after in zip(parameters, followers, strict=True)
+        if len(layer.sent_shape) > 1
+    ]
+
+
+def _bias_of(weight: Shaped, by_name: Mapping[str, Shaped], after: Shaped | None) -> Shaped | None:
     module = _module(weight.name)
-    if module != weight.name or weight.name in WEIGHTS:
+    if module != weight.name:
         names = [weight.name[: len(module) + 1] + "bias"] if module else ["bias"]
         names += [f"{name.removesuffix('bias')}base_layer.bias" for name in names]
         beside = [by_name[name] for name in names if name in by_name]
     else:
-        position = [layer.name for layer in parameters].index(weight.name)
-        beside = list(parameters[position + 1 : position + 2])
+        beside = [] if after is None else [after]
     return next((b for b in beside if len(b.sent_shape) == 1 and b.sent_shape[0] in weight.sent_shape), None)
 
 

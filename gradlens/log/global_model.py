@@ -51,10 +51,10 @@ def _buffers_by_place(arrays: Mapping[str, np.ndarray]) -> list[str]:
     if not all(PLACE.match(name) for name in arrays):
         return []
     names, found = list(arrays), []
-    for place, name in enumerate(names):
-        array, (*_, first, second) = arrays[name], ["", "", *names[:place]]
-        if array.size == 1 and array.dtype.kind in "iu" and place > 1 and _are_vectors(arrays, [first, second]):
-            found += [first, second]
+    for *statistics, counter in zip(names, names[1:], names[2:], strict=False):
+        is_counter = arrays[counter].size == 1 and arrays[counter].dtype.kind in "iu"
+        if is_counter and _are_vectors(arrays, statistics):
+            found += statistics
     alike = [list(group) for _, group in groupby(names, key=lambda name: arrays[name].shape)]
     for group in alike:
         if len(group) in (4, 5) and _are_vectors(arrays, group) and not (arrays[group[-1]] < 0).any():

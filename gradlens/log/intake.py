@@ -7,12 +7,13 @@ Nothing that a client sent raises an error: it becomes a row of the round, or a 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from gradlens.errors import InputError
-from gradlens.log.adapters import padded
+from gradlens.log.adapters import Pair, padded, pairs_of
 from gradlens.log.arrays import State as State
 from gradlens.log.arrays import Unfit as Unfit
 from gradlens.log.arrays import as_array as as_array
@@ -121,6 +122,7 @@ def received(
     reduction = None if reduction is None or reduction.is_full else reduction
     checks = _Checks(model, global_model, as_models, reduction, partial)
     arrived: dict[tuple[str, int], list[_Answer | Unfit]] = {}
+    latest: dict[str, int] = {}
     claims: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for client, state in sent.items() if isinstance(sent, Mapping) else sent:
@@ -129,9 +131,11 @@ def received(
             refused[name] = fault
         claims.setdefault(name, 1 if num_examples is None else _claim_of(client, name, num_examples))
         start, state = (state.round, state.state) if isinstance(state, StartedFrom) else (index, state)
-        arrived.setdefault((name, start), []).append(checks.answer(state, _base(start, index, global_model, base)))
+        origin = _base(start, index, global_model, base)
+        start = index if isinstance(origin, Unfit) else start
+        arrived.setdefault((name, start), []).append(checks.answer(state, origin))
+        latest[name] = max(start, latest.get(name, 0))
         del state  # the next answer may need its memory
-    latest = {name: max(start for other, start in arrived if other == name) for name, _ in arrived}
     answers: dict[str, list[_Answer | Unfit]] = {}
     started: dict[str, int] = {}
     for (name, start), several_answers in arrived.items():
@@ -185,16 +189,21 @@ class _Checks:
     reduction: Reduction | None
     partial: bool
 
+    @cached_property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The adapters of the model."""
+        return pairs_of(self.model)
+
     def answer(self, state: Any, base: Mapping[str, np.ndarray] | Unfit) -> _Answer | Unfit:
         """What is kept of an answer, or why it cannot be recorded; base: the global model that it started from."""
         try:
             if isinstance(base, Unfit):
                 raise base
             arrays, kinds = _arrays(state)
-            if self.as_models:
-                arrays = padded(arrays, self.model)
+            if self.as_models and self.pairs:
+                arrays = padded(arrays, self.model, self.pairs)
             if self.partial:
-                arrays = {name: array for name, array in arrays.items() if name in set(self.model)}
+                arrays = {name: arrays[name] for name in self.model if name in arrays}
             if fault := self._fault(arrays, base):
                 raise Unfit(fault)
         except Unfit as reason:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from gradlens.errors import InputError
-from gradlens.log.final_layer import FinalLayer, final_layer_of, named_final_layer, unit_axis
+from gradlens.log.final_layer import FinalLayer, final_layer_of, named_final_layer, unit_axes
 
 DTYPES = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8")
 
@@ -201,9 +201,8 @@ class ModelSpec:
     @cached_property
     def unit_axes(self) -> Mapping[str, int]:
         """Layer -> which of its recorded dimensions counts its units."""
-        parameters = [self[name] for name in self.parameters]
-        axes = {each.name: unit_axis(each, parameters) if each.sketch_of is None else 0 for each in parameters}
-        return {name: axes.get(name, 0) for name in self}
+        axes = unit_axes([self[name] for name in self.parameters])
+        return {layer.name: axes.get(layer.name, 0) if layer.sketch_of is None else 0 for layer in self.layers}
 
     @cached_property
     def _by_name(self) -> dict[str, Layer]:

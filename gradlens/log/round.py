@@ -197,11 +197,12 @@ class Round:
         positions = np.arange(len(self.clients))[selection]
         judgment = Judgment(self.finite[positions], self.comparable[positions])
         moments = {name: array[positions] for name, array in self.moments.items()}
-        chosen = set(self.clients[positions].tolist())
+        clients = self.clients[positions]
+        started = {client: start for client, start in self.started.items() if (clients == client).any()}
         return replace(
             self,
-            started={client: start for client, start in self.started.items() if client in chosen},
-            clients=self.clients[positions],
+            started=started,
+            clients=clients,
             num_examples=self.num_examples[positions],
             updates=self.source.take(positions, self._products, judgment),
             moments=moments,
