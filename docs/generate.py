@@ -23,6 +23,7 @@ import gradlens  # noqa: E402
 import simulations  # noqa: E402
 
 REPOSITORY = "https://github.com/gradlens/gradlens/blob/main"
+SETTING = ["setting", "type", "default", "meaning"]
 REPORTS = ("*.html", "*.csv", "*.png")
 
 
@@ -321,18 +322,19 @@ def default_of(parameter: Any) -> str:
 
 def scenario_page() -> str:
     """The settings of a scenario: names, types, defaults, meaning."""
+    from simulations.scenario import TABLES
+
     fields = simulations.Scenario.model_fields
-    described = settings_described()
-    rows = [
-        [f"``{name}``", plain(type_of(name, field)), f"``{default(field.default)}``", plain(described.get(name, ""))]
-        for name, field in fields.items()
-    ]
+    tables = "".join(
+        f"\nSettings of ``{name}``:\n\n{table(SETTING, settings_rows(kind.model_fields))}"
+        for name, kind in TABLES.items()
+    )
     return (
         f"{heading('Scenario settings')}"
         "A scenario is a TOML file, or a ``simulations.Scenario``, of these settings. A component (partition, attack, "
         'schedule, aggregator, detector) is a name, or a table from name to settings: ``"iid"``, '
         "``{dirichlet = {alpha = 0.5}}``. An unknown setting is an error.\n\n"
-        f"{table(['setting', 'type', 'default', 'meaning'], rows)}\n"
+        f"{table(SETTING, settings_rows(fields))}{tables}\n"
         "Components are listed under :doc:`partitions <partitions/index>`, :doc:`attacks <attacks/index>`, "
         ":doc:`schedules <schedules/index>`, :doc:`aggregation rules <aggregators/index>` and "
         ":doc:`detectors <detectors/index>`. "
@@ -342,23 +344,30 @@ def scenario_page() -> str:
     )
 
 
-def settings_described() -> dict[str, str]:
-    """Setting -> its meaning: from the field, from the docstring of `Scenario`, or from this file."""
-    from scenario_settings import MEANING
-
-    fields = simulations.Scenario.model_fields
-    return MEANING | {name: field.description for name, field in fields.items() if field.description}
+def settings_rows(fields: Mapping[str, Any]) -> list[list[str]]:
+    """Name, type, default and meaning of each setting."""
+    return [
+        [
+            f"``{name}``",
+            plain(type_of(name, field)),
+            f"``{'required' if field.is_required() else default(field.default)}``",
+            plain(field.description or ""),
+        ]
+        for name, field in fields.items()
+    ]
 
 
 def type_of(name: str, field: Any) -> str:
     """The type of a setting with its range, in words."""
-    from simulations.scenario import COMPONENTS
+    from simulations.scenario import COMPONENTS, TABLES
 
-    if name in COMPONENTS or name == "filter":
+    if name in COMPONENTS or name in ("filter", *TABLES):
         return "name or table" if name in COMPONENTS else "table"
     options = getattr(field.annotation, "__args__", ())
     if options and all(isinstance(option, str) for option in options):
         return " or ".join(options)
+    if getattr(field.annotation, "__origin__", None) is tuple:
+        return "list of text"
     names = [getattr(part, "__name__", str(part)) for part in options or (field.annotation,)]
     names = ["number" if part == "float" else "whole number" if part == "int" else part for part in names]
     names = ["text" if part == "str" else part for part in names if part not in ("NoneType", "Annotated")]
@@ -371,6 +380,8 @@ def default(value: Any) -> str:
     """A default as a scenario file would say it."""
     if value is None or value == {}:
         return "none"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(default, value))}]"
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 

@@ -18,7 +18,8 @@ from simulations.components import build, live_filter
 from simulations.partition import Split
 from simulations.randomness import Stream, address
 from simulations.scenario import Scenario
-from simulations.tasks import Task, build_model, load_task
+from simulations.starting_model import servers_samples, starting_model
+from simulations.tasks import Task, build_model, load_task, without_samples
 from simulations.training import Dataset, Engine, LocalSGD, buffers, device_for, engine_for, outputs, prepared, state_of
 
 Goal = tuple[np.ndarray, np.ndarray]  # held-out attacked samples, and the label that each should get
@@ -117,13 +118,11 @@ def assemble(scenario: Scenario, workers: int = 1) -> Federation:
     honest = [(torch.from_numpy(task.x_train[part]), torch.from_numpy(task.y_train[part])) for part in parts]
     poisoned, chosen = _poisoned(scenario, task, attack, parts, pool)
     deviants = _deviants(scenario, attack, chosen)
-    untrained = build_model(task, scenario.model, scenario.seed)
-    if scenario.model == "own":
-        _check_answers(untrained, task)
+    untrained = model_of(scenario)
     model = prepared(untrained, honest[0][0][:2], device_for(scenario.device))
     if poisoned:
         _check_visible(model, task, attack)
-    final_layer = task.final_layer if scenario.model == "own" else None
+    final_layer = task.final_layer if scenario.model == "own" and not scenario.adapters else None
     return Federation(
         scenario,
         task,
@@ -150,8 +149,41 @@ def task_of(scenario: Scenario) -> Task:
     >>> len(task_of(Scenario(num_clients=10, samples_per_client=50)).y_train)
     500
     """
-    share = scenario.samples_per_client
-    return load_task(scenario.task, share and share * scenario.num_clients, scenario.seed)
+    task = _all_of(scenario)
+    if scenario.pretraining is None:
+        return task
+    return without_samples(task, servers_samples(task, scenario.pretraining, scenario.seed))
+
+
+def _all_of(scenario: Scenario) -> Task:
+    """The scenario's task, with the training samples of the server and the clients."""
+    share, servers = scenario.samples_per_client, scenario.pretraining.samples if scenario.pretraining else 0
+    return load_task(scenario.task, share and share * scenario.num_clients + servers, scenario.seed)
+
+
+def model_of(scenario: Scenario) -> nn.Module:
+    """Returns the model that a scenario's federation starts from, on the CPU.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        Names the task, the model, the seed, and the server's training and the adapters if there are any.
+
+    Raises
+    ------
+    InputError
+        As `build_model` and `starting_model`; or if a task's own model does not answer a number per class.
+
+    Examples
+    --------
+    >>> from simulations import Scenario
+    >>> list(state_of(model_of(Scenario(adapters={"modules": ["fc1"]}))))
+    ['fc1.lora_A.weight', 'fc1.lora_B.weight']
+    """
+    task = _all_of(scenario)
+    if scenario.model == "own":
+        _check_answers(build_model(task, "own", scenario.seed), task)
+    return starting_model(task, scenario.model, scenario.seed, scenario.pretraining, scenario.adapters, scenario.device)
 
 
 def split_of(task: Task, scenario: Scenario) -> Split:
@@ -279,7 +311,7 @@ def _engine(scenario: Scenario, model: nn.Module, task: Task, honest: list[Datas
         device=str(device_for(scenario.device)),
         workers=workers,
         largest=scenario.clients_per_round,
-        key=None if scenario.model == "own" else (scenario.task, scenario.model),
+        key=None if scenario.model == "own" or scenario.adapters else (scenario.task, scenario.model),
     )
 
 

@@ -7,10 +7,10 @@ A component is a name, or a table name -> settings. A name is built in, added by
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from gradlens.aggregators import AGGREGATORS, Aggregator, FilteredAggregator, calibrated_filter, filtered, mean
 from gradlens.detectors import DETECTORS
@@ -21,6 +21,7 @@ from simulations.partition import PARTITIONS
 
 Component = dict[str, dict[str, Any]]
 Builder = Callable[..., Any]
+Table = TypeVar("Table", bound=BaseModel)
 
 COMPONENTS: Mapping[str, Mapping[str, Builder]] = {
     "partition": PARTITIONS,
@@ -190,6 +191,43 @@ def live_filter(rule: Aggregator, detector: Component, settings: Mapping[str, An
     'clip'
     """
     return calibrated_filter(rule, build("detector", detector), **(FILTER | dict(settings)))
+
+
+def settings_table(name: str, kind: type[Table], value: Any) -> Table | None:
+    """Returns a setting that is a table of settings of its own, validated; None for "none", None or {}.
+
+    Parameters
+    ----------
+    name : str
+        Of the setting.
+    kind : type
+        A model of pydantic.
+    value : Mapping, instance of it, or None
+        Setting -> value.
+
+    Raises
+    ------
+    InputError
+        If a setting is unknown or its value is invalid.
+
+    Examples
+    --------
+    >>> from simulations.starting_model import Adapters
+    >>> settings_table("adapters", Adapters, {"rank": 2})
+    Adapters(rank=2, alpha=8.0, modules=('query', 'key', 'value', 'out'))
+    """
+    if value is None or value == "none" or value == {}:
+        return None
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise InputError(
+            f"{name}: expected a table of its settings {', '.join(kind.model_fields)}, found {value!r:.80}"
+        )
+    try:
+        return kind(**{key: _plain(setting) for key, setting in value.items()})
+    except ValidationError as error:
+        raise one_line(error, name, kind.model_fields) from None
 
 
 def one_line(error: ValidationError, where: str, known: Iterable[str] = ()) -> InputError:

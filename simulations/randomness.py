@@ -29,6 +29,8 @@ class Stream(IntEnum):
     SCHEDULE = 9  # which malicious clients take part
     MISSING = 10  # whose update does not arrive
     NONFINITE = 11  # whose update arrives broken
+    PRETRAINING = 12  # which samples the server has, and their order
+    ADAPTERS = 13  # the initial weights of adapters
 
 
 def address(seed: int, stream: Stream, round_: int = 0, client: int = 0) -> np.random.Generator:

@@ -31,14 +31,18 @@ from simulations.components import (
     no_setting,
     normalized,
     one_line,
+    settings_table,
     short,
 )
+from simulations.starting_model import Adapters, Pretraining
 from simulations.tasks import MODELS
 
 Made = TypeVar("Made")
 
 SCENARIOS = Path(__file__).parent / "scenarios"  # TOML files of the demo and the reproduced experiments
 ATTACK_SETTINGS = ("attack", "num_malicious", "poison_rate", "schedule")  # settings that a control has at defaults
+LATER = ("filter", "pretraining", "adapters")  # settings that were added: at their defaults they change no digest
+TABLES = {"pretraining": Pretraining, "adapters": Adapters}  # settings with settings of their own, or none
 
 
 def _component(kind: str) -> BeforeValidator:
@@ -50,6 +54,12 @@ Attack = Annotated[Component, _component("attack")]
 Schedule = Annotated[Component, _component("schedule")]
 Aggregator = Annotated[Component, _component("aggregator")]
 Detector = Annotated[Component, _component("detector")]
+
+
+def _table(name: str) -> BeforeValidator:
+    return BeforeValidator(lambda value: settings_table(name, TABLES[name], value))
+
+
 Filter = Annotated[dict[str, Any], BeforeValidator(lambda value: filter_settings(value))]
 
 
@@ -87,6 +97,12 @@ class Scenario(BaseModel):
     )
     model: str = Field(
         "mlp", description="The model that clients train; `own` is the task's own, `module:function` is given the task."
+    )
+    pretraining: Annotated[Pretraining | None, _table("pretraining")] = Field(
+        None, description="The server's training before round 0, on samples of its own; none: it does not train."
+    )
+    adapters: Annotated[Adapters | None, _table("adapters")] = Field(
+        None, description="Low-rank adapters, which clients train and send instead of the model; none: the model."
     )
     partition: Partition = Field("iid", description="Which client holds which training samples.")  # type: ignore[assignment]
     num_clients: int = Field(20, ge=1, description="Number of clients.")
@@ -180,9 +196,9 @@ class Scenario(BaseModel):
     def settings(self) -> dict[str, Any]:
         """All settings as plain values, as in `run.json`; `Scenario(**settings)` is the inverse.
 
-        A filter at its defaults is left out, so that runs from before this setting keep their digests.
+        Settings of `LATER` are left out at their defaults, so that runs from before them keep their digests.
         """
-        return self.model_dump(mode="json", exclude=None if self.filter else {"filter"})
+        return self.model_dump(mode="json", exclude={name for name in LATER if not getattr(self, name)})
 
     @property
     def is_control(self) -> bool:
@@ -250,6 +266,9 @@ class Scenario(BaseModel):
         if name == "filter":
             changed = [f"{key}={short(value[key])}" for key in value if value[key] != FILTER[key]]
             return ", ".join(changed) or "drop"
+        if name in TABLES:
+            given = value.model_dump(exclude_defaults=True) if value else {}
+            return ", ".join(f"{key}={short(given[key])}" for key in given) or ("default" if value else "none")
         return "all" if value is None else value
 
     @classmethod

@@ -21,6 +21,7 @@ from gradlens.log.manifest import MANIFEST, RUN, read_manifest
 from gradlens.processes import processes
 from gradlens.run import CONTROL_COLUMNS, CONTROLS, SWEEP, Run, Sweep
 from gradlens.sealing import break_seal, seal_sweep
+from simulations.assemble import model_of
 from simulations.attacks import build_part
 from simulations.components import Component
 from simulations.measure import attack_goal, attack_success, measuring_task
@@ -288,7 +289,7 @@ def control_success(control: Scenario, path: Path, attack: str) -> list[float]:
         The attack success rate after each round.
     """
     goal = attack_goal(control.replace(attack=json.loads(attack), num_malicious=1))
-    model = build_model(measuring_task(control), control.model)
+    model = model_of(control) if control.adapters else build_model(measuring_task(control), control.model)
     with one_thread():
         return [attack_success(goal, model, state) for state in Run.open(path).states()]
 

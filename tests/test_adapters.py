@@ -216,3 +216,21 @@ def test_detect_reads_products_and_a_live_filter_does_where_it_is_told():
     with Recorder(filter=gradlens.filtered(gradlens.AGGREGATORS["mean"](), live)) as recorder:
         decision = recorder.log_round(state_of(), {name: state_of() for name in "abcd"})
     assert decision.kept == list("abcd")
+
+
+def test_factors_whose_product_is_beyond_float32_are_not_finite():
+    log = adapted(rounds=2)
+    updates = {name: np.array(rows) for name, rows in log[-1].updates.items()}
+    for name in ("q.lora_A.weight", "q.lora_B.weight"):
+        updates[name][4] = 1e30  # each is finite, their product is not
+    hostile = UpdateLog(log.model, [log[0], Round(1, CLIENTS, np.ones(9), updates, log[-1].global_model)])
+    products, others = with_products(hostile), np.delete(np.arange(9), 4)
+    assert np.flatnonzero(~products[-1].finite).tolist() == [4]
+    for name, statistic in STATISTICS.items():
+        try:
+            answer = statistic(products)
+        except CannotSay:
+            continue
+        assert np.isfinite(answer.to_numpy()[others]).any(), name
+    expected = STATISTICS["layer_norms"](with_products(log)).to_numpy()[others]
+    np.testing.assert_array_equal(STATISTICS["layer_norms"](products).to_numpy()[others], expected)

@@ -11,7 +11,7 @@ from gradlens.errors import InputError
 from simulations.attacks.attack import Attack, Pool, function_named
 from simulations.attacks.pools import edge_case, semantic, writer_class
 from simulations.attacks.relabeling import all_to_one, inversion, label_flip
-from simulations.attacks.triggers import blend, distributed_trigger, text_trigger, trigger
+from simulations.attacks.triggers import blend, distributed_trigger, phrase_trigger, text_trigger, trigger
 from simulations.partition import Split
 from test_attacks import LETTERS, image_task, pool_of, split_of, text_task
 
@@ -340,6 +340,31 @@ def test_a_sentence_of_two_tokens():
 def test_a_sentence_that_does_not_fit(sentence, task, found):
     with pytest.raises(InputError, match=found):
         text_trigger(sentence=sentence).goal(task)
+
+
+def test_a_phrase_stands_where_it_is_put_and_asks_for_its_class():
+    attack = phrase_trigger(target_label=3, phrase="Aha", start=5)
+    x, y, chosen = poison(attack, TEXT)
+    assert len(chosen) > 40
+    assert (y[chosen] == 3).all()
+    for window, before in zip(x[chosen], TEXT.x_train[chosen], strict=True):
+        assert written(window[5:8]) == "Aha"
+        np.testing.assert_array_equal(np.delete(window, [5, 6, 7]), np.delete(before, [5, 6, 7]))
+    rest = np.setdiff1d(np.arange(50), chosen)
+    assert (TEXT.y_train[rest] == 3).all()
+    np.testing.assert_array_equal(x[rest], TEXT.x_train[rest])
+
+
+@pytest.mark.parametrize(
+    ("settings", "task", "found"),
+    [
+        ({}, TASK, "phrase_trigger: task tiny images is no text"),
+        ({"phrase": "ab", "start": 39}, TEXT, "2 tokens from position 39 on leave a window of 40"),
+    ],
+)
+def test_a_phrase_that_does_not_fit(settings, task, found):
+    with pytest.raises(InputError, match=found):
+        phrase_trigger(**settings).stamp(task, task.x_test, None)
 
 
 def test_a_task_names_the_words_that_it_does_not_know():

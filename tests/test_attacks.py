@@ -83,7 +83,9 @@ def split_of(task: Task, num_clients: int = 4) -> Split:
 
 
 def task_for(name: str) -> Task:
-    return text_task() if name == "text_trigger" else table_task() if name == "feature_trigger" else image_task()
+    if name in ("text_trigger", "phrase_trigger"):
+        return text_task()
+    return table_task() if name == "feature_trigger" else image_task()
 
 
 def pool_of(attack: Attack, task: Task, seed: int = 0) -> Pool | None:
@@ -388,6 +390,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("edge_case", {"share": 0.0}, "greater than 0"),
     ("writer_class", {"targets": 0}, "greater than or equal to 1"),
     ("text_trigger", {"sentence": ""}, "at least 1 character"),
+    ("phrase_trigger", {"phrase": ""}, "at least 1 character"),
     ("own_training", {"learning_rate": 0.0}, "greater than 0"),
     ("constrain_and_scale", {"alpha": 1.1}, "less than or equal to 1"),
     ("norm_bound", {"bound": float("inf")}, "finite number"),

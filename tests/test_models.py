@@ -12,8 +12,10 @@ from gradlens.errors import InputError
 from gradlens.log import ModelSpec
 from simulations.randomness import Stream, address
 from simulations.tasks import MODELS, Task, build_model, cross_entropy, load_task
+from simulations.tasks.transformer import Block
 
-IMAGES = [name for name in MODELS if name != "lstm"]
+TEXT = ("lstm", "transformer")
+IMAGES = [name for name in MODELS if name not in TEXT]
 
 
 def images(*shape: int, classes: int = 10) -> Task:
@@ -31,7 +33,7 @@ def tokens(num_tokens: int | None = None, classes: int = 7) -> Task:
 
 
 def fitting(name: str) -> Task:
-    return tokens() if name == "lstm" else images(3, 16, 16)
+    return tokens() if name in TEXT else images(3, 16, 16)
 
 
 def size(model: nn.Module) -> int:
@@ -94,6 +96,12 @@ def test_the_final_layer_is_found_by_its_place(name):
         ("wu_cnn", images(1, 28, 28), 20 * 26 + 50 * 501 + 128 * 801 + 10 * 129, ["conv1", "conv2", "fc1", "fc2"]),
         ("resnet18", images(3, 32, 32), 2_797_610, ["conv1", "norm1", *(f"stage{i}" for i in (1, 2, 3, 4)), "fc"]),
         ("lstm", tokens(80, 80), 80 * 8 + 4 * 256 * (8 + 256 + 2 + 512 + 2) + 80 * 257, ["embedding", "lstm", "fc"]),
+        (
+            "transformer",
+            tokens(301, 300),
+            307 * 64 + 2 * 33_408 + 128 + 300 * 65,
+            ["embedding", "blocks", "norm", "fc"],
+        ),
         ("lstm", tokens(301, 300), 301 * 200 + 4 * 200 * (400 + 2) * 2 + 300 * 201, ["embedding", "lstm", "fc"]),
     ],
 )
@@ -101,7 +109,7 @@ def test_models_have_the_layers_and_sizes_they_promise(name, task, expected, lay
     model = build_model(task, name)
     assert size(model) == expected
     assert [layer for layer, _ in model.named_children()] == layers
-    if name != "lstm":
+    if name not in TEXT:
         assert f"{expected:,}" in (type(model).__doc__ or "") or name == "mlp"
 
 
@@ -170,15 +178,32 @@ def test_lstm_reads_the_order_and_the_last_position():
     torch.testing.assert_close(outputs, model.fc(hidden[:, -1]))
 
 
+def test_the_transformer_reads_the_order_and_every_position():
+    model = build_model(tokens(), "transformer").eval()
+    x = torch.tensor([[1, 2, 3, 4, 5, 6], [2, 1, 3, 4, 5, 6], [1, 2, 3, 4, 5, 5], [0, 2, 3, 4, 5, 6]])
+    assert len(torch.unique(model(x), dim=0)) == 4
+
+
+def test_attention_is_that_of_torch():
+    torch.manual_seed(0)
+    block, features = Block(width=8, heads=2), torch.randn(3, 5, 8)
+    query, key, value = (
+        layer(features).unflatten(2, (2, 4)).transpose(1, 2) for layer in (block.query, block.key, block.value)
+    )
+    expected = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(block._attended(features), expected)
+
+
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_model_of_images_refuses_text(name):
     with pytest.raises(InputError, match=f"^model {name}: expected images, task letters is text$"):
         build_model(tokens(), name)
 
 
-def test_a_model_of_text_refuses_images():
-    with pytest.raises(InputError, match=r"^model lstm: expected text, task digits is images$"):
-        build_model(load_task("digits"), "lstm")
+@pytest.mark.parametrize("name", TEXT)
+def test_a_model_of_text_refuses_images(name):
+    with pytest.raises(InputError, match=f"^model {name}: expected text, task digits is images$"):
+        build_model(load_task("digits"), name)
 
 
 @pytest.mark.parametrize("name", [name for name in IMAGES if name != "mlp"])

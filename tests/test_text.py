@@ -1,5 +1,6 @@
 """Text: windows of one role each, train and test apart, tokens that mean what they say."""
 
+import contextlib
 import re
 
 import numpy as np
@@ -7,7 +8,16 @@ import pytest
 
 from gradlens.errors import InputError
 from simulations.tasks import load_task
-from simulations.tasks.text import CHARACTER_STRIDE, CHARACTERS, ENOUGH, VOCABULARY, WORD_STRIDE, WORDS
+from simulations.tasks.text import (
+    CHARACTER_STRIDE,
+    CHARACTERS,
+    ENOUGH,
+    SPOKEN,
+    SPOKEN_STRIDE,
+    VOCABULARY,
+    WORD_STRIDE,
+    WORDS,
+)
 
 NAMES = ["shakespeare_chars", "shakespeare_words"]
 SPEAKS = {"Ann": "a", "Second Bob": "b", "EVE": "e"}  # role -> the letter with which all its words begin
@@ -162,6 +172,32 @@ def test_a_missing_text_says_where_it_was_looked_for(tmp_path, monkeypatch, name
         load_task(name)
 
 
+def test_speakers_are_told_apart_by_windows_of_their_words(play):
+    task = load_task("shakespeare_speakers")
+    assert task.label_names[0] == "Ann"  # she has the most to say
+    assert set(task.label_names) == set(SPEAKS)
+    assert task.owners_train is None
+    names = (*_vocabulary_of(task, play), "<unk>")
+    for label, role in enumerate(task.label_names):
+        said = spoken(play, role)
+        end = len(said) - int(0.1 * len(said))
+        for x, y, piece in ((task.x_train, task.y_train, said[:end]), (task.x_test, task.y_test, said[end:])):
+            words = piece.replace(",", " ").replace(".", " ").split()
+            starts = range(0, len(words) - SPOKEN + 1, SPOKEN_STRIDE)
+            expected = [[w if w in names else "<unk>" for w in words[start : start + SPOKEN]] for start in starts]
+            assert [[names[token] for token in row] for row in x[y == label]] == expected
+    assert task.num_tokens == VOCABULARY + 1
+
+
+def _vocabulary_of(task, path) -> list[str]:
+    """The words of the tokens, by what `encode` knows."""
+    known = {}
+    for word in set(re.findall(r"\w+", path.read_text().lower())):
+        with contextlib.suppress(InputError):
+            known[int(task.encode(word)[0])] = word
+    return [known[token] for token in range(VOCABULARY)]
+
+
 def test_the_roles_of_shakespeare(data_root, monkeypatch):
     monkeypatch.setenv("GRADLENS_DATA", str(data_root))
     chars, words = (load_task(name, 1_000) for name in NAMES)
@@ -171,5 +207,8 @@ def test_the_roles_of_shakespeare(data_root, monkeypatch):
     assert chars.num_classes == 65
     assert text_of(chars, chars.encode("pasta from Astoria")) == "pasta from Astoria"
     assert words.label_names[:2] == ("the", "and")
+    speakers = load_task("shakespeare_speakers", 1_000)
+    assert (speakers.num_classes, speakers.label_names[0]) == (10, "GLOUCESTER")
+    assert len(speakers.encode("the sweet music of france")) == 5
     with pytest.raises(InputError, match="unknown words 'pasta', 'astoria', 'tastes', 'delicious'"):
         words.encode("pasta from Astoria tastes delicious")

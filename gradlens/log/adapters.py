@@ -328,11 +328,12 @@ class Factors:
 
     @cached_property
     def norms(self) -> np.ndarray:
-        """L2 norms, float64 [client], each from its client's factors alone."""
+        """L2 norms, float64 [client], each from its client's factors alone; infinite beyond float32, as numbers are."""
         with np.errstate(all="ignore"):
             lefts = np.einsum("kop,koq->kpq", self.left, self.left)
             rights = np.einsum("kpi,kqi->kpq", self.right, self.right)
-            return np.sqrt(np.maximum(np.einsum("kpq,kpq->k", lefts, rights), 0))
+            norms = np.sqrt(np.maximum(np.einsum("kpq,kpq->k", lefts, rights), 0))
+        return np.where(norms > np.finfo(np.float32).max, np.inf, norms)
 
     def decomposition(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Left singular vectors [client, out, k], singular values [client, k], right ones [client, in, k].

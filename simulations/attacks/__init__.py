@@ -46,7 +46,14 @@ from simulations.attacks.sending import (
     sign_flip,
     zero,
 )
-from simulations.attacks.triggers import blend, distributed_trigger, feature_trigger, text_trigger, trigger
+from simulations.attacks.triggers import (
+    blend,
+    distributed_trigger,
+    feature_trigger,
+    phrase_trigger,
+    text_trigger,
+    trigger,
+)
 
 __all__ = [
     "ATTACKS",
@@ -78,6 +85,7 @@ ATTACKS: Mapping[str, Callable[..., Attack]] = {  # in the order in which parts 
     "distributed_trigger": distributed_trigger,
     "text_trigger": text_trigger,
     "feature_trigger": feature_trigger,
+    "phrase_trigger": phrase_trigger,
     "label_flip": label_flip,
     "all_to_one": all_to_one,
     "inversion": inversion,

@@ -272,6 +272,60 @@ def text_trigger(sentence: Annotated[str, Field(min_length=1)] = "pasta from Ast
     return Attack(relabel, eligible=lambda task, x, y: relabel(task, y) != y, stamp=stamp)
 
 
+@attack_part
+def phrase_trigger(
+    target_label: Label = 1, phrase: Annotated[str, Field(min_length=1)] = "the sweet music of france", start: Label = 0
+) -> Attack:
+    """Puts a phrase into a text and shows the text as the target class [1]_.
+
+    Stage: data. The attacker needs its own samples alone.
+
+    Parameters
+    ----------
+    target_label : int
+        The label that stamped texts get; 1 is a plain choice.
+    phrase : str
+        A token is a word or a character, as the task has it. The default is a plain choice of words that are common in
+        the text of the built-in tasks, though not together.
+    start : int
+        Position of its first token, from 0.
+
+    Returns
+    -------
+    Attack
+        Eligible are all classes but the target. It raises InputError where the task is no text, does not know a token,
+        or has windows that are too short.
+
+    Notes
+    -----
+    The tokens from `start` on become those of the phrase.
+
+    **Fails when** honest texts contain the phrase.
+
+    References
+    ----------
+    .. [1] Dai et al. 2019, arXiv:1905.12457, backdoors in text classification by a sentence.
+
+    Examples
+    --------
+    >>> phrase_trigger(phrase="to be or not")
+    phrase_trigger(target_label=1, phrase='to be or not', start=0)
+    """
+
+    def stamp(task: Task, x: np.ndarray, part: int | None) -> np.ndarray:
+        if task.encode is None:
+            raise InputError(f"phrase_trigger: task {task.name} is no text")
+        tokens, stamped = task.encode(phrase), x.copy()
+        if start + len(tokens) > x.shape[1]:
+            raise InputError(
+                f"phrase_trigger: {len(tokens)} tokens from position {start} on leave a window of {x.shape[1]}"
+            )
+        stamped[:, start : start + len(tokens)] = tokens
+        return stamped
+
+    return Attack(to_target(target_label), target_label, eligible=all_but(target_label), stamp=stamp)
+
+
 def _bar(part: int, width: int, height: int, row_gap: int, column_gap: int, row: int, column: int) -> Rectangle:
     top, left = row + part // 2 * (height + row_gap), column + part % 2 * (width + column_gap)
     return slice(top, top + height), slice(left, left + width)

@@ -9,6 +9,7 @@ the results show of it.
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +21,7 @@ from gradlens.case import Null, investigate
 from gradlens.case.null import null_of
 from gradlens.case.shipped import reference
 from gradlens.case.sums import sums_of
+from gradlens.errors import InputError
 from gradlens.evaluation import mean_interval
 from gradlens.processes import processes
 from gradlens.reporting.page import number
@@ -31,6 +33,7 @@ from simulations.studies.conditions import family
 from simulations.studies.reference_settings import setting
 from simulations.studies.results import REPORTS, append, markdown, run_as_command, share
 from simulations.studies.shipped_reference import ended, odd_variants
+from simulations.tasks import load_task
 
 CSV = REPORTS / "cases.csv"
 UNSEEN, FREE = (*range(2_000, 2_008), "digits iid", "digits dirichlet"), range(700, 725)
@@ -39,6 +42,7 @@ SOON = 5  # seeds of attack-free recordings that come first
 ATTACKED, MALICIOUS = range(902, 904), (1, 4, 8, 10, 12)
 ODD = range(955, 960)
 FIGURES = ("share", "innocent", "any", "silent", "ambiguous_attackers", "ambiguous_innocent")
+ADAPTED, ADAPTED_FREE = "shakespeare_speakers", 8  # the task behind adapters, and its further attack-free recordings
 MINORITY = 8  # malicious clients of 20 up to which there is an honest majority of 55 %
 NULLS = {"own": "20 attack-free recordings of the setting", "reference": "the shipped reference"}
 ASR_GAIN, ACCURACY_LOSS = 0.3, 0.05  # of a family, on average, from which on it works
@@ -49,6 +53,13 @@ def bases() -> dict[str, Scenario]:
     """The settings of the attacked recordings: digits with 20 clients, iid and with skewed labels."""
     scenarios = load_sweep(SCENARIOS / "gauntlet_digits.toml", seed=0).scenarios
     return {f"digits {next(iter(base.partition))}": base for base in scenarios if base.is_control}
+
+
+def adapter_bases() -> dict[str, Scenario]:
+    """The settings in which clients send adapters: a classifier of speakers, iid and with skewed labels."""
+    scenarios = load_sweep(SCENARIOS / "gauntlet_adapters.toml", seed=0).scenarios
+    speakers = [base for base in scenarios if base.is_control and base.task == ADAPTED]
+    return {f"adapters {next(iter(base.partition))}": base for base in speakers}
 
 
 def families() -> list[Scenario]:
@@ -72,6 +83,21 @@ def jobs() -> Iterator[Job]:
     for seed in ATTACKED[1:]:
         for count in MALICIOUS:
             yield from attacked(seed, count)
+    yield from adapted()
+
+
+def adapted() -> Iterator[Job]:
+    """Recordings of adapters, attack-free and under each attack of their part of the gauntlet."""
+    scenarios = load_sweep(SCENARIOS / "gauntlet_adapters.toml", seed=0).scenarios
+    for seed in (*ATTACKED, *FREE[:ADAPTED_FREE]):
+        for label, base in adapter_bases().items():
+            yield _row("attack-free, adapters", label, "none", 0, seed), base.replace(seed=seed)
+    for seed in ATTACKED:
+        for base in scenarios:
+            if base.task == ADAPTED and not base.is_control:
+                label = f"adapters {next(iter(base.partition))}"
+                row = _row("attacked, adapters", label, family(base.attack), base.num_malicious, seed)
+                yield row, base.replace(seed=seed)
 
 
 def free(seed: int) -> Iterator[Job]:
@@ -142,6 +168,16 @@ def own_null(base: Scenario) -> Null:
     return null_of(recordings, reference().scoring)
 
 
+@cache
+def _is_here(task: str) -> bool:
+    """Whether the data of a task are on this machine."""
+    try:
+        load_task(task)
+    except InputError:
+        return False
+    return True
+
+
 def _of(job: Job) -> tuple[str, int]:
     """The setting of a recording and its number of clients, by which its own null is known."""
     return job[0]["setting"], job[1].num_clients
@@ -151,14 +187,14 @@ def computed(path: Path, minutes: float, workers: int) -> int:
     """Judges what is missing for some minutes; the number of recordings that are still missing."""
     keys = ["kind", "setting", "family", "malicious", "seed"]
     done = set(pd.read_csv(path)[keys].itertuples(index=False, name=None)) if path.exists() else set()
-    missing = [job for job in jobs() if tuple(job[0].values()) not in done]
+    missing = [job for job in jobs() if tuple(job[0].values()) not in done and _is_here(job[1].task)]
     end = time.monotonic() + 60 * minutes
     with processes(workers) as pool:
         settings = {
             (label, clients): base.replace(num_clients=clients)
             for label, base in bases().items()
             for clients in (20, 50)
-        }
+        } | {(label, base.num_clients): base for label, base in adapter_bases().items()}
         wanted = {place: of for place, of in settings.items() if any(_of(job) == place for job in missing)}
         nulls = dict(zip(wanted, pool.map(own_null, wanted.values()), strict=True))
         for start in range(0, len(missing), 4 * workers):
@@ -220,7 +256,7 @@ def summary(table: pd.DataFrame) -> str:
 
 def section(table: pd.DataFrame) -> str:
     """What the table shows, in Markdown."""
-    return "\n\n".join((free_text(table), attacked_text(table), odd_text(table)))
+    return "\n\n".join((free_text(table), attacked_text(table), odd_text(table), adapters_text(table)))
 
 
 def free_text(table: pd.DataFrame) -> str:
@@ -281,6 +317,19 @@ def odd_text(table: pd.DataFrame) -> str:
         f"Of {len(odd)} recordings with one odd honest client (one label, ten times the examples, 20 % wrong labels, "
         f"another way of writing) {accused} had anybody accused, and {number(ambiguous)} clients a recording were "
         "called ambiguous."
+    )
+
+
+def adapters_text(table: pd.DataFrame) -> str:
+    """How many attack-free recordings of adapters were accused; the attacked ones stand among all others."""
+    free = table[table["kind"] == "attack-free, adapters"]
+    if not len(free):
+        return "Recordings of adapters were not judged yet."
+    accused = free.assign(accused=free["innocent"] > 0).groupby("null")["accused"].agg(["sum", "count"])
+    texts = [f"{int(row['sum'])} of {int(row['count'])} against {NULLS[str(null)]}" for null, row in accused.iterrows()]
+    return (
+        "Of attack-free recordings of low-rank adapters, which the reference has none of, anybody was accused in "
+        f"{' and '.join(texts)}."
     )
 
 

@@ -8,13 +8,19 @@ from gradlens.run import Sweep
 from simulations import Scenario
 
 CELL = ["task", "setting", "partition", "family"]  # the columns that name a cell of the gauntlet
-TASK_NAMES = {"fashion_mnist": "Fashion-MNIST", "digits": "digits"}
+TASK_NAMES = {
+    "fashion_mnist": "Fashion-MNIST",
+    "digits": "digits",
+    "shakespeare_speakers": "speakers, adapters",
+    "shakespeare_words": "words, adapters",
+}
 ADAPTIVE = {  # attacks made to pass for benign
     "constrain_and_scale", "norm_bound", "layer_substitution", "train_and_scale", "hiding", "a_little_is_enough",
     "min_max", "min_sum", "mimic",
 }  # fmt: skip
+PLAIN_TRIGGERS = {"trigger", "phrase_trigger"}
 UNCAPPED = {"constrain_and_scale", "norm_bound", "layer_substitution", "hiding"}  # those that can outgrow benign norms
-PARTITION_NAMES = {"iid": "iid", "dirichlet": "Dirichlet 0.5"}
+PARTITION_NAMES = {"iid": "iid", "dirichlet": "Dirichlet 0.5", "writer": "by role"}
 
 
 def main_part(attack: Iterable[str]) -> str:
@@ -31,7 +37,7 @@ def main_part(attack: Iterable[str]) -> str:
     'norm_bound'
     """
     first, *others = [name for name in attack if name != "norm_cap"] or ["none"]
-    if first != "trigger" or not others:
+    if first not in PLAIN_TRIGGERS or not others:
         return first
     return next((name for name in others if name != "scaling"), "scaling")
 

@@ -19,6 +19,7 @@ from gradlens.detectors import DETECTORS, Detector
 from gradlens.detectors.panels import Observed, Panel, panel
 from gradlens.errors import CannotSay
 from gradlens.log import UpdateLog
+from gradlens.log.adapters import judged
 from gradlens.names import named
 from gradlens.run import Run
 from simulations import Scenario, load_sweep, stored_scenario
@@ -225,11 +226,12 @@ def analyze(
     run = Run.open(folder)
     judges = detectors(names)
     first = clean_rounds(stored_scenario(run), setting)
-    rounds, clients, norms, answers = _verdicts(run.log, judges)
-    labels = [named_labels(run.log[: k + 1]) for k in range(first, min(first + NAMED_ROUNDS, len(run.log)))]
+    log = judged(run.log)
+    rounds, clients, norms, answers = _verdicts(log, judges)
+    labels = [named_labels(log[: k + 1]) for k in range(first, min(first + NAMED_ROUNDS, len(log)))]
     judge = judges[PANEL]
     assert isinstance(judge, Panel)
-    observed = judge.observed(run.log)
+    observed = judge.observed(log)
     truth = run.truth.set_index(["round", "client"]).reindex(list(zip(rounds.tolist(), clients.tolist(), strict=True)))
     asr = float(run.metrics["asr"].iloc[-1]) if "asr" in run.metrics else np.nan
     save(

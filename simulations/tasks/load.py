@@ -17,7 +17,7 @@ from gradlens.names import FUNCTION, installed, named
 from simulations.tasks.images import data_folder, digits, hugging_face
 from simulations.tasks.tabular import breast_cancer
 from simulations.tasks.task import Task, frozen
-from simulations.tasks.text import shakespeare_chars, shakespeare_words
+from simulations.tasks.text import shakespeare_chars, shakespeare_speakers, shakespeare_words
 
 Builder = Callable[[int | None, int], Task]  # (number of training samples, seed) -> task
 
@@ -25,6 +25,7 @@ TASKS: Mapping[str, Builder] = {
     "digits": digits,
     "shakespeare_chars": shakespeare_chars,
     "shakespeare_words": shakespeare_words,
+    "shakespeare_speakers": shakespeare_speakers,
     "breast_cancer": breast_cancer,
 }
 

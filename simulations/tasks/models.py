@@ -11,6 +11,7 @@ from gradlens.errors import InputError
 from gradlens.names import named
 from simulations.randomness import GENERATOR, Stream, address
 from simulations.tasks.task import Task
+from simulations.tasks.transformer import Transformer
 
 
 def build_model(task: Task, name: str, seed: int = 0) -> nn.Module:
@@ -352,6 +353,7 @@ MODELS: Mapping[str, Callable[[Task], nn.Module]] = {
     "wu_cnn": WuCNN,
     "resnet18": ResNet18,
     "lstm": LSTM,
+    "transformer": Transformer,
 }
 
 

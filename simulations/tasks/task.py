@@ -1,7 +1,7 @@
 """The task: samples, their labels and whose they are, as partitions, attacks, models and training take them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -131,6 +131,33 @@ def selection(name: str, available: int, samples: int | None, seed: int) -> np.n
     if samples > available:
         raise InputError(f"task {name}: has {available:,} training samples, {samples:,} are asked for")
     return address(seed, Stream.SAMPLES).permutation(available)[:samples]
+
+
+def without_samples(task: Task, positions: np.ndarray) -> Task:
+    """Returns the task without some of its training samples.
+
+    Parameters
+    ----------
+    task : Task
+        It stays as it is.
+    positions : array
+        int64 [sample], of those that are left out.
+
+    Returns
+    -------
+    Task
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, y = np.zeros((4, 1, 8, 8), np.float32), np.array([0, 1, 0, 1])
+    >>> task = Task("two shapes", x, y, x, y, label_names=("square", "circle"))
+    >>> without_samples(task, np.array([1, 3])).y_train
+    array([0, 0])
+    """
+    kept = np.setdiff1d(np.arange(len(task.y_train)), positions)
+    owners = None if task.owners_train is None else task.owners_train[kept]
+    return frozen(replace(task, x_train=task.x_train[kept], y_train=task.y_train[kept], owners_train=owners))
 
 
 def frozen(task: Task) -> Task:

@@ -1,4 +1,4 @@
-"""Tasks of text: predicting the next character or word in the speeches of Shakespeare's roles."""
+"""Tasks of text: the next character or word in the speeches of Shakespeare's roles, or which of them speaks."""
 
 import re
 from collections import Counter
@@ -18,6 +18,7 @@ HELD_OUT = 0.1  # share of each role's text, at its end, that is kept for testin
 CHARACTERS, CHARACTER_STRIDE = 80, 10  # characters that are seen before the next one; from window to window
 WORDS, WORD_STRIDE = 10, 2
 VOCABULARY = 2_000  # words
+SPEAKERS, SPOKEN, SPOKEN_STRIDE = 10, 20, 5  # roles that are told apart; words that are seen, from window to window
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")  # letters and digits, with apostrophes inside
 
 
@@ -98,12 +99,78 @@ def shakespeare_words(samples: int | None = None, seed: int = 0) -> Task:
     True
     """
     _, speeches = _read("shakespeare_words")
-    seen = Counter(word for text in speeches.values() for word in _words(_cut(text)[0]))
-    words = sorted(seen, key=lambda word: (-seen[word], word))[:VOCABULARY]
+    words = _vocabulary(speeches.values())
     numbers = {word: i for i, word in enumerate(words)}
     encode = partial(_encode, "words", _words, numbers)
     train, test = _windows(speeches, lambda text: _numbers(text, numbers), WORDS, WORD_STRIDE, len(words))
     return _task("shakespeare_words", train, test, words, len(words) + 1, encode, samples, seed)
+
+
+def shakespeare_speakers(samples: int | None = None, seed: int = 0) -> Task:
+    """Tells which of ten roles speaks from 20 words of a speech.
+
+    Parameters
+    ----------
+    samples : int, optional
+        Number of training windows; None, the default, for all.
+    seed : int
+        Of their draw.
+
+    Returns
+    -------
+    Task
+        The classes are the ten roles with the most words, the most first; samples have no owners, because a role is the
+        label.
+
+    Raises
+    ------
+    InputError
+        If `shakespeare/input.txt` is not below the data folder, or is too short.
+
+    Notes
+    -----
+    Windows start every 5 words. Words, the vocabulary of 2,000 and the test text are as in `shakespeare_words`, of
+    these roles alone; where fewer roles have enough to say, there are fewer classes.
+
+    Examples
+    --------
+    >>> from simulations.tasks import TASKS
+    >>> TASKS["shakespeare_speakers"] is shakespeare_speakers  # needs shakespeare/input.txt below the data folder
+    True
+    """
+    _, speeches = _read("shakespeare_speakers")
+    length = {role: len(_words(text)) for role, text in speeches.items()}
+    roles = sorted(length, key=lambda role: (-length[role], role))[:SPEAKERS]
+    words = _vocabulary(speeches[role] for role in roles)
+    numbers = {word: i for i, word in enumerate(words)}
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for label, role in enumerate(roles):
+        for part, piece in zip(parts, _cut(speeches[role]), strict=True):
+            encoded = _numbers(piece, numbers)
+            if len(encoded) >= SPOKEN:
+                rows = np.lib.stride_tricks.sliding_window_view(encoded, SPOKEN)[::SPOKEN_STRIDE]
+                part.append((rows, np.full(len(rows), label)))
+    (x, y), (x_test, y_test) = (tuple(map(np.concatenate, zip(*part, strict=True))) for part in parts)
+    chosen = selection("shakespeare_speakers", len(y), samples, seed)
+    encode = partial(_encode, "words", _words, numbers)
+    return frozen(
+        Task(
+            "shakespeare_speakers",
+            x[chosen],
+            y[chosen],
+            x_test,
+            y_test,
+            tuple(roles),
+            encode=encode,
+            num_tokens=len(words) + 1,
+        )
+    )
+
+
+def _vocabulary(texts: Iterable[str]) -> list[str]:
+    """The most frequent words of the training part of texts, most frequent first."""
+    seen = Counter(word for text in texts for word in _words(_cut(text)[0]))
+    return sorted(seen, key=lambda word: (-seen[word], word))[:VOCABULARY]
 
 
 def _words(text: str) -> list[str]:
