@@ -9,9 +9,8 @@ import gradlens
 from gradlens.errors import InputError
 from gradlens.log import LogWriter
 from gradlens.log.adapters import with_products
-from simulations import Scenario
+from simulations import Scenario, run_sweep
 from simulations import run as simulate
-from simulations import run_sweep
 from simulations.assemble import assemble, task_of
 from simulations.measure import measure_of
 from simulations.starting_model import Adapters, LowRank, Pretraining, pretrained, servers_samples, with_adapters
