@@ -572,6 +572,31 @@ def test_a_round_that_is_put_in_the_place_of_another_is_found_by_its_signatures(
     assert faults == tuple(f"{c}, 1 updates (round 1): signature: of round 0, expected 1" for c in CLIENTS)
 
 
+def test_a_round_of_another_run_is_found_by_the_runs_name(tmp_path, keys):
+    folder, other = (recorded(tmp_path / name, keys, run_name=name) for name in ("trial", "other"))
+    taken = Run.open(other).log[1]
+    rewritten(folder, 1, lambda round_: replace(round_, updates=taken.updates, signatures=taken.signatures))
+    seals = check_updates(folder, keys_of_clients(keys))
+    assert seals.says[0] == "8 of 12 updates are signed by the keys of their clients, for the run 'trial'"
+    assert seals.faults == tuple(
+        f"{c}, 1 updates (round 1): signature: of run 'other', expected 'trial'" for c in CLIENTS
+    )
+
+
+@pytest.mark.parametrize("sent", ["models", "updates"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_numbers_that_are_not_finite_can_be_signed(tmp_path, keys, value, sent):
+    state = {name: array if array.dtype != np.float32 else np.full_like(array, value) for name, array in STATE.items()}
+    huge = {name: array if array.dtype != np.float32 else np.full_like(array, -3e38) for name, array in STATE.items()}
+    with Recorder(tmp_path / "run", client_keys=keys, sent=sent) as recorder:
+        recorder.log_round(huge, {"a": signed(keys, "a", 0, state)})
+        recorder.commit(STATE)
+    seals = check_updates(tmp_path / "run", keys_of_clients(keys))
+    assert seals.says[0].startswith("1 of 1 updates are signed")
+    if sent == "updates":
+        assert seals.says[1] == "1 of these 1 are recorded bit for bit as signed"
+
+
 def test_numbers_that_were_changed_are_no_longer_those_that_were_signed(tmp_path, keys):
     folder = recorded(tmp_path / "run", keys, sent="updates")
     assert check_updates(folder, keys_of_clients(keys)).says[1] == "12 of these 12 are recorded bit for bit as signed"

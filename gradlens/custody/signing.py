@@ -220,7 +220,8 @@ def _rows(round_: Round) -> dict[str, list[np.ndarray]]:
 
 def _digest(update: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray] | None) -> str:
     """The digest that what was sent has if it had the recorded types; base: the global model it started from."""
-    arrays = update if base is None else {layer: base[layer] + array for layer, array in update.items()}
+    with np.errstate(all="ignore"):  # infinite is what was sent, or what the sum is
+        arrays = update if base is None else {layer: base[layer] + array for layer, array in update.items()}
     return digest_of(arrays, {layer: array.dtype.name for layer, array in arrays.items()})
 
 
