@@ -291,7 +291,7 @@ def test_without_keys_whatever_comes_is_kept_in_a_few_characters_and_nothing_is_
     assert all(Statement.read(round_.signatures[client]).client == client for client in CLIENTS)
     seals = check_updates(tmp_path / "run", keys_of_clients(keys))
     assert seals.says[0].startswith("4 of 5 updates are signed")
-    assert seals.faults == ("odd, 1 updates (round 0): signature: no key is known of this client",)
+    assert seals.faults == ("odd in round 0: signature: no key is known of this client",)
 
 
 def test_who_signs_nothing_or_for_others_or_again_is_refused_with_the_reason(keys):
@@ -555,7 +555,7 @@ def test_signatures_that_were_tampered_with_do_not_pass_though_the_chain_was_reb
     assert seals.says[0].startswith(f"{12 - len(expected)} of 12 updates are signed")
     assert len(seals.faults) == len(expected)
     for fault, (client, reason) in zip(seals.faults, sorted(expected.items()), strict=True):
-        assert fault.startswith(f"{client}, 1 updates (round 1): ")
+        assert fault.startswith(f"{client} in round 1: ")
         assert reason in fault
     status, out, _ = command("verify", folder, "--client-keys", keys)
     assert status == 1
@@ -569,7 +569,7 @@ def test_a_round_that_is_put_in_the_place_of_another_is_found_by_its_signatures(
     first = Run.open(folder).log[0]
     rewritten(folder, 1, lambda round_: replace(round_, updates=first.updates, signatures=first.signatures))
     faults = check_updates(folder, keys_of_clients(keys)).faults
-    assert faults == tuple(f"{c}, 1 updates (round 1): signature: of round 0, expected 1" for c in CLIENTS)
+    assert faults == tuple(f"{c} in round 1: signature: of round 0, expected 1" for c in CLIENTS)
 
 
 def test_a_round_of_another_run_is_found_by_the_runs_name(tmp_path, keys):
@@ -578,9 +578,7 @@ def test_a_round_of_another_run_is_found_by_the_runs_name(tmp_path, keys):
     rewritten(folder, 1, lambda round_: replace(round_, updates=taken.updates, signatures=taken.signatures))
     seals = check_updates(folder, keys_of_clients(keys))
     assert seals.says[0] == "8 of 12 updates are signed by the keys of their clients, for the run 'trial'"
-    assert seals.faults == tuple(
-        f"{c}, 1 updates (round 1): signature: of run 'other', expected 'trial'" for c in CLIENTS
-    )
+    assert seals.faults == tuple(f"{c} in round 1: signature: of run 'other', expected 'trial'" for c in CLIENTS)
 
 
 @pytest.mark.parametrize("sent", ["models", "updates"])
@@ -634,7 +632,7 @@ def test_a_round_that_cannot_have_been_the_start_is_a_fault(tmp_path, keys, star
     rewritten(folder, 1, lambda r: replace(r, started={"a": start}, signatures={**r.signatures, "a": statement}))
     faults = check_updates(folder, keys_of_clients(keys)).faults
     assert len(faults) == 1
-    assert faults[0].startswith("a, 1 updates (round 1): ")
+    assert faults[0].startswith("a in round 1: ")
 
 
 def test_a_run_without_signatures_is_written_as_before_and_fails_the_check(tmp_path, record, keys, command):
@@ -646,7 +644,7 @@ def test_a_run_without_signatures_is_written_as_before_and_fails_the_check(tmp_p
     status, out, _ = command("verify", folder, "--client-keys", keys)
     assert status == 1
     assert "0 of 12 updates are signed" in out
-    assert "a, 3 updates (round 0, 1, 2): signature: none" in out
+    assert "a in 3 rounds (0, 1, 2): signature: none" in out
     assert "bit for bit" not in out
 
 
@@ -662,9 +660,9 @@ def test_verify_says_what_it_needs(tmp_path, keys, command):
     assert (status, found["intact"]) == (1, False)
     assert found["seals"][0] == "3 of 12 updates are signed by the keys of their clients, for the run 'trial'"
     assert found["faults"] == [
-        "b, 3 updates (round 0, 1, 2): signature: not of client 'b'",
-        "c, 3 updates (round 0, 1, 2): signature: no key is known of this client",
-        "d, 3 updates (round 0, 1, 2): signature: no key is known of this client",
+        "b in 3 rounds (0, 1, 2): signature: not of client 'b'",
+        "c in 3 rounds (0, 1, 2): signature: no key is known of this client",
+        "d in 3 rounds (0, 1, 2): signature: no key is known of this client",
     ]
 
 
@@ -675,7 +673,7 @@ def test_many_faults_are_counted(tmp_path, keys):
             recorder.commit(STATE)
     faults = check_updates(tmp_path / "run", keys_of_clients(keys)).faults
     assert len(faults) == 21
-    assert faults[0].startswith("c00, 12 updates (round 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...): ")
+    assert faults[0].startswith("c00 in 12 rounds (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...): ")
     assert faults[-1] == "and 5 more such faults of clients"
 
 

@@ -227,7 +227,8 @@ def _digest(update: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray] | N
 
 def _in_words(faults: Mapping[tuple[str, str], list[int]]) -> Iterator[str]:
     for (client, reason), rounds in list(faults.items())[:MOST_FAULTS]:
-        where = ", ".join(map(str, rounds[:10])) + (", ..." if len(rounds) > 10 else "")
-        yield f"{client}, {len(rounds)} updates (round {where}): {reason}"
+        listed = ", ".join(map(str, rounds[:10])) + (", ..." if len(rounds) > 10 else "")
+        where = f"round {listed}" if len(rounds) == 1 else f"{len(rounds)} rounds ({listed})"
+        yield f"{client} in {where}: {reason}"
     if (more := len(faults) - MOST_FAULTS) > 0:
         yield f"and {more} more such faults of clients"
