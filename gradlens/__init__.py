@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gradlens.run import Run, Sweep
     from gradlens.run import open_run as open
     from gradlens.scorers import SCORERS
-    from gradlens.server import Recorder, StartedFrom
+    from gradlens.server import Recorder, Signed, StartedFrom
     from gradlens.statistics import STATISTICS
 
 __version__: str
@@ -42,7 +42,7 @@ _HOMES = {
     "reporting": ("report",),
     "run": ("Run", "Sweep", "open"),
     "scorers": ("SCORERS",),
-    "server": ("Recorder", "StartedFrom"),
+    "server": ("Recorder", "Signed", "StartedFrom"),
     "statistics": ("STATISTICS",),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -62,6 +62,7 @@ __all__ = [
     "Replay",
     "Round",
     "Run",
+    "Signed",
     "StartedFrom",
     "Sweep",
     "UpdateLog",

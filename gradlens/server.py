@@ -6,7 +6,6 @@ the server's own code raises InputError. If a round cannot be written, the recor
 
 import json
 import warnings
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -20,18 +19,19 @@ import pandas as pd
 import pyarrow as pa
 
 from gradlens.aggregators import Decision, FilteredAggregator, FilterStopped, filtered, mean
+from gradlens.custody import keys_of_clients
 from gradlens.detectors import DETECTORS, Detector
-from gradlens.detectors.verdict import verdict_on
-from gradlens.errors import EverybodyRefused, EvidenceLost, InputError
+from gradlens.errors import EvidenceLost, InputError
 from gradlens.log import Evidence, LogWriter, ModelSpec, Round, UpdateLog
 from gradlens.log.files import read_state
-from gradlens.log.intake import Received, Sent, StartedFrom, State, received, spec_of, state_of
+from gradlens.log.intake import Sent, Signed, StartedFrom, State, received, spec_of, state_of, warn_if_all_refused
 from gradlens.log.levels import Reduction
 from gradlens.log.manifest import MANIFEST, read_manifest, stem
+from gradlens.log.signatures import Signers
 from gradlens.log.writer import FolderLock, check_free
 from gradlens.names import named
 
-__all__ = ["Decision", "Recorder", "StartedFrom"]
+__all__ = ["Decision", "Recorder", "Signed", "StartedFrom"]
 
 HELD = 16  # rounds that are kept in memory if there is no folder
 PATIENCE = 3.0  # seconds to wait for another server to release the folder
@@ -98,6 +98,12 @@ class Recorder:
         JSON values for `run.json` that say where the updates come from.
     strict : bool, default False
         Whether a round that cannot be recorded raises `EvidenceLost` instead of warning.
+    client_keys : Path, str or Mapping, optional
+        The clients' public keys: a folder with a file NAME.pub for each client, or client -> 64 hexadecimal digits.
+        With them, what is not signed by its client is refused (`Signed`, `gradlens.custody.sign_update`); without them,
+        signatures that come are kept and not checked.
+    run_name : str, default ""
+        The name of the run that clients sign, so that a signature of another run is refused.
 
     Attributes
     ----------
@@ -151,6 +157,8 @@ class Recorder:
         evidence: Evidence | str = "full",
         source: Mapping[str, Any] | None = None,
         strict: bool = False,
+        client_keys: Path | str | Mapping[str, str] | None = None,
+        run_name: str = "",
     ) -> None:
         if sent not in ("models", "updates"):
             raise InputError(f"sent: clients send 'models' or 'updates', found {sent!r:.80}")
@@ -158,7 +166,11 @@ class Recorder:
         self.filter = _filter(filter, detector)
         self.sent, self.buffers, self.strict = sent, tuple(buffers), strict
         self.final_layer, self.layers = final_layer, None if layers is None else tuple(layers)
+        self.client_keys = None if client_keys is None else keys_of_clients(client_keys)
+        self.run_name = run_name
         settings = {"sent": sent, "filter": repr(self.filter)} | ({"layers": self.layers} if self.layers else {})
+        if self.client_keys is not None:
+            settings |= {"signers": len(self.client_keys), "run_name": run_name}
         self.source = _plain_source({**(source or {}), "recorder": settings})
         self.evidence = Evidence.of(evidence)
         self.lost: list[str] = []
@@ -202,6 +214,24 @@ class Recorder:
             raise InputError("there is no log before the first round")
         return self._log
 
+    def next_round(self, global_model: State) -> int:
+        """Returns the index of the round that starts from a global model: what clients must sign in it.
+
+        Parameters
+        ----------
+        global_model : Mapping
+            Layer -> array, the model that clients are about to be sent.
+
+        Raises
+        ------
+        InputError
+            If its layers differ from those of the rounds before.
+        """
+        if self._log is None:
+            return 0
+        state = self._state_of(global_model, self.model)
+        return len(self._log) + (self._waiting is None and self._starts_elsewhere(state))
+
     def log_round(self, global_model: State, sent: Sent, num_examples: Mapping[Any, Any] | None = None) -> Decision:
         """Takes what the clients of one round sent, and decides whose updates to use.
 
@@ -213,7 +243,8 @@ class Recorder:
         sent : Mapping or iterable of pairs
             Client -> (layer -> array), local models or updates (`sent` of the recorder). Clients are known by
             ``str(client)``, escaped if it cannot be printed. Where clients work asynchronously, an answer is
-            ``StartedFrom(round, state)``, with the index of the round whose global model that client was given.
+            ``StartedFrom(round, state)``, with the index of the round whose global model that client was given. What
+            came with a signature is ``Signed(signature, state)``.
         num_examples : Mapping, optional
             Client -> the number of examples that it claims; by default 1 for everybody.
 
@@ -249,27 +280,27 @@ class Recorder:
             self._record(state)
         before = self._log
         log, gap = UpdateLog(reduction.model) if before is None else before, None
-        if self._last_state is not None and (self._num_lost or not _equal(state, self._last_state)):
+        if self._last_state is not None and self._starts_elsewhere(state):
             gap = reduction.round(len(log), [], [], [], self._last_state, {})
             log = log.append(gap)
         as_models = self.sent == "models"
         answers = received(
             len(log), reduction.sent, state, sent, num_examples, as_models=as_models, reduction=reduction,
-            partial=self.layers is not None, base=cache(self._base),
+            partial=self.layers is not None, base=cache(self._base), signers=self._signers(log),
         )  # fmt: skip
-        _warn_if_all_refused(answers.round_)
+        warn_if_all_refused(answers.round_)
         metrics = {"converted": len(answers.notes)} if answers.notes else {}
         self._log = log.append(answers.round_)
         # before the filter decides, so that the round is kept even if a detector raises
         self._waiting = _Waiting(answers.round_, state, gap, before, metrics)
         if self.filter is None:
-            return _in_order_of_arrival(_unfiltered(answers.round_), answers)
+            return Decision.unfiltered(answers.round_).in_order(answers.clients, answers.notes)
         decision = self.filter.decision(self._log)
         table = decision.table(answers.round_.index, self._detector)
         self._waiting = replace(self._waiting, verdict=table)
         if decision.stopped:
             raise FilterStopped(f"round {answers.round_.index}: {decision.outcome} was asked for by {self.filter!r}")
-        return _in_order_of_arrival(decision, answers)
+        return decision.in_order(answers.clients, answers.notes)
 
     def commit(self, next_global: State, metrics: Mapping[str, float] | None = None) -> None:
         """Ends the round; when the call returns, the round is on the disk, or noted in `lost`.
@@ -356,6 +387,23 @@ class Recorder:
 
     def _state_of(self, global_model: State, model: ModelSpec) -> dict[str, np.ndarray]:
         return state_of(global_model, model, partial=self.layers is not None)
+
+    def _starts_elsewhere(self, state: Mapping[str, np.ndarray]) -> bool:
+        """Whether a round from this model follows a gap: rounds were lost, or the last one ended with another model."""
+        last = self._last_state
+        return last is not None and (self._num_lost > 0 or not _equal(state, last))
+
+    def _signers(self, log: UpdateLog) -> Signers | None:
+        """Whose signatures are expected in the round after a log, None where they are not checked."""
+
+        @cache
+        def texts(index: int) -> frozenset[str]:
+            try:
+                return frozenset(log[index].signatures.values())
+            except InputError:  # no longer held, or unreadable
+                return frozenset()
+
+        return None if self.client_keys is None else Signers(self.client_keys, self.run_name, texts)
 
     def _finish(self, next_global: State | None) -> None:
         if self._waiting is None:
@@ -448,41 +496,5 @@ def _resumed(folder: Path, lock: FolderLock) -> LogWriter | None:
     return None
 
 
-def _warn_if_all_refused(round_: Round) -> None:
-    """Warns if every client of a round was refused, with the most frequent reason."""
-    if len(round_) or not round_.refused:
-        return
-    reason, count = Counter(round_.refused.values()).most_common(1)[0]
-    others = f" ({count} of {len(round_.refused)})" if count < len(round_.refused) else ""
-    message = f"round {round_.index}: nothing of {len(round_.refused)} clients could be recorded: {reason}{others}"
-    if reason.endswith("is missing"):
-        message += "; Recorder(layers=...) names the layers that clients send, where these are not all"
-    warnings.warn(EverybodyRefused(message), stacklevel=4)
-
-
 def _equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
     return all(np.array_equal(one[name], other[name], equal_nan=True) for name in one)
-
-
-def _unfiltered(round_: Round) -> Decision:
-    """The decision without a filter: keeps every client whose numbers are all finite."""
-    verdict = verdict_on(round_, np.zeros(len(round_)), np.inf, abstained="no detector was asked")
-    finite = np.isin(verdict.clients, round_.clients[round_.finite])
-    reasons = [
-        f"refused: {round_.refused[client]}" if client in round_.refused else "" if kept else "not finite"
-        for client, kept in zip(verdict.clients.tolist(), finite, strict=True)
-    ]
-    return Decision(verdict, verdict.clients, finite * 1.0, np.array(reasons, np.str_), "only recorded")
-
-
-def _in_order_of_arrival(decision: Decision, answers: Received) -> Decision:
-    """The decision in the order in which clients arrived, with the conversions among its reasons."""
-    clients = np.array(answers.clients, np.str_)
-    places = {client: place for place, client in enumerate(decision.clients.tolist())}
-    rows = np.array([places[client] for client in answers.clients], dtype=np.int64)
-    reasons = [
-        "; ".join(part for part in (reason, answers.notes.get(client, "")) if part)
-        for client, reason in zip(answers.clients, decision.reasons[rows].tolist(), strict=True)
-    ]
-    weights = decision.weights[rows]
-    return replace(decision, clients=clients, weights=weights, reasons=np.array(reasons, np.str_))

@@ -38,7 +38,7 @@ ARROWS = {
     "attribution": {*GROUND, "log", "statistics", "scorers", "evaluation"},
     "localization": {*GROUND, "log", "run", "statistics", "scorers", "evaluation"},
     "replays": {*GROUND, "log", "run", "detectors", "aggregators"},
-    "server": {*GROUND, "log", "detectors", "aggregators"},
+    "server": {*GROUND, "log", "custody", "detectors", "aggregators"},
     "integrations": {*GROUND, "log", "detectors", "aggregators", "server"},
     "ingestion": {*GROUND, "log", "run"},
     "plots": {*GROUND, "log", "run", "statistics", "scorers", "evaluation"},

@@ -1,6 +1,6 @@
 """Filters: a detector's verdict decides which clients enter a rule, and with which weight (`filtered`, `Decision`)."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,6 +193,28 @@ class Decision:
     weights: np.ndarray
     reasons: np.ndarray
     outcome: str = ""
+
+    @classmethod
+    def unfiltered(cls, round_: Round) -> "Decision":
+        """The decision without a filter: keeps every client whose numbers are all finite."""
+        verdict = verdict_on(round_, np.zeros(len(round_)), np.inf, abstained="no detector was asked")
+        finite = np.isin(verdict.clients, round_.clients[round_.finite])
+        reasons = [
+            f"refused: {round_.refused[client]}" if client in round_.refused else "" if kept else "not finite"
+            for client, kept in zip(verdict.clients.tolist(), finite, strict=True)
+        ]
+        return cls(verdict, verdict.clients, finite * 1.0, np.array(reasons, np.str_), "only recorded")
+
+    def in_order(self, clients: Sequence[str], notes: Mapping[str, str]) -> "Decision":
+        """The decision with its clients in another order, and with notes, client -> text, among the reasons."""
+        places = {client: place for place, client in enumerate(self.clients.tolist())}
+        rows = np.array([places[client] for client in clients], dtype=np.int64)
+        reasons = [
+            "; ".join(part for part in (reason, notes.get(client, "")) if part)
+            for client, reason in zip(clients, self.reasons[rows].tolist(), strict=True)
+        ]
+        ordered = np.array(clients, np.str_)
+        return replace(self, clients=ordered, weights=self.weights[rows], reasons=np.array(reasons, np.str_))
 
     @property
     def kept(self) -> list[str]:

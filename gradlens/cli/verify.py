@@ -9,6 +9,7 @@ import typer
 
 from gradlens.cli.options import AsJson, Folder
 from gradlens.cli.output import say, say_json
+from gradlens.errors import InputError
 
 if TYPE_CHECKING:
     from gradlens.log import Verification
@@ -27,6 +28,10 @@ def verify(
     authority: Annotated[
         Path | None, typer.Option(metavar="PEM", help="Certificates of the authority that must have time-stamped it.")
     ] = None,
+    client_keys: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Public keys, a file CLIENT.pub each, that must have signed the updates."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Checks every committed byte of a run or sweep against its chain of hashes, its signatures and its time stamp."""
@@ -36,6 +41,8 @@ def verify(
 
     verifications = verified(run, head)
     verifications[str(run)] = _with_seals(run, verifications[str(run)], key, authority)
+    if client_keys is not None:
+        verifications[str(run)] = _with_signatures(run, verifications[str(run)], client_keys)
     if as_json:
         say_json({name: {**vars(result), "intact": result.intact} for name, result in verifications.items()})
     else:
@@ -63,6 +70,17 @@ def _with_seals(path: Path, found: "Verification", key: Path | None, authority: 
     heads = [found.head] if is_sweep(path) else list(read_manifest(path).hashes)
     seals = check_seals(path, heads, key=key, authority=authority)
     return replace(found, seals=seals.says, faults=(*found.faults, *seals.faults))
+
+
+def _with_signatures(path: Path, found: "Verification", client_keys: Path) -> "Verification":
+    """The verification of a run, with what its clients signed."""
+    from gradlens.custody import check_updates, keys_of_clients
+    from gradlens.sealing import is_sweep
+
+    if is_sweep(path):
+        raise InputError(f"--client-keys: expected the folder of a run, found a sweep: {path}")
+    signatures = check_updates(path, keys_of_clients(client_keys))
+    return replace(found, seals=(*found.seals, *signatures.says), faults=(*found.faults, *signatures.faults))
 
 
 def _sweep_lines(name: str, whole: "Verification", runs: int) -> list[str]:

@@ -19,8 +19,8 @@ from gradlens.run import Run
 GIVEN_AWAY = (
     "every global model in full; of each update its norm, moments and a sketch of 512 numbers per layer, and the final "
     "bias whole, which tells what labels a client holds; how many examples each client claims; when each took part; "
-    "the ground truth and verdicts where they were recorded; metrics. Not: names of clients, updates, reasons of "
-    "refusals, the scenario, where the run came from"
+    "the ground truth and verdicts where they were recorded; metrics. Not: names of clients, what they signed, "
+    "updates, reasons of refusals, the scenario, where the run came from"
 )
 
 
@@ -149,13 +149,13 @@ def _rewritten(
 
 
 def _of_others(round_: Round, names: Mapping[str, str] | None) -> Round:
-    """The round with the names replaced and without the reasons of refusals, which may quote what was sent."""
+    """The round with the names replaced, without signatures and reasons of refusals, which may quote what was sent."""
     if names is None:
         return round_
     clients = np.array([names[name] for name in round_.clients.tolist()], np.str_)
     refused = {names[name]: "refused" for name in round_.refused}
     started = {names[name]: start for name, start in round_.started.items()}
-    return replace(round_, clients=clients, refused=refused, started=started)
+    return replace(round_, clients=clients, refused=refused, started=started, signatures={})
 
 
 def _renamed(table: pd.DataFrame, names: Mapping[str, str] | None) -> pd.DataFrame:

@@ -113,12 +113,7 @@ def sign(folder: Path, head: str, key: Path) -> str:
     ...     sign(Path(folder), "00" * 32, Path(folder) / "examiner") == public
     True
     """
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    private = _loaded(key, "a private key in PEM without a password", partial(load_pem_private_key, password=None))
-    if not isinstance(private, Ed25519PrivateKey):
-        raise InputError(f"{key}: expected an Ed25519 key, found another kind; `gradlens seal --new-key` makes one")
+    private = private_key(key)
     public = _hexadecimal(private.public_key())
     entry = {"head": head, "public_key": public, "signature": private.sign(PURPOSE + head.encode()).hex()}
     before = [each for each in _signatures(folder) if (each["head"], each["public_key"]) != (head, public)]
@@ -235,7 +230,7 @@ def check_seals(
 
 def _signatures_say(folder: Path, heads: list[str], key: Path | None) -> tuple[list[str], list[str]]:
     """What the signatures say, and what is wrong with them."""
-    wanted = None if key is None else _public_key(key)
+    wanted = None if key is None else public_key(key)
     says, faults, signed = [], [], set()
     try:
         entries = _signatures(folder)
@@ -262,7 +257,19 @@ def _hexadecimal(key: Any) -> str:
     return key.public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
 
-def _public_key(path: Path) -> str:
+def private_key(path: Path) -> Any:
+    """The private Ed25519 key in a PEM file; raises InputError for anything else."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    key = _loaded(path, "a private key in PEM without a password", partial(load_pem_private_key, password=None))
+    if not isinstance(key, Ed25519PrivateKey):
+        raise InputError(f"{path}: expected an Ed25519 key, found another kind; `gradlens seal --new-key` makes one")
+    return key
+
+
+def public_key(path: Path) -> str:
+    """The public Ed25519 key in a PEM file, in hexadecimal digits; raises InputError for anything else."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gradlens.aggregators.rules import capped
 from gradlens.log.intake import Unfit, printable, refusing
-from gradlens.server import Recorder
+from gradlens.server import Recorder, Signed
 
 __all__ = ["Answer", "Clients", "Kept", "kept", "numbers", "read_safely"]
 
@@ -36,6 +36,8 @@ class Answer:
         Layer -> array that the message holds, or the reason why it cannot be read.
     num_examples : object, default None
         The number of examples that the client claims. The recorder refuses an answer whose claim is not a count.
+    signature : object, default None
+        The signature that came with it (`gradlens.custody.sign_update`), None if none did.
 
     Examples
     --------
@@ -47,6 +49,7 @@ class Answer:
     client: str
     state: State | Unfit
     num_examples: Any = None
+    signature: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +116,7 @@ def kept(recorder: Recorder, global_model: State, answers: Sequence[Answer]) -> 
     >>> [answer.message for answer in kept(Recorder(), state, [*answers, Answer("broken", "client-3", {}, 10)])]
     ['message 0', 'message 1', 'message 2']
     """
-    sent: list[tuple[str, Any]] = [(answer.client, answer.state) for answer in answers]
+    sent: list[tuple[str, Any]] = [(answer.client, Signed(answer.signature, answer.state)) for answer in answers]
     decision = recorder.log_round(global_model, sent, {answer.client: answer.num_examples for answer in answers})
     weights = {c: w for c, w in zip(decision.clients.tolist(), decision.weights.tolist(), strict=True) if w > 0}
     cut: dict[str, int] = {}

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Strategy
 
 from gradlens.integrations import Answer, Clients, Kept, State, kept, numbers, read_safely
 from gradlens.log.intake import Unfit, shown
+from gradlens.log.signatures import ROUND, SIGNATURE
 from gradlens.server import Recorder
 
 __all__ = ["GradlensStrategy"]
@@ -41,6 +42,9 @@ class GradlensStrategy(Strategy):
     Notes
     -----
     What the inner strategy aggregates is recorded as the next global model. If nobody is kept, the model stays.
+
+    A client's signature (`gradlens.custody.sign_update`) is the value "gradlens-signature" of a ConfigRecord in its
+    reply. If the recorder has `client_keys`, clients are told which round to sign by "gradlens-round" in their config.
 
     Examples
     --------
@@ -67,6 +71,8 @@ class GradlensStrategy(Strategy):
     ) -> Iterable[Message]:
         """Remembers the global model that clients are sent, then configures training as the inner strategy does."""
         self._sent = arrays
+        if self.recorder.client_keys is not None:
+            config = ConfigRecord({**config, ROUND: self.recorder.next_round(_arrays(arrays))})
         return self.inner.configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
@@ -126,7 +132,9 @@ class GradlensStrategy(Strategy):
             state = read_safely(lambda: _arrays(arrays[0]))
         else:
             state = Unfit(f"must send one ArrayRecord and one MetricRecord, found {len(arrays)} and {len(metrics)}")
-        return Answer(reply, self._clients.name(node, claims), state, claims.get(self.weighted_by_key))
+        said = (record[SIGNATURE] for record in reply.content.config_records.values() if SIGNATURE in record)
+        name, examples = self._clients.name(node, claims), claims.get(self.weighted_by_key)
+        return Answer(reply, name, state, examples, signature=next(said, None))
 
     def _changed(self, answer: Kept) -> Message:
         """The reply, with its arrays and its claimed number of examples replaced where the answer says so."""

@@ -17,6 +17,7 @@ from flwr.server.strategy import Strategy
 from gradlens.errors import InputError
 from gradlens.integrations import Answer, Clients, Kept, State, kept, numbers, read_safely
 from gradlens.log.intake import Unfit, shown
+from gradlens.log.signatures import ROUND, SIGNATURE
 from gradlens.server import Recorder
 
 __all__ = ["ClassicStrategy"]
@@ -40,6 +41,9 @@ class ClassicStrategy(Strategy):
     Notes
     -----
     What the inner strategy aggregates is recorded as the next global model. If nobody is kept, the model stays.
+
+    A client's signature (`gradlens.custody.sign_update`) is its metric "gradlens-signature". If the recorder has
+    `client_keys`, clients are told which round to sign by "gradlens-round" in their config.
 
     Examples
     --------
@@ -70,7 +74,12 @@ class ClassicStrategy(Strategy):
         if (count := len(parameters.tensors)) != len(self.names):
             raise InputError(f"ClassicStrategy: names name {len(self.names)} layers, the model has {count}")
         self._sent = parameters
-        return self.inner.configure_fit(server_round, parameters, client_manager)
+        instructions = self.inner.configure_fit(server_round, parameters, client_manager)
+        if self.recorder.client_keys is not None:
+            number = self.recorder.next_round(self._layers(parameters))
+            for _, instruction in instructions:
+                instruction.config[ROUND] = number
+        return instructions
 
     def aggregate_fit(
         self, server_round: int, results: list[tuple[ClientProxy, FitRes]], failures: list
@@ -128,7 +137,8 @@ class ClassicStrategy(Strategy):
         state = (
             Unfit(f"failed: {shown(result.status)}") if failed else read_safely(lambda: self._layers(result.parameters))
         )
-        return Answer((client, result), self._clients.name(client.cid, result.metrics), state, result.num_examples)
+        name, signature = self._clients.name(client.cid, result.metrics), result.metrics.get(SIGNATURE)
+        return Answer((client, result), name, state, result.num_examples, signature)
 
 
 def _changed(answer: Kept) -> tuple[ClientProxy, FitRes]:

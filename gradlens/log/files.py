@@ -41,6 +41,8 @@ def write_updates(path: Path, model: ModelSpec, round_: Round) -> None:
     metadata = {"round": str(round_.index), "refused": json.dumps(dict(round_.refused), sort_keys=True)}
     if round_.started:
         metadata["started"] = json.dumps(dict(round_.started), sort_keys=True)
+    if round_.signatures:
+        metadata["signatures"] = json.dumps(dict(round_.signatures), sort_keys=True)
     schema = _updates_schema(model, tuple(round_.moments)).with_metadata(metadata)
     row_bytes = sum(layer.size * np.dtype(layer.dtype).itemsize for layer in model.layers)
     rows = max(1, BATCH_BYTES // row_bytes)
@@ -88,10 +90,12 @@ def read_updates(
     try:
         index, refused = int(metadata[b"round"]), json.loads(metadata[b"refused"])
         started = json.loads(metadata.get(b"started", b"{}"))
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: the round or the refused clients cannot be read: {error!r}") from error
-    if not isinstance(refused, dict) or not all(isinstance(reason, str) for reason in refused.values()):
-        raise InputError(f"{path}: the refused clients must be a JSON object, client -> reason")
+        signatures = json.loads(metadata.get(b"signatures", b"{}"))
+    except (KeyError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: the round or the refused clients cannot be read: {error!r:.200}") from error
+    for what, texts in (("refused clients", refused), ("signatures", signatures)):
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise InputError(f"{path}: the {what} must be a JSON object, client -> text")
     if not isinstance(started, dict) or not all(isinstance(start, int) for start in started.values()):
         raise InputError(f"{path}: the rounds that clients started from must be a JSON object, client -> round")
     positions = {layer.name: column for column, layer in enumerate(model.layers, start=2)}
@@ -106,7 +110,8 @@ def read_updates(
         name: np.concatenate([_numbers(batch.column(column), _moments(name)) for batch in batches])
         for column, name in enumerate(summed, start=2 + len(model))
     }
-    return Round(index, clients, num_examples, updates, global_model, refused, model.buffers, moments, started)
+    buffers = model.buffers
+    return Round(index, clients, num_examples, updates, global_model, refused, buffers, moments, started, signatures)
 
 
 def write_state(path: Path, model: ModelSpec, state: Mapping[str, np.ndarray]) -> None:

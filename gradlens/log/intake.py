@@ -5,6 +5,8 @@ Nothing that a client sent raises an error: it becomes a row of the round, or a 
 """
 
 import hashlib
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gradlens.errors import InputError
+from gradlens.errors import EverybodyRefused, InputError
 from gradlens.log.adapters import Pair, padded, pairs_of
 from gradlens.log.arrays import State as State
 from gradlens.log.arrays import Unfit as Unfit
@@ -24,6 +26,7 @@ from gradlens.log.global_model import state_of as state_of
 from gradlens.log.levels import Reduction
 from gradlens.log.model import Layer, ModelSpec
 from gradlens.log.round import Round
+from gradlens.log.signatures import Signers, digest_of, kept_text
 
 LONGEST_NAME = 200  # characters of a client's name
 
@@ -48,6 +51,29 @@ class StartedFrom:
     """
 
     round: int
+    state: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Signed:
+    """What a client sent that came with a signature (`gradlens.custody.sign_update`).
+
+    Where it also started from an earlier round: ``StartedFrom(round, Signed(signature, state))``.
+
+    Parameters
+    ----------
+    signature : object
+        As it came; whatever it is, None if nothing came.
+    state : Mapping
+        Layer -> array.
+
+    Examples
+    --------
+    >>> Signed("no signature", {"fc.bias": [0.0, 1.0]}).signature
+    'no signature'
+    """
+
+    signature: Any
     state: Any
 
 
@@ -81,6 +107,7 @@ def received(
     reduction: Reduction | None = None,
     partial: bool = False,
     base: Callable[[int], Mapping[str, np.ndarray]] | None = None,
+    signers: Signers | None = None,
 ) -> Received:
     """The round made of what the clients sent; no client can make it raise an error.
 
@@ -106,6 +133,8 @@ def received(
     base : callable, optional
         (index of an earlier round) -> the global model of that round, for answers that are `StartedFrom` it; raises
         InputError where it is not at hand.
+    signers : Signers, optional
+        Whose signatures are expected; without it, signatures that come (`Signed`) are kept and not checked.
 
     Returns
     -------
@@ -114,30 +143,35 @@ def received(
     Notes
     -----
     Refused with a reason are: a name that cannot be printed (it is recorded escaped) or is too long; an answer that
-    cannot be read, or whose layers are not those of the model; a claim that is no count; and different answers under
-    one name, since it cannot be told which is genuine. Identical ones count once. Numbers that are not finite are
-    recorded: they are evidence. Of several answers of one client that started from different global models the latest
-    bears its name, and "client (from round 3)" an earlier one.
+    cannot be read, whose layers are not those of the model, or that is not signed as is expected; a claim that is no
+    count; and different answers under one name, since it cannot be told which is genuine. Identical ones count once.
+    Numbers that are not finite are recorded: they are evidence. Of several answers of one client that started from
+    different global models the latest bears its name, and "client (from round 3)" an earlier one.
     """
     reduction = None if reduction is None or reduction.is_full else reduction
-    checks = _Checks(model, global_model, as_models, reduction, partial)
+    checks = _Checks(index, model, global_model, as_models, reduction, partial, signers)
     arrived: dict[tuple[str, int], list[_Answer | Unfit]] = {}
     latest: dict[str, int] = {}
     claims: dict[str, Any] = {}
     refused: dict[str, str] = {}
+    texts: dict[tuple[str, int], str] = {}
     for client, state in sent.items() if isinstance(sent, Mapping) else sent:
         name, fault = _name_of(client)
         if fault:
             refused[name] = fault
         claims.setdefault(name, 1 if num_examples is None else _claim_of(client, name, num_examples))
         start, state = (state.round, state.state) if isinstance(state, StartedFrom) else (index, state)
+        signature, state = (state.signature, state.state) if isinstance(state, Signed) else (None, state)
         origin = _base(start, index, global_model, base)
         start = index if isinstance(origin, Unfit) else start
-        arrived.setdefault((name, start), []).append(checks.answer(state, origin))
+        arrived.setdefault((name, start), []).append(checks.answer(name, start, state, origin, signature))
+        if signature is not None:
+            texts.setdefault((name, start), kept_text(signature))
         latest[name] = max(start, latest.get(name, 0))
         del state  # the next answer may need its memory
     answers: dict[str, list[_Answer | Unfit]] = {}
     started: dict[str, int] = {}
+    signatures: dict[str, str] = {}
     for (name, start), several_answers in arrived.items():
         row = name if start == latest[name] else f"{name} (from round {start})"
         answers.setdefault(row, []).extend(several_answers)
@@ -146,6 +180,8 @@ def received(
             refused[row] = refused[name]
         if start != index:
             started[row] = start
+        if (name, start) in texts:
+            signatures.setdefault(row, texts[name, start])
     accepted, counts = {}, {}
     for name in answers:
         try:
@@ -157,7 +193,20 @@ def received(
     round_ = checks.round(index, accepted, [counts[name] for name in accepted])
     in_order = {name: refused[name] for name in answers if name in refused}
     started = {name: start for name, start in started.items() if name in accepted}
-    return Received(replace(round_, refused=in_order, started=started), tuple(answers), notes)
+    round_ = replace(round_, refused=in_order, started=started, signatures=signatures)
+    return Received(round_, tuple(answers), notes)
+
+
+def warn_if_all_refused(round_: Round) -> None:
+    """Warns if every client of a round was refused, with the most frequent reason."""
+    if len(round_) or not round_.refused:
+        return
+    reason, count = Counter(round_.refused.values()).most_common(1)[0]
+    others = f" ({count} of {len(round_.refused)})" if count < len(round_.refused) else ""
+    message = f"round {round_.index}: nothing of {len(round_.refused)} clients could be recorded: {reason}{others}"
+    if reason.endswith("is missing"):
+        message += "; Recorder(layers=...) names the layers that clients send, where these are not all"
+    warnings.warn(EverybodyRefused(message), stacklevel=4)
 
 
 def printable(name: str) -> str:
@@ -183,23 +232,29 @@ class _Answer:
 class _Checks:
     """What the answers of one round are checked against, and what is recorded of them (`received`)."""
 
+    index: int
     model: ModelSpec
     global_model: Mapping[str, np.ndarray]
     as_models: bool
     reduction: Reduction | None
     partial: bool
+    signers: Signers | None
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
         """The adapters of the model."""
         return pairs_of(self.model)
 
-    def answer(self, state: Any, base: Mapping[str, np.ndarray] | Unfit) -> _Answer | Unfit:
+    def answer(
+        self, client: str, start: int, state: Any, base: Mapping[str, np.ndarray] | Unfit, signature: Any
+    ) -> _Answer | Unfit:
         """What is kept of an answer, or why it cannot be recorded; base: the global model that it started from."""
         try:
             if isinstance(base, Unfit):
                 raise base
             arrays, kinds = _arrays(state)
+            if self.signers is not None:  # of all that was sent, also of what is left out below
+                self.signers.checked(signature, client, start, self.index, lambda: digest_of(arrays, kinds))
             if self.as_models and self.pairs:
                 arrays = padded(arrays, self.model, self.pairs)
             if self.partial:

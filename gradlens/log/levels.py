@@ -291,7 +291,7 @@ class Reduction:
         reduced = [self.update({name: rows[i] for name, rows in layers.items()}, None) for i in range(len(round_))]
         names, counts = round_.clients.tolist(), round_.num_examples
         made = self.round(round_.index, names, counts, reduced, round_.global_model, round_.refused)
-        return replace(made, started=round_.started)
+        return replace(made, started=round_.started, signatures=round_.signatures)
 
 
 @lru_cache(maxsize=16)

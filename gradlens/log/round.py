@@ -55,6 +55,9 @@ class Round:
     started : Mapping
         Client -> index of the round whose global model it started from, where that is an earlier one; its update is
         measured from that model.
+    signatures : Mapping
+        Client -> what it signed of what it sent (`gradlens.log.signatures`), refused clients included, or in a few
+        characters what came in its place; clients of which no signature came are left out.
 
     Raises
     ------
@@ -85,6 +88,7 @@ class Round:
     buffers: tuple[str, ...] = ()
     moments: Mapping[str, np.ndarray] = field(default_factory=dict)
     started: Mapping[str, int] = field(default_factory=dict)
+    signatures: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         clients = np.asarray(self.clients, dtype=np.str_).reshape(-1)

@@ -16,6 +16,7 @@ import gradlens
 import planted
 from gradlens import DETECTORS, Recorder
 from gradlens.aggregators import Decision, FilterStopped, filtered, mean
+from gradlens.custody import check_updates, keys_of_clients, new_key, sign_update
 from gradlens.errors import EverybodyRefused
 from gradlens.integrations.flower import GradlensStrategy
 
@@ -408,3 +409,60 @@ def test_personal_heads_stay_with_the_clients(tmp_path):
     assert list(run.model) == ["body.weight"]
     assert [len(round_) for round_ in run.log] == [4, 4]
     np.testing.assert_allclose(state_of(result.arrays)["body.weight"], 5)  # 1 + the mean of 0 to 3, twice
+
+
+def test_clients_sign_what_they_send_and_who_does_not_is_refused(tmp_path):
+    """Two sign, one does not, one signs with another's key, one sends again what another signed; over three rounds."""
+    for place in range(5):
+        new_key(tmp_path / str(place))
+    told = []
+
+    class Grid(FakeGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            asked = list(messages)
+            told.extend(message.content["config"]["gradlens-round"] for message in asked)
+            return super().send_and_receive(asked, timeout=timeout)
+
+    def client(place, index, start):
+        state = {name: array + LOG[index].updates[name][place] for name, array in start.items()}
+        sent, signer = content(state, partition_id=place), place - (place == 3)
+        if place == 4:
+            state = {name: array + LOG[index].updates[name][0] for name, array in start.items()}
+            sent, signer = content(state, partition_id=place), 0
+        name = str(0 if place == 4 else place)
+        text = sign_update(tmp_path / str(signer), client=name, round=told[-1], arrays=state, run="trial")
+        return RecordDict({**sent, "more": ConfigRecord({"gradlens-signature": text})} if place != 2 else dict(sent))
+
+    with Recorder(tmp_path / "run", client_keys=tmp_path, run_name="trial") as recorder:
+        GradlensStrategy(inner(), recorder).start(Grid(5, client), record(START), num_rounds=3)
+    run = gradlens.open(tmp_path / "run")
+    assert told == [0] * 5 + [1] * 5 + [2] * 5
+    for round_ in run.log:
+        assert set(round_.clients) == {"0", "1"}
+        assert round_.refused == {
+            "2": "signature: none",
+            "3": "signature: not of client '3'",
+            "4": "signature: not of client '4'",
+        }
+        assert set(round_.signatures) == {"0", "1", "3", "4"}
+    assert check_updates(tmp_path / "run", keys_of_clients(tmp_path)).says[0].startswith("6 of 6 updates are signed")
+
+
+@pytest.mark.parametrize("value", [7, b"bytes", [1.5, 2.5], True, "", "x" * 100_000], ids=lambda v: f"{v!r:.9}")
+def test_whatever_stands_where_a_signature_should_is_a_reason(value, tmp_path):
+    new_key(tmp_path / "0")
+    new_key(tmp_path / "1")
+    text = sign_update(tmp_path / "1", client="1", round=0, arrays=local(1))
+    replies = benign(0, 1)
+    replies[0].content["said"] = ConfigRecord({"gradlens-signature": value})
+    replies[1].content["said"] = ConfigRecord({"gradlens-signature": text})
+    recorder = Recorder(client_keys=tmp_path)
+    aggregated(GradlensStrategy(inner(), recorder), replies)
+    assert recorder.log[0].clients.tolist() == ["1"]
+    assert recorder.log[0].refused["0"].startswith("signature: ")
+
+
+def test_clients_are_told_no_round_where_nothing_is_checked():
+    strategy, config = GradlensStrategy(inner(), Recorder()), ConfigRecord({"lr": 0.1})
+    (message,) = strategy.configure_train(1, record(START), config, FakeGrid(1, None))
+    assert dict(message.content["config"]) == {"lr": 0.1, "server-round": 1}

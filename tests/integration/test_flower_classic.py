@@ -14,6 +14,7 @@ import gradlens
 import planted
 from gradlens import DETECTORS, InputError, Recorder
 from gradlens.aggregators import filtered, mean
+from gradlens.custody import new_key, sign_update
 from gradlens.integrations.flower_classic import ClassicStrategy
 
 LOG = planted.PLANTED["shifted class"].log(rounds=2)
@@ -163,3 +164,31 @@ def test_names_that_are_not_the_models_are_the_servers_fault():
     strategy = ClassicStrategy(inner(), Recorder(), NAMES[:-1])
     with pytest.raises(InputError, match="names name 4 layers, the model has 5"):
         aggregated(strategy, [result(0)])
+
+
+def test_clients_sign_what_they_send_by_a_metric(tmp_path, monkeypatch):
+    for place in range(3):
+        new_key(tmp_path / str(place))
+    monkeypatch.setattr(SimpleClientManager, "sample", lambda *given, **settings: [Proxy("cid-0"), Proxy("cid-1")])
+    parameters, told = packed(START), []
+    with Recorder(tmp_path / "run", client_keys=tmp_path) as recorder:
+        strategy = ClassicStrategy(inner(), recorder, NAMES)
+        for round_ in range(2):
+            instructions = strategy.configure_fit(round_ + 1, parameters, SimpleClientManager())
+            told.append([instruction.config["gradlens-round"] for _, instruction in instructions])
+            texts = [sign_update(tmp_path / str(i), client=str(i), round=round_, arrays=local(i)) for i in range(3)]
+            said = [{"partition-id": 0, "gradlens-signature": texts[0]}, {"partition-id": 1}]
+            said.append({"partition-id": 2, "gradlens-signature": texts[1]})
+            results = [result(i, **each) for i, each in enumerate(said)]
+            parameters, _ = strategy.aggregate_fit(round_ + 1, results, [])
+    assert told == [[0, 0], [1, 1]]
+    for round_ in gradlens.open(tmp_path / "run").log:
+        assert round_.clients.tolist() == ["0"]
+        assert round_.refused == {"1": "signature: none", "2": "signature: not of client '2'"}
+
+
+def test_clients_are_told_no_round_where_nothing_is_checked(monkeypatch):
+    monkeypatch.setattr(SimpleClientManager, "sample", lambda *given, **settings: [Proxy("cid-0")])
+    strategy = ClassicStrategy(inner(), Recorder(), NAMES)
+    ((_, instruction),) = strategy.configure_fit(1, packed(START), SimpleClientManager())
+    assert instruction.config == {}
