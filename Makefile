@@ -4,15 +4,16 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 EVERYTHING := simulations,data,cluster,files,custody,flower,nvflare,pfl,notebook,docs,dev
 
-.PHONY: install demo test check docs bench reports gauntlet reference cases evidence notebooks clean
+.PHONY: install demo test test-frameworks check docs bench reports gauntlet reference cases evidence notebooks clean
 
-install: .venv/all  ## everything that any target needs
+install: .venv/all .venv/frameworks  ## everything that any target needs
 
 .venv/bin/python:
 	"$(PYTHON)" -c 'import sys; sys.exit("gradlens needs Python 3.11 or later, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	"$(PYTHON)" -m venv .venv
 
-# Stamps: .venv/demo, .venv/docs and .venv/all say which extras are installed; .venv/all covers the other two.
+# Stamps: .venv/demo, .venv/docs, .venv/frameworks and .venv/all say which extras are installed; .venv/all covers the
+# first two.
 .venv/demo: pyproject.toml constraints.txt | .venv/bin/python
 	$(INSTALL) -e '.[simulations]'
 	touch $@
@@ -25,11 +26,23 @@ install: .venv/all  ## everything that any target needs
 	$(INSTALL) -e '.[$(EVERYTHING)]'
 	touch .venv/demo .venv/docs $@
 
+.venv/frameworks: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) -e '.[simulations,files,flower,frameworks,dev]'
+	touch .venv/demo $@
+
 demo: .venv/demo  ## a sweep of simulated attacks on digits, analyzed: reports/demo.html
 	$(BIN)/gradlens demo
 
 test: .venv/all
 	$(BIN)/python -m pytest
+
+# what these packages would write into the home folder stays here, and nothing is asked of a hub
+test-frameworks: export KERAS_HOME := $(CURDIR)/.venv/keras
+test-frameworks: export HF_HOME := $(CURDIR)/.venv/huggingface
+test-frameworks: export HF_HUB_OFFLINE := 1
+test-frameworks: export GRADLENS_FRAMEWORKS := 1
+test-frameworks: .venv/frameworks  ## real models of Keras, adapters of PEFT: a package that is missing is a failure here
+	$(BIN)/python -m pytest tests/frameworks
 
 check: .venv/all  ## lint, format, types
 	$(BIN)/python -m ruff check .

@@ -65,6 +65,20 @@ def test_pairs_are_found_by_their_names_and_shapes():
     assert pairs_of(own, [(r"\bdown$", "up")]) == (Pair("x.lora", "x.down", "x.up"),)
 
 
+def test_adapters_of_keras_are_a_pair_the_other_way_round():
+    """Kernels are [in, out] there, and change by a b."""
+    rng = np.random.default_rng(0)
+    shapes = {"dense/lora_kernel_a": (8, 2), "dense/lora_kernel_b": (2, 6), "e/lora_embeddings_a": (9, 2)}
+    state = {name: rng.normal(size=shape) for name, shape in (shapes | {"e/lora_embeddings_b": (2, 5)}).items()}
+    model = spec_of(state)
+    assert [pair.name for pair in pairs_of(model)] == ["dense.lora", "e.lora"]
+    moved = {name: array + rng.normal(size=array.shape) for name, array in state.items()}
+    product = with_products(UpdateLog(model, [received(0, model, state, {"c": moved}, as_models=True).round_]))[-1]
+    for module, what in (("dense", "kernel"), ("e", "embeddings")):
+        before, after = (each[f"{module}/lora_{what}_a"] @ each[f"{module}/lora_{what}_b"] for each in (state, moved))
+        np.testing.assert_allclose(product.updates[f"{module}.lora"][0], after - before, rtol=1e-4, atol=1e-5)
+
+
 def test_products_have_the_norms_inner_products_and_numbers_of_formed_ones():
     log = adapted()
     round_, expected = with_products(log)[-1], formed(log)[-1]

@@ -180,5 +180,5 @@ def test_the_groups_of_entry_points_are_those_that_are_asked():
 
 def test_the_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE):
+    for target in re.findall(r"^make ([\w-]+)", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)

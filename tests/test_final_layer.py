@@ -1,5 +1,6 @@
 """Which layer answers: found by names, order and shapes, named by the user, or unknown."""
 
+import re
 import warnings
 
 import numpy as np
@@ -51,6 +52,7 @@ FOUND = [
     ({"c.weight": (8, 3, 3, 3), "deconv.weight": (8, 8, 2, 2), "deconv.bias": (8,)}, "deconv.weight", "deconv.bias", 8),
     ({"b.weight": (8, 3, 3, 3), "outc.weight": (5, 8, 1, 1), "outc.bias": (5,)}, "outc.weight", "outc.bias", 5),
     ({"a.weight": (6, 8), "b.bias": (1,), "b.weight_g": (1, 1), "b.weight_v": (1, 6)}, "b.weight_v", "b.bias", 1),
+    ({"user.weight": (6, 9), "item.weight": (4, 9), "rating.weight": (3, 10)}, "rating.weight", None, 3),
     ({"wte.weight": (50, 8), "mlp.weight": (8, 8), "lm_head.weight": (50, 8)}, "lm_head.weight", None, 50),
 ]  # fmt: skip
 
@@ -71,6 +73,9 @@ def test_the_layer_that_answers_is_found(layers, weight, bias, outputs):
         pytest.param({"wte.weight": (50, 8), "mlp.weight": (32, 8), "proj.weight": (8, 32)}, id="a tied head"),
         pytest.param({"0": (8, 6), "1": (6,), "2": (4, 4), "3": (4,)}, id="a square matrix without a name"),
         pytest.param({"fc.weight": (4, 6), "body.weight": (6, 8), "project.weight": (16, 6)}, id="a projection last"),
+        pytest.param({"0": (8, 6), "1": (6,), "2": (6, 4), "3": (4,), "4": (6, 3), "5": (3,)}, id="two ends, no names"),
+        pytest.param({"z.weight": (6, 8), "main.weight": (4, 6), "side.weight": (3, 6)}, id="two ends"),
+        pytest.param({"z.weight": (6, 1, 3, 3), "fc2.weight": (4, 24), "loc.weight": (2, 24)}, id="a localization"),
         pytest.param({"q.lora_A.weight": (2, 8), "q.lora_B.weight": (8, 2)}, id="adapters alone"),
         pytest.param({"b": (5,)}, id="vectors alone"),
     ],
@@ -192,8 +197,23 @@ def test_labels_are_attributed_on_kernels_as_in_torch():
 
 def test_running_statistics_are_buffers_by_their_names():
     names = ["bn/moving_mean", "bn/moving_variance", "batch_stats/BatchNorm_0/mean", "batch_stats/BatchNorm_0/var"]
+    names += ["normalization/mean", "normalization/variance", "nnx/bn/mean", "nnx/bn/var", "spectral/vector_u"]
     state = {"fc/kernel": np.zeros((2, 2)), **{name: np.zeros(2) for name in names}}
     assert found_buffers(state) == names
+    assert found_buffers({"latent/mean": np.zeros(2), "other/variance": np.zeros(2), "latent/var": np.zeros(3)}) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        ([np.zeros(2)], "found list; {str(place): array for place, array in enumerate(arrays)} names arrays by their"),
+        ({0: np.zeros(2)}, "found dict with the name 0"),
+        (None, "found NoneType"),
+    ],
+)
+def test_a_global_model_without_names_is_an_error_that_says_what_to_do(model, found):
+    with pytest.raises(InputError, match=re.escape(f"layer -> array, whose names are text, {found}")):
+        Recorder().log_round(model, {})
 
 
 def test_running_statistics_are_buffers_by_their_place_in_a_list():

@@ -65,6 +65,30 @@ def test_of_several_tables_the_one_named_is_taken(tmp_path):
         ingest(folder, tmp_path / "other", model_key="net")
 
 
+FROM_KERAS = "Keras's own files are not read: let each client write numpy.savez"
+
+
+@pytest.mark.parametrize("ending", [".keras", ".weights.h5", ".hdf5"])
+def test_files_of_keras_are_one_line_that_says_what_to_write(tmp_path, command, ending):
+    folder = written(tmp_path / "in", dict)
+    (folder / "round_0" / f"client_c9{ending}").write_bytes(b"\x89HDF")
+    done = ingest(folder, tmp_path / "run")
+    check(done.run)
+    assert done.notes[0].startswith(f"1 file of Keras left out; {FROM_KERAS}")
+    for file in folder.glob("round_*/*.pt"):
+        file.rename(file.with_name(file.name.removesuffix(".pt") + ending))
+    for source in (folder, folder / "round_0" / f"client_c9{ending}"):  # the models of the server are still there
+        code, out, complaint = command("ingest", source, "-o", tmp_path / "other")
+        assert (code, out) == (2, "")
+        (line,) = complaint.splitlines()
+        assert FROM_KERAS in line
+    for file in folder.glob("global_*.pt"):
+        file.unlink()
+    with pytest.raises(InputError, match=rf"expected models \(.*\), found 16 files .*; {FROM_KERAS}"):
+        ingest(folder, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("both", [True, False])
 def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix, both):

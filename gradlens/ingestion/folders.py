@@ -58,6 +58,11 @@ AFTER = (
 )  # as in Flower's guides
 WHOLE = ("model", "pytorch_model", "adapter_model")  # names of the file in a folder that is a model's alone
 TABLES = (".arrow", ".feather", ".parquet")
+KERAS = (".keras", ".h5", ".hdf5")
+FROM_KERAS = (
+    "Keras's own files are not read: let each client write "
+    "numpy.savez('round_3/client_7.npz', **{v.path: v.numpy() for v in model.weights})"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,12 +179,15 @@ def source_of_folder(
     """
     if not path.is_dir():
         expected = f"a folder of models, or a table ({', '.join(TABLES)})"
-        raise InputError(f"{path}: expected {expected}, found {'a file' if path.exists() else 'nothing'}")
+        advice = f"; {FROM_KERAS}" if path.exists() and path.suffix in KERAS else ""
+        raise InputError(f"{path}: expected {expected}, found {'a file' if path.exists() else 'nothing'}{advice}")
     files, outside, others = _files(path)
+    of_keras = sum(others[ending] for ending in KERAS)
+    advice = f"; {FROM_KERAS}" if of_keras else ""
     if not files:
         endings = others.most_common(LISTED)
         found = ", ".join(f"{number} files {ending or 'without an ending'}" for ending, number in endings)
-        raise InputError(f"{path}: expected models ({', '.join(READERS)}), found {found or 'none'}")
+        raise InputError(f"{path}: expected models ({', '.join(READERS)}), found {found or 'none'}{advice}")
     starts: dict[int, str] = {}
     taken, shift = "", 0
     for candidate in (global_models,) if global_models is not None else (*GLOBALS, *AFTER):
@@ -202,7 +210,7 @@ def source_of_folder(
             break
     if not clients:
         tried = f"the pattern {pattern!r}" if pattern is not None else "the usual names, such as 'round_3/client_7.pt'"
-        raise InputError(f"{path}: no file matches {tried}; found {several(files)}; name them with --pattern")
+        raise InputError(f"{path}: no file matches {tried}; found {several(files)}; name them with --pattern{advice}")
     source = Source()
     source.starts = {number: ModelFile(path / name, model_key, source.said) for number, name in starts.items()}
     for name, match in clients.items():
@@ -216,6 +224,8 @@ def source_of_folder(
     )
     if ignored := [name for name in remaining if name not in clients]:
         source.notes.append(f"{len(ignored)} files match no pattern and are left out: {several(ignored)}")
+    if of_keras:
+        source.notes.append(f"{count(of_keras, 'file')} of Keras left out{advice}")
     if outside:
         source.notes.append(f"{len(outside)} links lead out of the folder and are left out: {several(outside)}")
     return source

@@ -5,6 +5,7 @@ records them and returns those that the framework aggregates. A client of weight
 weight w is replaced by the global model + w x its update.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from gradlens.aggregators.rules import capped
-from gradlens.log.intake import Unfit, printable, refusing
+from gradlens.log.adapters import padded, pairs_of
+from gradlens.log.intake import Unfit, as_array, printable, refusing
 from gradlens.server import Recorder, Signed
 
 __all__ = ["Answer", "Clients", "Kept", "kept", "numbers", "read_safely"]
@@ -61,7 +63,7 @@ class Kept:
     message : object
         The framework's own message.
     state : dict of str to array
-        Layer -> array to put in place of the message's arrays; {}: they stay.
+        Layer -> array to put in place of all of the message's arrays; {}: they stay.
     num_examples : int, optional
         The number to put in place of the claimed number of examples; None: the claim stays.
 
@@ -105,6 +107,10 @@ def kept(recorder: Recorder, global_model: State, answers: Sequence[Answer]) -> 
     A client of weight 0 is left out. A client whose weight w is neither 0 nor 1 is replaced by the global model + w x
     its update (by w x its update if clients send updates); its buffers stay as they are.
 
+    What goes on has the layers and shapes that were checked, since a framework sums whatever it is given, or fails on
+    it: adapters of a smaller rank are filled with zeros. A layer that was not agreed on is taken out, or is the
+    server's own where most clients sent it.
+
     If the filter's action is other than "record", claimed numbers of examples are limited to ten times their median, as
     in `mean(weighted=True)`: otherwise a single client could claim enough examples to be the whole mean. Under
     "down_weight" the weights are then scaled to mean 1, weighted by these claims.
@@ -133,20 +139,33 @@ def kept(recorder: Recorder, global_model: State, answers: Sequence[Answer]) -> 
     first: dict[str, Answer] = {}
     for answer in answers:
         first.setdefault(printable(answer.client), answer)
-    origin = global_model if recorder.sent == "models" else {}  # what updates are measured from
+    chosen = {client: answer for client, answer in first.items() if client in weights}
+    states: dict[str, State] = {client: answer.state for client, answer in chosen.items()}  # type: ignore[misc]
+    changed = _changed(recorder, global_model, states, weights)
+    return [Kept(answer.message, changed[client], cut.get(client)) for client, answer in chosen.items()]
 
-    def scaled(state: State, weight: float) -> dict[str, np.ndarray]:
-        layers = {name: np.array(array) for name, array in state.items()}
-        for name in recorder.model.parameters:
-            start = origin.get(name, np.float32(0))
-            layers[name] = np.asarray(start + weight * (layers[name] - start), layers[name].dtype)
-        return layers
 
-    chosen = [(client, answer, weights[client]) for client, answer in first.items() if client in weights]
-    return [
-        Kept(answer.message, {} if weight == 1 else scaled(answer.state, weight), cut.get(client))  # type: ignore[arg-type]
-        for client, answer, weight in chosen
-    ]
+def _changed(
+    recorder: Recorder, global_model: State, states: Mapping[str, State], weights: Mapping[str, float]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Client -> what goes on in place of its arrays, {} where they can stay; see the notes of `kept`."""
+    start = {name: as_array(array)[0] for name, array in global_model.items()}
+    if recorder.sent == "updates":  # which are measured from 0
+        start = {name: np.zeros_like(array) for name, array in start.items()}
+    model, known = recorder.model, set(recorder.model)
+    beside = Counter(name for state in states.values() for name in state if name not in known)
+    rest = {name: array for name, array in start.items() if 2 * beside[name] > len(states)}
+    pairs, changed = pairs_of(model), {}
+    for client, state in states.items():
+        weight, fits = weights[client], all(np.shape(state[name]) == model[name].shape for name in model)
+        changed[client] = {}
+        if weight == 1 and fits and len(state) == len(model) and not rest:
+            continue
+        arrays = padded({name: as_array(state[name])[0] for name in model}, model, pairs)
+        for name in model.parameters if weight != 1 else ():
+            arrays[name] = np.asarray(start[name] + weight * (arrays[name] - start[name]), arrays[name].dtype)
+        changed[client] = {name: (rest | arrays)[name] for name in start if name in rest or name in arrays}
+    return changed
 
 
 class Clients:

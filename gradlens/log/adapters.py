@@ -3,6 +3,8 @@
 Clients send A [rank, in] and B [out, rank] for each module, and the module's weight changes by B'A' - BA. Neither A nor
 B tells this alone: the same change has many pairs. Here a pair becomes one layer, the product, whose norms and inner
 products are computed from the factors and which is never formed for all clients.
+
+Frameworks multiply the product by a number, alpha / rank in PEFT, which is no layer: it is taken to be everybody's.
 """
 
 import math
@@ -29,7 +31,10 @@ from gradlens.log.sources import (
     with_identical_entries,
 )
 
-PATTERNS = ((r"lora_A\b", "lora_B"), (r"lora_embedding_A\b", "lora_embedding_B"), (r"lora_down\b", "lora_up"))
+PATTERNS = (
+    (r"lora_A\b", "lora_B"), (r"lora_embedding_A\b", "lora_embedding_B"), (r"lora_down\b", "lora_up"),
+    (r"lora_(kernel|embeddings)_b\b", r"lora_\1_a"),  # Keras: of a kernel [in, out], which is a b
+)  # fmt: skip
 CHUNK = 1 << 24  # numbers of a block of inner products of factors
 
 
@@ -60,7 +65,7 @@ def pairs_of(model: ModelSpec, patterns: Collection[tuple[str, str]] = PATTERNS)
     model : ModelSpec
     patterns : collection of (str, str)
         A regular expression that is found in the name of A, and what stands in its place in the name of B; by default
-        those of PEFT and of diffusers.
+        those of PEFT, diffusers and Keras.
 
     Returns
     -------

@@ -82,7 +82,8 @@ def final_layer_of(parameters: Sequence[Shaped]) -> FinalLayer:
     Weights of recurrent, embedding, normalization, attention, auxiliary and adapter layers do not answer. Of the others
     it is the one that is named as a head, that stands last, and whose outputs no other layer takes. Names in
     alphabetical order say nothing about the order of the model, but their numbers do. Where order, names and shapes
-    contradict each other, or cannot tell which dimension holds the outputs, the layer is unknown.
+    contradict each other, two layers may answer (`_ends_before`), or shapes cannot tell which dimension holds the
+    outputs, the layer is unknown.
 
     Examples
     --------
@@ -212,6 +213,12 @@ class _Candidate:
     def outputs(self) -> int | None:
         return None if self.axis is None else self.layer.sent_shape[self.axis]
 
+    @property
+    def narrows(self) -> bool:
+        """Whether it is a matrix of fewer outputs than inputs, as a head is."""
+        shape = self.layer.sent_shape
+        return len(shape) == 2 and self.outputs is not None and self.outputs < shape[1 - (self.axis or 0)]
+
     def takes(self, outputs: int | None, *, flattened: bool) -> bool:
         """Whether this weight may take so many outputs of another one, from its channels where it is flattened."""
         if outputs is None:
@@ -236,6 +243,9 @@ def _chosen(
     head = next(iter(heads), None)
     if head is None and any(each.is_embedding and each.takes(last.outputs, flattened=False) for each in takers):
         return None, "the embedding may answer, too, or one of", "likely"
+    if head is None and last in free and (ends := _ends_before(last, free, takers)):
+        names = " and ".join(repr(each.layer.name) for each in [*ends, last])
+        return None, f"{names} may each answer, of", "likely"
     if ordered or _is_numbered(candidates):
         if head is last:
             return last, "the last layer, and named as a head", "certain"
@@ -248,6 +258,16 @@ def _chosen(
     if head is None and not ordered and len(free) == 1:
         return free[0], "the only layer whose outputs no other layer takes", "likely"
     return None, "names, order and shapes do not agree on one of", "likely"
+
+
+def _ends_before(last: _Candidate, free: list[_Candidate], takers: Collection[_Candidate]) -> list[_Candidate]:
+    """Layers before the last that end the model as it does: with fewer outputs than inputs, which no layer takes.
+
+    None of them is an end where the last layer takes no whole layer, but several side by side.
+    """
+    others = [each for each in takers if each.layer is not last.layer]
+    whole = any(last.takes(each.outputs, flattened=len(each.layer.sent_shape) > 2) for each in others)
+    return [each for each in free if whole and each is not last and each.narrows and last.narrows]
 
 
 def _heads(candidates: list[_Candidate], free: list[_Candidate]) -> list[_Candidate]:

@@ -16,6 +16,7 @@ from gradlens.words import several
 
 BUFFER_NAMES = (  # last part of a layer's name: running statistics of torch, Keras, and of spectral normalization
     "running_mean", "running_var", "num_batches_tracked", "moving_mean", "moving_variance", "_u", "_v", "weight_u",
+    "vector_u",
 )  # fmt: skip
 
 
@@ -29,12 +30,14 @@ def found_buffers(state: State) -> list[str]:
 
     Notes
     -----
+    A mean and a variance of one length in one module are running statistics, too (Keras's Normalization, flax's nnx).
     Where names are numbers, as in a list of arrays, two vectors before a single integer are the running statistics of
     batch normalization that torch lists with their counter; so are the last two of four or five vectors of one length,
     unless one of the last has a negative number (Keras: scale, shift, mean, variance).
     """
     arrays = {name: as_array(value)[0] for name, value in state.items()}
     parts = {name: re.split(r"[./]", name) for name in arrays}
+    statistics = _running_statistics(arrays)
     spectral = {name.removesuffix("_orig") for name in arrays if name.endswith("weight_orig")}
     return [
         name
@@ -42,8 +45,20 @@ def found_buffers(state: State) -> list[str]:
         if array.dtype.kind in "iub"
         or parts[name][-1] in BUFFER_NAMES
         or "batch_stats" in parts[name]
+        or name in statistics
         or (name.endswith("weight_v") and name.removesuffix("_v") in spectral)
     ] + _buffers_by_place(arrays)
+
+
+def _running_statistics(arrays: Mapping[str, np.ndarray]) -> set[str]:
+    """Vectors called mean and variance, or var, that stand beside each other in a module."""
+    found = set()
+    for mean in arrays:
+        if re.split(r"[./]", mean)[-1] == "mean":
+            variances = [mean.removesuffix("mean") + last for last in ("variance", "var")]
+            pairs = [[mean, variance] for variance in variances if variance in arrays]
+            found |= {name for pair in pairs if _are_vectors(arrays, pair) for name in pair}
+    return found
 
 
 def _buffers_by_place(arrays: Mapping[str, np.ndarray]) -> list[str]:
@@ -97,8 +112,7 @@ def spec_of(
     -----
     A tensor without any number, such as a counter of shape (0,), is no layer.
     """
-    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise InputError(f"a global model is a table layer -> array, found {type(state).__name__}")
+    _check_named(state)
     if unknown := [name for name in buffers if name not in state]:
         raise InputError(f"buffers: the model has no layer {unknown[0]!r}, only {list(state)}")
     arrays = {name: _recorded_type(_array_of_server(name, value)) for name, value in state.items()}
@@ -133,8 +147,7 @@ def state_of(state: State, model: ModelSpec, *, partial: bool = False) -> dict[s
     InputError
         Where its layers or their shapes are not those of the model.
     """
-    if not isinstance(state, Mapping):
-        raise InputError(f"a global model is a table layer -> array, found {type(state).__name__}")
+    _check_named(state)
     known = set(model)
     others = [name for name in state if name not in known and not partial and _array_of_server(name, state[name]).size]
     if differing := [name for name in model if name not in state] + others:
@@ -146,6 +159,18 @@ def state_of(state: State, model: ModelSpec, *, partial: bool = False) -> dict[s
             raise InputError(f"layer {layer.name!r} of the global model must have shape {layer.shape}, found {shape}")
     with np.errstate(all="ignore"):
         return {layer.name: np.array(arrays[layer.name], layer.dtype) for layer in model.layers}
+
+
+def _check_named(state: Any) -> None:
+    """Raises InputError where a global model does not name its layers."""
+    if isinstance(state, Mapping) and all(isinstance(name, str) for name in state):
+        return
+    found = type(state).__name__
+    if isinstance(state, Mapping):
+        found += f" with the name {next(name for name in state if not isinstance(name, str))!r:.80}"
+    if isinstance(state, list | tuple):
+        found += "; {str(place): array for place, array in enumerate(arrays)} names arrays by their places"
+    raise InputError(f"a global model is a table layer -> array, whose names are text, found {found}")
 
 
 def _array_of_server(name: str, value: Any) -> np.ndarray:

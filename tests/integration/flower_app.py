@@ -1,6 +1,7 @@
 """A real Flower simulation on digits, 10 clients of which 3 put a trigger in: python flower_app.py API FOLDER DETECTOR.
 
-First without a filter, then with it, from the same model; prints one line of JSON with what was reached.
+First without a filter, then with it, from the same model; prints one line of JSON with what was reached. The message
+API runs a third time with personal heads: clients keep the layer `out`, and the rest is recorded in FOLDER-personal.
 """
 
 import json
@@ -10,11 +11,12 @@ from pathlib import Path
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
+import numpy as np
 from digits import CLIENTS, ROUNDS, SIZES, reached, start, trained
 
 
 def message_apps(folder, detector):
-    from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import ServerApp
     from flwr.serverapp.strategy import FedAvg
@@ -33,7 +35,13 @@ def message_apps(folder, detector):
     @clients.train()
     def train(message, context):
         number = int(context.node_config["partition-id"])
-        model, examples = trained(state(message.content["arrays"]), number)
+        personal = bool(message.content["config"].get("personal"))
+        start = state(message.content["arrays"])
+        if personal and "head" in context.state:
+            start |= state(context.state["head"])
+        model, examples = trained(start, number)
+        if personal:
+            context.state["head"] = record({name: model.pop(name) for name in SIZES if name.startswith("out.")})
         said = MetricRecord({"num-examples": examples, "partition-id": number})
         return Message(RecordDict({"arrays": record(model), "metrics": said}), reply_to=message)
 
@@ -43,6 +51,10 @@ def message_apps(folder, detector):
         plain = inner.start(grid, record(start()), num_rounds=ROUNDS)
         with Recorder(folder, detector=detector) as recorder:
             kept = GradlensStrategy(inner, recorder).start(grid, record(start()), num_rounds=ROUNDS)
+        with Recorder(f"{folder}-personal", layers=["hidden.*"]) as recorder:
+            strategy, config = GradlensStrategy(inner, recorder), ConfigRecord({"personal": True})
+            body = strategy.start(grid, record(start()), num_rounds=ROUNDS, train_config=config)
+        np.savez(f"{folder}-personal.npz", **state(body.arrays))
         print(json.dumps({"without": reached(state(plain.arrays)), "with": reached(state(kept.arrays))}))
 
     return server, clients

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import digits
+import numpy as np
 import pytest
 from processes import ran
 
@@ -71,6 +73,26 @@ def test_live_verdicts_are_those_of_the_recorded_run(message, folder):
     offline = gradlens.detect(run, {DETECTOR: DETECTORS[DETECTOR]()})
     for column in ("round", "client", "detector", "score", "flag", "abstained"):
         assert run.verdicts[column].tolist() == offline[column].tolist()
+
+
+def test_personal_heads_stay_with_the_clients_and_the_body_moves(message, folder):
+    run = recorded(folder, "message-personal")
+    with np.load(folder / "message-personal.npz", allow_pickle=False) as file:
+        last = dict(file)
+    assert list(run.model) == list(last) == ["hidden.weight", "hidden.bias"]
+    start = {name: digits.start()[name] for name in last}
+    after = [*[round_.global_model for round_ in run.log], last]
+    for name, array in start.items():
+        np.testing.assert_array_equal(after[0][name], array)
+    for round_, model in zip(run.log, after[1:], strict=True):
+        for name, updates in round_.updates.items():
+            expected = round_.global_model[name] + np.average(updates, axis=0, weights=round_.num_examples)
+            np.testing.assert_allclose(model[name], expected, atol=1e-6)
+            assert np.abs(model[name] - round_.global_model[name]).max() > 1e-3
+    heads = {name: array for name, array in digits.start().items() if name not in last}  # of a client before training
+    first, updates = [int(client) for client in run.log[0].clients], run.log[0].updates["hidden.weight"]
+    local, _ = digits.trained(start | heads, first[0])
+    np.testing.assert_allclose(updates[0], local["hidden.weight"] - start["hidden.weight"], atol=1e-6)
 
 
 def test_the_command_line_works_on_the_recorded_run(message, folder, monkeypatch, capsys):

@@ -212,6 +212,33 @@ def test_a_real_simulation_is_recorded_and_filtered(kind, simulated):
         np.testing.assert_allclose(last[name], run.log[-1].global_model[name] + update, atol=1e-6)
 
 
+def test_a_real_simulation_of_short_numbers_starts_each_round_from_what_the_last_one_returned(tmp_path):
+    torch = pytest.importorskip("torch")
+    ran("nvflare_app.py", "BFLOAT16", str(tmp_path), "final_rows")
+    run = gradlens.open(tmp_path / "BFLOAT16")
+    assert (run.verify().intact, run.is_closed) == (True, True)
+    assert [(len(round_), round_.refused) for round_ in run.log] == [(6, {})] * 3  # a gap would be a round of nobody
+    names = [f"BFLOAT16-{index}.npz" for index in range(3)] + ["BFLOAT16.npz"]
+    models = []
+    for name in names:  # what a client was sent in each round, and what FLARE saved at the end
+        with np.load(tmp_path / name, allow_pickle=False) as file:
+            models.append(dict(file))
+    rule = filtered(mean(weighted=True), DETECTORS["final_rows"]())
+    for prefix, before, after in zip(run.log.prefixes(), models[:-1], models[1:], strict=True):
+        round_, update = prefix[-1], rule(prefix)
+        for name, array in round_.global_model.items():
+            np.testing.assert_array_equal(array, before[name])
+            np.testing.assert_array_equal(after[name], short(torch, array + update[name]))
+            local = array + round_.updates[name]
+            np.testing.assert_allclose(local, short(torch, local), atol=1e-7)  # as the clients sent it
+    for _, decided in run.verdicts.groupby("round"):
+        assert set(decided["client"][~decided["kept"]]) == {"site-2", "site-5"}
+
+
+def short(torch, array):
+    return torch.tensor(array).bfloat16().float().numpy()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_of_short_numbers_has_no_round_between_its_rounds(kind, dtype, tmp_path):
