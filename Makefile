@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 EVERYTHING := simulations,data,cluster,files,custody,flower,nvflare,pfl,notebook,docs,dev
 
-.PHONY: install demo test test-frameworks check docs bench reports gauntlet reference cases evidence notebooks clean
+.PHONY: install demo test test-frameworks check docs bench reports gauntlet gauntlet-adapters reference cases evidence notebooks clean
 
 install: .venv/all .venv/frameworks  ## everything that any target needs
 
@@ -84,6 +84,16 @@ gauntlet: export GRADLENS_DATA ?= ../shared/data
 gauntlet: .venv/all  ## every detector against every attack; a part: make gauntlet SEEDS=7,8 FAMILIES=trigger,label_flip
 	$(BIN)/python -m simulations.studies.gauntlet $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FAMILIES),--families $(FAMILIES)) $(if $(BENIGN),--benign $(BENIGN)) \
 		$(if $(DETECTORS),--detectors $(DETECTORS)) $(if $(ATTACK),--attack $(ATTACK)) $(if $(SETTINGS),--settings $(SETTINGS))
+	$(BIN)/python docs/results.py
+
+gauntlet-adapters: export GRADLENS_DATA ?= ../shared/data
+gauntlet-adapters: .venv/all  ## the same where clients send low-rank adapters: reports/gauntlet_adapters.csv
+	$(BIN)/python -m simulations.studies.gauntlet --settings adapters --seeds 5,6,7 --benign 400 --out reports/gauntlet_adapters
+	$(BIN)/python docs/results.py
+
+reproduce-%: export GRADLENS_DATA ?= ../shared/data
+reproduce-%: .venv/all  ## a seed paper again, in parts: reproduce-bilgin; reproduce-quick: small versions of all
+	$(BIN)/python -m simulations.studies.reproduce $(if $(filter quick,$*),--quick,$*)
 	$(BIN)/python docs/results.py
 
 reference: .venv/all  ## gradlens/case/reference.json, in parts: call it again until it says nothing is missing

@@ -30,11 +30,32 @@ def pages() -> dict[str, str]:
 
     return {
         "cases.md": titled("Cases", cases.section(cases.committed())),
+        "adapters.md": titled("Adapters", adapters()),
         "detectors.md": titled("Detectors", gauntlet_page.section(gauntlet_figures.committed())),
         "defenses.md": titled("Defenses", defenses.section(defenses.committed())),
         "attacks.md": titled("Attacks", attacks.section(*attacks.committed())),
         "speed.md": titled("Speed", speed()),
     }
+
+
+def adapters() -> str:
+    """What of the detectors and of the case carries over to low-rank adapters."""
+    from simulations.studies import cases, gauntlet_figures, gauntlet_page
+
+    table = gauntlet_figures.CSV.with_name("gauntlet_adapters.csv")
+    judged = cases.committed()
+    judged = judged[judged["kind"].str.endswith(", adapters")]
+    parts = [
+        "Clients train and send low-rank adapters beside the attention of a small transformer that the server has "
+        "trained: a classifier of Shakespeare's speakers, where a phrase is the trigger, and a model of the next word, "
+        "where a sentence is to end as the attacker wants. Adapters have no final layer, so what rests on it abstains; "
+        "everything else judges the products of the pairs.",
+        re.sub(r"\A## .*\n+", "", gauntlet_page.section(gauntlet_figures.committed(table), "gauntlet_adapters")),
+        "## Cases",
+        cases.adapters_text(cases.committed()),
+        *([cases.attacked_text(judged)] if len(judged) else []),
+    ]
+    return "\n\n".join(parts)
 
 
 def speed() -> str:

@@ -41,7 +41,7 @@ def formed(log):
             a, b = (np.asarray(round_.global_model[name], np.float64) for name in names)
             da, db = (round_.updates[name].astype(np.float64) for name in names)
             updates[f"{module}.lora"] = (b + db) @ (a + da) - b @ a
-            state[f"{module}.lora"] = np.zeros((len(b), a.shape[1]), np.float32)
+            state[f"{module}.lora"] = (b @ a).astype(np.float32)
         rest = {name: round_.updates[name] for name in ("head.weight", "head.bias")}
         state |= {name: round_.global_model[name] for name in rest}
         model = model or ModelSpec.of(state, final_layer="head")

@@ -185,9 +185,33 @@ class _Made:
     def __call__(self) -> Round:
         round_ = self.log[self.place]
         source = ProductSource(round_.source, round_.global_model, self.pairs, tuple(self.model))
-        zero = {pair.name: np.broadcast_to(np.float32(0), self.model[pair.name].shape) for pair in self.pairs}
-        state = {name: zero[name] if name in zero else round_.global_model[name] for name in self.model}
+        state = _ProductState(round_.global_model, {pair.name: pair for pair in self.pairs}, self.model)
         return replace(round_, updates=source, global_model=state)
+
+
+@dataclass(frozen=True)
+class _ProductState(Mapping[str, np.ndarray]):
+    """A global model in which each adapter is the product of its two layers, formed when it is asked for."""
+
+    whole: Mapping[str, np.ndarray]
+    pairs: Mapping[str, Pair]
+    model: ModelSpec
+
+    def __getitem__(self, layer: str) -> np.ndarray:
+        if layer not in self.model:
+            raise KeyError(layer)
+        if layer not in self.pairs:
+            return self.whole[layer]
+        pair = self.pairs[layer]
+        first, second = (_matrices(np.asarray(self.whole[name])[None])[0] for name in (pair.first, pair.second))
+        with np.errstate(all="ignore"):
+            return (second @ first).astype(np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.model)
+
+    def __len__(self) -> int:
+        return len(self.model)
 
 
 class ProductSource(Mapping[str, np.ndarray]):

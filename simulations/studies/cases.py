@@ -321,7 +321,7 @@ def odd_text(table: pd.DataFrame) -> str:
 
 
 def adapters_text(table: pd.DataFrame) -> str:
-    """How many attack-free recordings of adapters were accused; the attacked ones stand among all others."""
+    """What becomes of recordings of adapters, attack-free and attacked."""
     free = table[table["kind"] == "attack-free, adapters"]
     if not len(free):
         return "Recordings of adapters were not judged yet."

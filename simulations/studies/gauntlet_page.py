@@ -78,7 +78,7 @@ def write(tables: Tables, path: Path) -> None:
         report_page.section("panel", "The panel under the three nulls", _panel_nulls(of_purpose(figures, purpose))),
         report_page.section("labels", "Which label the attackers want", _target_labels(of_purpose(labels, purpose))),
         report_page.section("attacks", "The attacks", _attacks(by_client, runs)),
-        report_page.section("cases", "What becomes of whole recordings", _cases(cases.committed())),
+        report_page.section("cases", "What becomes of whole recordings", _cases(cases.committed(), runs)),
     ]
     report_page.write(render("Gauntlet", _lead(runs), _findings(by_client, working, ranked), sections), path)
 
@@ -86,8 +86,8 @@ def write(tables: Tables, path: Path) -> None:
 # The section of the results ------------------------------------------------------------------------------------
 
 
-def section(figures: pd.DataFrame) -> str:
-    """The section of the results on detectors, in Markdown, from the figures."""
+def section(figures: pd.DataFrame, page: str = "gauntlet") -> str:
+    """The section of the results on detectors, in Markdown, from the figures; page: where all of them are."""
     purpose = ranking_purpose(figures)
     by_client = of_purpose(figures, purpose).query("per == 'client'")
     working = by_client[by_client["works"].eq(1)]
@@ -104,8 +104,7 @@ def section(figures: pd.DataFrame) -> str:
         f"{len(ranked)} detectors against {working['family'].nunique()} attacks that work, in {_count_cells(working)} "
         "cells (task, partition, attack, way of drawing clients), per client over a run. The table shows the "
         f"{len(rows)} best on average; all of them, cell by cell with intervals, are in "
-        "[`reports/gauntlet.html`](reports/gauntlet.html). `make gauntlet` runs it, "
-        "`make gauntlet SEEDS=7,8 FAMILIES=trigger` a part of it."
+        f"[`reports/{page}.html`](reports/{page}.html). `make {page.replace('_', '-')}` runs it."
     )
     body = markdown(columns, [[row[title] for title in columns] for row in rows])
     return "\n\n".join(
@@ -441,9 +440,12 @@ def _attacks(by_client: pd.DataFrame, runs: pd.DataFrame) -> list[Block]:
     return [table(rows, caption)]
 
 
-def _cases(judged: pd.DataFrame) -> list[Block]:
+def _cases(judged: pd.DataFrame, runs: pd.DataFrame) -> list[Block]:
     """What `investigate` concludes from recordings with 4 of 20 clients malicious, attack by attack."""
-    shown = judged[judged["kind"].eq("attacked") & judged["malicious"].eq(4)]
+    of_adapters = ", adapters" if runs["task"].eq(cases.ADAPTED).any() else ""
+    shown = judged[judged["kind"].eq(f"attacked{of_adapters}") & judged["malicious"].eq(4)]
+    if not len(shown):
+        return [text("No such recordings were judged yet.")]
     rows = []
     for (setting, name), part in shown.groupby(["setting", "family"]):
         row = {"setting": str(setting), "attack": str(name)}
@@ -452,7 +454,7 @@ def _cases(judged: pd.DataFrame) -> list[Block]:
             row[f"found, {title}"] = share((of_null["found"] / of_null["attackers"].clip(lower=1)).mean())
             row[f"innocents, {title}"] = number(of_null["innocent"].mean())
         rows.append(row)
-    free = judged[judged["kind"].eq("attack-free") & judged["null"].eq("reference")]
+    free = judged[judged["kind"].eq(f"attack-free{of_adapters}") & judged["null"].eq("reference")]
     about = (
         f"A case is one verdict on a recording. {(free['innocent'] > 0).sum()} of {len(free)} attack-free recordings "
         "had anybody accused. Recordings of seeds that chose nothing; other numbers of attackers and the intervals are "

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,28 @@ from gradlens.plots import percent
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORTS = ROOT / "reports"
+
+
+class Finding(NamedTuple):
+    """A figure of a paper, and what came of it here.
+
+    Parameters
+    ----------
+    claim : str
+        What is measured.
+    paper : str
+        The paper's figure, or an en dash where it has none.
+    ours : str
+        The same, measured here, with its interval over seeds.
+    deviation : str
+        What differs from the paper's experiment; "" where nothing is known to.
+    """
+
+    claim: str
+    paper: str
+    ours: str
+    deviation: str = ""
+
 
 Part = tuple[tuple[object, ...], Callable[[], pd.DataFrame]]  # its values in the key columns, what computes its rows
 

@@ -1,0 +1,139 @@
+"""The seed papers in small: what is measured, that it goes on where it stopped, and that it points the papers' way."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from gradlens.errors import InputError
+from simulations import Scenario
+from simulations import run as simulate
+from simulations.assemble import assemble
+from simulations.studies import reproduce
+from simulations.studies import reproduce_bilgin as bilgin
+
+SCENARIO = Scenario(
+    num_clients=5, rounds=2, samples_per_client=40, batch_size=40, learning_rate=0.1,
+    attack={"trigger": {"size": 3, "row": 0, "column": 0}}, num_malicious=1, poison_rate=0.5,
+)  # fmt: skip
+
+
+def test_the_deviation_is_from_the_mean_of_all_at_the_farthest_number():
+    updates = np.array([[[1.0, 0], [0, 0]], [[1, 0], [0, 0]], [[1, 0], [0, 6]]])
+    np.testing.assert_allclose(bilgin.deviation(updates), [2, 2, 4])
+
+
+def test_drift_is_that_of_plain_sgd(tmp_path):
+    """One step with all samples: a bias moves by the learning rate times the mean of y - p, of each client's own."""
+    run, federation = simulate(SCENARIO, tmp_path), assemble(SCENARIO)
+    round_ = run.log[0]
+    malicious = next(iter(federation.poisoned))
+    attacking = np.arange(5) == malicious
+    found = bilgin.drifts(federation, round_, attacking)
+
+    def moved(client: int) -> float:
+        x, y = federation.poisoned.get(client, federation.honest[client])
+        model = assemble(SCENARIO).model.eval()
+        with torch.no_grad():
+            p = torch.softmax(model(x), 1)[:, 1]
+        return 0.1 * float(((y == 1).float() - p).mean())
+
+    others = np.mean([moved(client) for client in range(5) if client != malicious])
+    assert found["drift"] == pytest.approx(moved(malicious) - others, abs=1e-6)
+    chosen = federation.chosen[malicious]
+    with torch.no_grad():
+        p = torch.softmax(assemble(SCENARIO).model.eval()(federation.poisoned[malicious][0][chosen]), 1)[:, 1]
+    assert found["expected"] == pytest.approx(0.1 * len(chosen) / 40 * (1 - float(p.mean())))
+
+
+def test_a_run_is_measured_round_by_round_and_layer_by_layer(tmp_path):
+    run = simulate(SCENARIO, tmp_path / "attacked")
+    rows = bilgin.measured(run, SCENARIO)
+    assert list(rows) == bilgin.COLUMNS
+    assert len(rows) == 2 * 4
+    assert rows.loc[rows["is_final_bias"], "layer"].unique().tolist() == ["fc2.bias"]
+    m = bilgin.deviation(run.log[1].updates["fc1.weight"])
+    malicious = run.log[1].clients == run.truth.query("poisoned")["client"].iloc[0]
+    row = rows[rows["round"].eq(1) & rows["layer"].eq("fc1.weight")].iloc[0]
+    assert row["malicious"] == pytest.approx(m[malicious][0])
+    assert row["benign_max"] == pytest.approx(m[~malicious].max())
+    assert row["rank"] == 1 + (m > m[malicious]).sum()
+    assert row["auc"] == pytest.approx((m[~malicious] < m[malicious]).mean())
+    control = bilgin.measured(simulate(SCENARIO.control, tmp_path / "control"), SCENARIO.control)
+    assert list(control) == bilgin.COLUMNS
+    assert control[["malicious", "auc", "rank", "drift", "expected"]].isna().all(axis=None)
+
+
+def table_of(aucs: dict[tuple[float, int, str], list[float]]) -> pd.DataFrame:
+    """(learning rate, seed, layer) -> AUC of each round, as rows of a table."""
+    rows = []
+    for (rate, seed, layer), values in aucs.items():
+        for index, auc in enumerate(values):
+            settings = dict.fromkeys(bilgin.AXES, "same") | {"learning_rate": rate}
+            rows.append(settings | {"run": f"{rate}-{seed}", "seed": seed, "control": False, "layer": layer, "auc": auc,
+                                    "round": index, "is_final_bias": layer == "fc.bias"})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_conditions_are_what_differs_from_what_most_runs_have():
+    early, later = [1.0] * 5, [0.25, 0.75]
+    aucs = {(rate, seed, "fc.bias"): early + later for rate, seed in ((0.1, 0), (0.1, 1), (0.2, 0))}
+    aucs |= {(0.1, 0, "fc.weight"): [0.5] * 7, (0.1, 1, "fc.weight"): [np.nan] * 2 + [0.6] * 5 + [0.9]}
+    found = bilgin.by_condition(table_of(aucs)).set_index(["condition", "layer", "phase"])["auc"]
+    assert found["center", "fc.bias", "early"] == 1
+    assert found["center", "fc.bias", "later"] == 0.5
+    assert found["learning rate 0.2", "fc.bias", "later"] == 0.5
+    assert found.index[0][0] == "center"
+
+
+def test_an_experiment_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    cells = [SCENARIO, SCENARIO.control, SCENARIO.replace(seed=1)]
+    monkeypatch.setattr(reproduce, "scenarios_of", lambda part, quick: cells)
+    monkeypatch.setattr(reproduce, "AT_A_TIME", 1)
+    path = tmp_path / "rows.csv"
+    todo = {"part": "bilgin", "measure": bilgin.measured, "path": path, "quick": True, "workers": 1}
+    assert reproduce.computed(**todo, minutes=0) == 3
+    assert not path.exists()
+    now = iter([0.0, 0.0, 100.0])
+    monkeypatch.setattr(reproduce.time, "monotonic", lambda: next(now, 1e9))
+    assert reproduce.computed(**todo, minutes=1) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(reproduce, "scenarios_of", lambda part, quick: cells)
+    assert reproduce.computed(**todo, minutes=10) == 0
+    rows = pd.read_csv(path)
+    assert rows["run"].value_counts().to_dict() == {scenario.digest: 8 for scenario in cells}
+    assert set(rows["layer"]) == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
+    assert rows.groupby("control")["auc"].count().to_dict() == {False: 16, True: 0}
+
+
+def test_an_unknown_experiment_is_named():
+    with pytest.raises(InputError, match=r"expected one of bilgin.*, found 'bligin'"):
+        reproduce.main(["bligin"])
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The small version of every experiment: name -> its tables."""
+    folder = tmp_path_factory.mktemp("quick")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce, "ROOT", folder)
+        reproduce.main(["--quick", "--workers", "2"])
+        return {
+            name: [pd.read_csv(reproduce.table_of(part, quick=True)) for part in experiment.parts]
+            for name, experiment in reproduce.EXPERIMENTS.items()
+        }
+
+
+def test_bilgin_in_small_points_the_papers_way(quick):
+    exact, conditions = quick["bilgin"]
+    bias = exact[~exact["control"] & exact["is_final_bias"]]
+    early = bias[bias["round"] < bilgin.EARLY]
+    assert (early["malicious"] > 1.5 * early["benign"]).all()
+    assert early["rank"].eq(1).mean() > 0.8
+    by_round = bias.groupby("round")["malicious"].mean()
+    assert by_round.iloc[-3:].mean() < by_round.iloc[:3].mean()  # it fades while the backdoor is learned
+    found = bilgin.by_condition(conditions).query("is_final_bias and phase == 'early'").set_index("condition")["auc"]
+    assert found["center"] > 0.9 > found["partition dirichlet"] + 0.1
+    findings = bilgin.findings(exact, conditions)
+    assert all(finding.ours and "nan" not in finding.ours for finding in findings)
+    assert "**Which gradients:**" in bilgin.text(exact, conditions)
