@@ -88,7 +88,7 @@ gauntlet: .venv/all  ## every detector against every attack; a part: make gauntl
 
 gauntlet-adapters: export GRADLENS_DATA ?= ../shared/data
 gauntlet-adapters: .venv/all  ## the same where clients send low-rank adapters: reports/gauntlet_adapters.csv
-	$(BIN)/python -m simulations.studies.gauntlet --settings adapters --seeds 5,6,7 --benign 400 --out reports/gauntlet_adapters
+	$(BIN)/python -m simulations.studies.gauntlet --settings adapters --seeds 5,6,7 --benign 200 --out reports/gauntlet_adapters
 	$(BIN)/python docs/results.py
 
 reproduce-%: export GRADLENS_DATA ?= ../shared/data

@@ -1,6 +1,7 @@
 """What the command line says of itself: what there is, what is missing, and how quickly it starts."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -86,8 +87,9 @@ def test_what_needs_torch_says_so_in_one_line(recorded, tmp_path):
 
 
 def test_completion_of_the_shell_names_the_commands():
+    told = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # not every parent process is a shell
     done = subprocess.run(
-        [sys.executable, "-m", "gradlens", "--show-completion", "bash"], capture_output=True, text=True
+        [sys.executable, "-m", "gradlens", "--show-completion", "bash"], capture_output=True, text=True, env=told
     )
     assert done.returncode == 0
     assert "complete" in done.stdout

@@ -129,3 +129,13 @@ def test_many_clients_are_scaled_without_pairs():
     joined = log.combined(pairs, clients[::2])[-1]
     expected = (w[::2].astype(np.float64) + w[1::2]) / 2
     np.testing.assert_allclose(joined.total_gram[:5], expected[:5] @ expected.T, atol=1e-6)
+
+
+def test_a_combination_started_from_no_round_and_is_signed_by_nobody(rng):
+    updates = {"fc.weight": rng.normal(size=(3, 2, 2))}
+    state = {"fc.weight": np.zeros((2, 2), np.float32)}
+    told = {"started": {"a": 0}, "signatures": {"b": "text"}}
+    round_ = Round(2, np.array(["a", "b", "c"]), np.ones(3), updates, state, **told)
+    mixed = round_.combined(np.full((3, 3), 1 / 3))
+    assert (mixed.started, mixed.signatures) == ({}, {})
+    assert (round_.started, round_.signatures) == ({"a": 0}, {"b": "text"})

@@ -1,5 +1,7 @@
 """The seed papers in small: what is measured, that it goes on where it stopped, and that it points the papers' way."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,8 @@ from simulations import run as simulate
 from simulations.assemble import assemble
 from simulations.studies import reproduce
 from simulations.studies import reproduce_bilgin as bilgin
+from simulations.studies import reproduce_wu as wu
+from simulations.studies.pruning_steps import BOTH, DELTAS, NOTHING
 
 SCENARIO = Scenario(
     num_clients=5, rounds=2, samples_per_client=40, batch_size=40, learning_rate=0.1,
@@ -59,9 +63,12 @@ def test_a_run_is_measured_round_by_round_and_layer_by_layer(tmp_path):
     assert row["benign_max"] == pytest.approx(m[~malicious].max())
     assert row["rank"] == 1 + (m > m[malicious]).sum()
     assert row["auc"] == pytest.approx((m[~malicious] < m[malicious]).mean())
-    control = bilgin.measured(simulate(SCENARIO.control, tmp_path / "control"), SCENARIO.control)
+    free = simulate(SCENARIO.control, tmp_path / "control")
+    control = bilgin.measured(free, SCENARIO)
     assert list(control) == bilgin.COLUMNS
-    assert control[["malicious", "auc", "rank", "drift", "expected"]].isna().all(axis=None)
+    m = bilgin.deviation(free.log[1].updates["fc1.weight"])
+    row = control[control["round"].eq(1) & control["layer"].eq("fc1.weight")].iloc[0]
+    assert row["malicious"] == pytest.approx(m[malicious][0])  # of the same client, which is honest here
 
 
 def table_of(aucs: dict[tuple[float, int, str], list[float]]) -> pd.DataFrame:
@@ -70,8 +77,10 @@ def table_of(aucs: dict[tuple[float, int, str], list[float]]) -> pd.DataFrame:
     for (rate, seed, layer), values in aucs.items():
         for index, auc in enumerate(values):
             settings = dict.fromkeys(bilgin.AXES, "same") | {"learning_rate": rate}
-            rows.append(settings | {"run": f"{rate}-{seed}", "seed": seed, "control": False, "layer": layer, "auc": auc,
-                                    "round": index, "is_final_bias": layer == "fc.bias"})  # fmt: skip
+            of_run = {"run": f"{rate}-{seed}", "seed": seed, "control": False}
+            rows.append(
+                settings | of_run | {"layer": layer, "auc": auc, "round": index, "is_final_bias": "bias" in layer}
+            )
     return pd.DataFrame(rows)
 
 
@@ -87,15 +96,15 @@ def test_conditions_are_what_differs_from_what_most_runs_have():
 
 
 def test_an_experiment_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    cells = [SCENARIO, SCENARIO.control, SCENARIO.replace(seed=1)]
+    cells = {SCENARIO: SCENARIO, SCENARIO.control: SCENARIO, SCENARIO.replace(seed=1): SCENARIO.replace(seed=1)}
     monkeypatch.setattr(reproduce, "scenarios_of", lambda part, quick: cells)
     monkeypatch.setattr(reproduce, "AT_A_TIME", 1)
     path = tmp_path / "rows.csv"
     todo = {"part": "bilgin", "measure": bilgin.measured, "path": path, "quick": True, "workers": 1}
     assert reproduce.computed(**todo, minutes=0) == 3
     assert not path.exists()
-    now = iter([0.0, 0.0, 100.0])
-    monkeypatch.setattr(reproduce.time, "monotonic", lambda: next(now, 1e9))
+    clock = iter([0.0, 0.0])  # it is late when it looks again
+    monkeypatch.setattr(reproduce, "time", SimpleNamespace(monotonic=lambda: next(clock, 1e9)))
     assert reproduce.computed(**todo, minutes=1) == 2
     monkeypatch.undo()
     monkeypatch.setattr(reproduce, "scenarios_of", lambda part, quick: cells)
@@ -103,7 +112,7 @@ def test_an_experiment_goes_on_where_it_stopped(tmp_path, monkeypatch):
     rows = pd.read_csv(path)
     assert rows["run"].value_counts().to_dict() == {scenario.digest: 8 for scenario in cells}
     assert set(rows["layer"]) == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
-    assert rows.groupby("control")["auc"].count().to_dict() == {False: 16, True: 0}
+    assert rows.groupby("control")["auc"].count().to_dict() == {False: 16, True: 8}
 
 
 def test_an_unknown_experiment_is_named():
@@ -122,6 +131,20 @@ def quick(tmp_path_factory):
             name: [pd.read_csv(reproduce.table_of(part, quick=True)) for part in experiment.parts]
             for name, experiment in reproduce.EXPERIMENTS.items()
         }
+
+
+def test_wu_in_small_points_the_papers_way(quick):
+    (table,) = quick["wu"]
+    steps = table[table["part"].eq("steps") & ~table["control"]].groupby("step")["asr"].mean()
+    assert steps[NOTHING] > 0.5  # the backdoor is there,
+    assert steps[BOTH] < steps[NOTHING]  # and the steps lower it
+    control = table[table["part"].eq("steps") & table["control"] & table["step"].eq(NOTHING)]
+    assert control["asr"].max() < steps[NOTHING] - 0.3
+    layers = table[table["part"].eq("layers")]
+    assert layers["layer"].unique().tolist() == ["conv1", "conv2", "fc1", "fc2"]
+    assert layers.groupby("run").size().tolist() == [4 * len(DELTAS)] * 2
+    assert all("nan" not in finding.ours for finding in wu.findings(table))
+    assert "`conv2`" in wu.text(table)
 
 
 def test_bilgin_in_small_points_the_papers_way(quick):

@@ -240,7 +240,8 @@ class Round:
         -----
         Combined updates are formed block by block, when they are needed; inner products and weighted means follow from
         those of this round. Buffers and claimed numbers of examples are mixed by the shares of a row (its absolute
-        values over their sum), so that a client that is only scaled keeps its own.
+        values over their sum), so that a client that is only scaled keeps its own. A mixture started from no round, and
+        nobody signed it.
         """
         self.require_whole()
         matrix = sparse.csr_array(matrix, dtype=np.float64, copy=True)
@@ -256,7 +257,7 @@ class Round:
         examples = np.rint(shares @ self.num_examples.astype(np.float64)).astype(np.int64)
         mixing = Mixing(matrix, shares, self._by_name, self.buffers)
         updates = self.source.combine(mixing, self._products)
-        return replace(self, clients=names, num_examples=examples, updates=updates)
+        return replace(self, clients=names, num_examples=examples, updates=updates, started={}, signatures={})
 
     @property
     def _products(self) -> Products:

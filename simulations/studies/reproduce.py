@@ -25,9 +25,10 @@ from gradlens.words import count
 from simulations import Scenario, load_sweep, run
 from simulations.scenario import SCENARIOS
 from simulations.studies import reproduce_bilgin as bilgin
+from simulations.studies import reproduce_wu as wu
 from simulations.studies.results import REPORTS, ROOT, Finding, append, markdown, run_as_command
 
-Measure = Callable[[Run, Scenario], pd.DataFrame]
+Measure = Callable[[Run, Scenario], pd.DataFrame]  # (run, the attacked scenario that it is, or is the control of)
 AT_A_TIME = 2  # runs per process between two looks at the clock
 
 
@@ -40,7 +41,8 @@ class Experiment:
     paper : str
         Name, year and number of the paper.
     parts : Mapping of str to callable
-        Name of a part, for `scenarios/reproduce_PART.toml` and `reports/reproduced_PART.csv` -> measures a run of it.
+        Name of a part, for `scenarios/reproduce_PART.toml` and `reports/reproduced_PART.csv` -> (run,
+        attacked scenario that it is, or is the control of) -> rows.
     findings : callable
         (table of each part, in their order) -> list of Finding.
     text : callable
@@ -60,11 +62,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         bilgin.findings,
         bilgin.text,
     ),
+    "wu": Experiment("Wu et al. 2020, arXiv:2011.01767", {"wu": wu.measured}, wu.findings, wu.text),
 }
 
 
-def scenarios_of(part: str, *, quick: bool = False) -> list[Scenario]:
-    """The scenarios of a part, seed by seed, each attacked one before its control.
+def scenarios_of(part: str, *, quick: bool = False) -> dict[Scenario, Scenario]:
+    """The scenarios of a part, seed by seed, controls last -> the attacked one that it is, or is the control of.
 
     Parameters
     ----------
@@ -73,8 +76,10 @@ def scenarios_of(part: str, *, quick: bool = False) -> list[Scenario]:
     quick : bool
         Whether those of its small version are meant.
     """
-    path = SCENARIOS / f"reproduce_{part}{'_quick' if quick else ''}.toml"
-    return sorted(load_sweep(path).scenarios, key=lambda scenario: (scenario.seed, scenario.is_control))
+    found = load_sweep(SCENARIOS / f"reproduce_{part}{'_quick' if quick else ''}.toml").scenarios
+    attacked = {scenario: scenario for scenario in found if not scenario.is_control}
+    controls = {scenario.control: scenario for scenario in reversed(attacked)}
+    return dict(sorted((attacked | controls).items(), key=lambda pair: (pair[0].seed, pair[0].is_control)))
 
 
 def computed(part: str, measure: Measure, path: Path, *, quick: bool, minutes: float, workers: int) -> int:
@@ -85,7 +90,7 @@ def computed(part: str, measure: Measure, path: Path, *, quick: bool, minutes: f
     part : str
         Its name.
     measure : callable
-        (run, scenario) -> rows.
+        As of `Experiment`.
     path : Path
         The table.
     quick : bool
@@ -101,7 +106,7 @@ def computed(part: str, measure: Measure, path: Path, *, quick: bool, minutes: f
         The number of runs that are still missing.
     """
     done = set(pd.read_csv(path)["run"]) if path.exists() else set()
-    missing = [scenario for scenario in scenarios_of(part, quick=quick) if scenario.digest not in done]
+    missing = [pair for pair in scenarios_of(part, quick=quick).items() if pair[0].digest not in done]
     end = time.monotonic() + 60 * minutes
     with processes(workers) as pool:
         while missing and time.monotonic() < end:
@@ -111,11 +116,11 @@ def computed(part: str, measure: Measure, path: Path, *, quick: bool, minutes: f
     return len(missing)
 
 
-def _rows(measure: Measure, scenario: Scenario) -> pd.DataFrame:
+def _rows(measure: Measure, pair: tuple[Scenario, Scenario]) -> pd.DataFrame:
     """The rows of one run: what it is, what was measured, and how long it took."""
-    started = time.process_time()
+    started, (scenario, attacked) = time.process_time(), pair
     with TemporaryDirectory() as folder:
-        rows = measure(run(scenario, folder), scenario)
+        rows = measure(run(scenario, folder), attacked)
     first = {
         "run": scenario.digest,
         "control_run": scenario.control.digest,

@@ -23,11 +23,13 @@ MALICIOUS = (0.00836, 0.00701, 0.00588, 0.00455, 0.00284)  # m of the malicious 
 BENIGN = (0.00256, 0.00235, 0.00216, 0.00200, 0.00209)  # mean of m over the benign ones
 SPREAD = "0.0018 to 0.0026"  # of the mean over the benign clients
 LATE_AUC, ACCURACY, BACKDOOR = 0.439, (0.3843, 0.6206), 0.1364
+MEASURED = {"accuracy": "main_accuracy", "asr": "asr"}
 COLUMNS = ["round", "layer", "is_final_bias", "malicious", "benign", "benign_max", "auc", "rank", "accuracy", "asr",
            "drift", "expected"]  # fmt: skip
 CLEAR, CHANCE = 0.9, 0.7  # AUC from which on m tells attackers apart; below which it hardly does
 RATIO = "m of the malicious client / mean m of the benign"
 DEVIATION = "JPEG copies of the images; the server's shard is drawn at random"
+CENTER = "center"
 AXES = ("learning_rate", "poison_rate", "num_malicious", "partition", "pretraining", "schedule")
 
 
@@ -39,24 +41,22 @@ def measured(run: Run, scenario: Scenario) -> pd.DataFrame:
     run : Run
         The recording.
     scenario : Scenario
-        Of the run.
+        The attacked scenario that it is, or is the control of.
 
     Returns
     -------
     DataFrame
-        A row per round and layer: round, layer, is_final_bias, malicious (m of the attackers, mean; NaN in a round
-        without any), benign and benign_max (mean and maximum of m over the others), auc, rank (of the attacker that
-        is farthest out, 1 the first), accuracy and asr (after the round), drift and expected (as of `drifts`; in the
-        rows of the final bias).
+        A row per round and layer: round, layer, is_final_bias, malicious (m of the attackers, mean; in a control of
+        those who are not attacking there; NaN in a round without any), benign and benign_max (mean and maximum of m
+        over the others), auc, rank (of the attacker that is farthest out, 1 the first), accuracy and asr (after the
+        round), drift and expected (as of `drifts`; in the rows of the final bias).
     """
     federation = assemble(scenario)
-    poisoned = {(round_, client) for round_, client in run.truth.query("poisoned")[["round", "client"]].to_numpy()}
     metrics = run.metrics.set_index("round")
     rows = []
     for round_ in run.log:
-        attacking = np.array([(round_.index, client) in poisoned for client in round_.clients])
-        after = {name: float(metrics[column].get(round_.index, np.nan)) for name, column in
-                 (("accuracy", "main_accuracy"), ("asr", "asr")) if column in metrics}  # fmt: skip
+        attacking = federation.cohorts[round_.index].attacking
+        after = {name: float(metrics[column].get(round_.index, np.nan)) for name, column in MEASURED.items()}
         for layer in run.model.parameters:
             is_bias = layer == run.model.final_bias
             row = {"round": round_.index, "layer": layer, "is_final_bias": is_bias} | _figures(round_, layer, attacking)
@@ -145,11 +145,12 @@ def findings(exact: pd.DataFrame, conditions: pd.DataFrame) -> list[Finding]:
         return []
     early, late = attacked[attacked["round"] < EARLY], attacked[attacked["round"] >= EARLY]
     ratio = early.assign(value=early["malicious"] / early["benign"])
-    first, last = early.assign(value=early["rank"].eq(1.0)), attacked["round"].max()
+    first, last = _first(attacked), attacked["round"].max()
     measured = [
         *((f"{RATIO}, round {index + 1}", f"{theirs / others:.2f}", _over_seeds(ratio[ratio["round"].eq(index)]))
           for index, (theirs, others) in enumerate(zip(MALICIOUS, BENIGN, strict=True))),
         ("the malicious client has the largest m, rounds 1 to 5", "5 of 5", _over_seeds(first, 0, 1)),
+        ("the same client where nobody attacks", "–", _over_seeds(_first(exact[exact["control"]]), 0, 1)),
         ("AUC of m, rounds 6 to 25", f"{LATE_AUC:.2f}", _over_seeds(late.assign(value=late["auc"]), 0, 1)),
         ("mean m of the benign clients", SPREAD, _over_seeds(attacked.assign(value=attacked["benign"]), digits=4)),
         ("main accuracy after round 1", f"{ACCURACY[0]:.2f}", _at(attacked, "accuracy", 0)),
@@ -157,6 +158,12 @@ def findings(exact: pd.DataFrame, conditions: pd.DataFrame) -> list[Finding]:
         ("ASR on the images trained on, after round 25", f"{BACKDOOR:.2f}", _at(attacked, "asr", last)),
     ]  # fmt: skip
     return [Finding(claim, theirs, ours, DEVIATION) for claim, theirs, ours in measured]
+
+
+def _first(rows: pd.DataFrame) -> pd.DataFrame:
+    """Whether the largest m is the attacker's, in the first rounds."""
+    rows = rows[rows["is_final_bias"] & (rows["round"] < EARLY)]
+    return rows.assign(value=rows["rank"].eq(1.0))
 
 
 def _at(rows: pd.DataFrame, column: str, index: int) -> str:
@@ -187,7 +194,7 @@ def text(exact: pd.DataFrame, conditions: pd.DataFrame) -> str:
     if not len(conditions):
         return "The conditions were not run yet."
     table = by_condition(conditions)
-    return "\n\n".join([_answer(table), _table(table)])
+    return "\n\n".join([_answer(table), _without_attack(conditions), _table(table)])
 
 
 def by_condition(table: pd.DataFrame) -> pd.DataFrame:
@@ -204,11 +211,9 @@ def by_condition(table: pd.DataFrame) -> pd.DataFrame:
         condition (what differs from the center, "center" for nothing), layer, is_final_bias, phase ("early", the first
         five attacked rounds, or "later"), auc, low, high; the center first.
     """
-    attacked = table[~table["control"] & table["auc"].notna()].copy()
+    attacked = with_condition(table[~table["control"] & table["auc"].notna()])
     first = attacked.groupby("run")["round"].transform("min")
     attacked["phase"] = np.where(attacked["round"] < first + EARLY, "early", "later")
-    center = attacked[list(AXES)].mode().iloc[0]  # each setting as most runs have it
-    attacked["condition"] = [_differing(row, center) for _, row in attacked.iterrows()]
     keys = ["condition", "layer", "is_final_bias", "phase"]
     seeds = attacked.groupby([*keys, "seed"], sort=False)["auc"].mean().reset_index()
     figures = [
@@ -216,12 +221,33 @@ def by_condition(table: pd.DataFrame) -> pd.DataFrame:
         for key, part in seeds.groupby(keys, sort=False)
         if isinstance(key, tuple)
     ]
-    return pd.DataFrame(figures).sort_values("condition", key=lambda names: names.ne("center"), kind="stable")
+    return pd.DataFrame(figures).sort_values("condition", key=lambda names: names.ne(CENTER), kind="stable")
 
 
-def _differing(row: pd.Series, center: pd.Series) -> str:
-    changed = [f"{name.replace('_', ' ')} {row[name]}" for name in AXES if row[name] != center[name]]
-    return ", ".join(changed) or "center"
+def with_condition(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a column condition: what differs from the center, which is what most runs have."""
+    runs = rows.drop_duplicates("run").set_index("run")[list(AXES)]
+    center = runs.mode().iloc[0]
+    names = {
+        name: ", ".join(f"{axis.replace('_', ' ')} {row[axis]}" for axis in AXES if row[axis] != center[axis])
+        for name, row in runs.iterrows()
+    }
+    return rows.assign(condition=rows["run"].map(names).replace("", CENTER))
+
+
+def _without_attack(table: pd.DataFrame) -> str:
+    """How far the farthest honest client is out where nobody attacks, beside the attacker."""
+    bias = with_condition(table[table["is_final_bias"] & (table["round"] < EARLY)])
+    attacked, free = bias[~bias["control"] & bias["condition"].eq(CENTER)], bias[bias["control"]]
+    farthest = [
+        f"{_over_seeds(part.assign(value=part['benign_max'] / part['benign']))} ({condition})"
+        for condition, part in free.groupby("condition", sort=False)
+    ]
+    attackers = _over_seeds(attacked.assign(value=attacked["malicious"] / attacked["benign"]))
+    return (
+        f"In the first {EARLY} rounds the attacker's m in the final bias is {attackers} times the mean of the others "
+        f"({CENTER}). Where nobody attacks, the largest m of an honest client is {'; '.join(farthest)} times the mean."
+    )
 
 
 def _ends(values: pd.Series) -> dict[str, float]:
@@ -231,7 +257,7 @@ def _ends(values: pd.Series) -> dict[str, float]:
 
 def _answer(table: pd.DataFrame) -> str:
     """Which gradients, to what extent, under which conditions."""
-    center = table[table["condition"].eq("center")].set_index(["layer", "phase"])["auc"]
+    center = table[table["condition"].eq(CENTER)].set_index(["layer", "phase"])["auc"]
     early, later = (center.xs(phase, level="phase").sort_values(ascending=False) for phase in ("early", "later"))
     bias = table[table["is_final_bias"]]
     name = str(bias["layer"].iloc[0])
