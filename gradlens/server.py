@@ -25,7 +25,7 @@ from gradlens.detectors.verdict import verdict_on
 from gradlens.errors import EverybodyRefused, EvidenceLost, InputError
 from gradlens.log import Evidence, LogWriter, ModelSpec, Round, UpdateLog
 from gradlens.log.files import read_state
-from gradlens.log.intake import Received, Sent, StartedFrom, State, received, spec_of, state_of
+from gradlens.log.intake import Received, Sent, StartedFrom, State, averaged_in, received, spec_of, state_of
 from gradlens.log.levels import Reduction
 from gradlens.log.manifest import MANIFEST, read_manifest, stem
 from gradlens.log.writer import FolderLock, check_free
@@ -255,20 +255,21 @@ class Recorder:
         as_models = self.sent == "models"
         answers = received(
             len(log), reduction.sent, state, sent, num_examples, as_models=as_models, reduction=reduction,
-            partial=self.layers is not None, base=cache(self._base),
+            partial=self.layers is not None, averaged=averaged_in(global_model, reduction.sent), base=cache(self._base),
         )  # fmt: skip
-        _warn_if_all_refused(answers.round_)
         metrics = {"converted": len(answers.notes)} if answers.notes else {}
         self._log = log.append(answers.round_)
         # before the filter decides, so that the round is kept even if a detector raises
         self._waiting = _Waiting(answers.round_, state, gap, before, metrics)
         if self.filter is None:
-            return _in_order_of_arrival(_unfiltered(answers.round_), answers)
-        decision = self.filter.decision(self._log)
-        table = decision.table(answers.round_.index, self._detector)
-        self._waiting = replace(self._waiting, verdict=table)
+            decision = _unfiltered(answers.round_)
+        else:
+            decision = self.filter.decision(self._log)
+            table = decision.table(answers.round_.index, self._detector)
+            self._waiting = replace(self._waiting, verdict=table)
         if decision.stopped:
             raise FilterStopped(f"round {answers.round_.index}: {decision.outcome} was asked for by {self.filter!r}")
+        _warn_if_nobody_is_kept(answers.round_, decision)
         return _in_order_of_arrival(decision, answers)
 
     def commit(self, next_global: State, metrics: Mapping[str, float] | None = None) -> None:
@@ -448,13 +449,17 @@ def _resumed(folder: Path, lock: FolderLock) -> LogWriter | None:
     return None
 
 
-def _warn_if_all_refused(round_: Round) -> None:
-    """Warns if every client of a round was refused, with the most frequent reason."""
-    if len(round_) or not round_.refused:
+def _warn_if_nobody_is_kept(round_: Round, decision: Decision) -> None:
+    """Warns if a round changes nothing, with the most frequent reason: everybody was refused, or left out."""
+    if not len(decision.clients) or decision.weights.any():
         return
-    reason, count = Counter(round_.refused.values()).most_common(1)[0]
-    others = f" ({count} of {len(round_.refused)})" if count < len(round_.refused) else ""
-    message = f"round {round_.index}: nothing of {len(round_.refused)} clients could be recorded: {reason}{others}"
+    total = len(decision.clients)
+    reasons = round_.refused.values() if not len(round_) else decision.reasons.tolist()
+    reason, count = Counter(reasons).most_common(1)[0]
+    reason = reason or decision.outcome
+    others = f" ({count} of {total})" if count < total else ""
+    done = "is used" if len(round_) else "could be recorded"
+    message = f"round {round_.index}: nothing of {total} clients {done}: {reason}{others}"
     if reason.endswith("is missing"):
         message += "; Recorder(layers=...) names the layers that clients send, where these are not all"
     warnings.warn(EverybodyRefused(message), stacklevel=4)

@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from gradlens.integrations import Answer, Clients, Kept, State, kept, numbers, read_safely
 from gradlens.log.intake import Unfit, shown
 from gradlens.server import Recorder
+from gradlens.words import several
 
 __all__ = ["GradlensStrategy"]
 
@@ -126,7 +127,9 @@ class GradlensStrategy(Strategy):
             state = read_safely(lambda: _arrays(arrays[0]))
         else:
             state = Unfit(f"must send one ArrayRecord and one MetricRecord, found {len(arrays)} and {len(metrics)}")
-        return Answer(reply, self._clients.name(node, claims), state, claims.get(self.weighted_by_key))
+        key = self.weighted_by_key
+        claim = claims[key] if key in claims else Unfit(f"sent no metric {key!r}, found {several(list(claims))}")
+        return Answer(reply, self._clients.name(node, claims), state, claim)
 
     def _changed(self, answer: Kept) -> Message:
         """The reply, with its arrays and its claimed number of examples replaced where the answer says so."""

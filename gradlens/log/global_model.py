@@ -148,6 +148,20 @@ def state_of(state: State, model: ModelSpec, *, partial: bool = False) -> dict[s
         return {layer.name: np.array(arrays[layer.name], layer.dtype) for layer in model.layers}
 
 
+def averaged_in(state: State, model: ModelSpec) -> frozenset[str]:
+    """The integer layers of which a global model holds fractions, as a plain mean of counters leaves them.
+
+    Parameters
+    ----------
+    state : Mapping
+        Layer -> array of any library.
+    model : ModelSpec
+        The layers as they are recorded.
+    """
+    counters = [layer.name for layer in model.layers if layer.dtype.startswith(("int", "uint"))]
+    return frozenset(name for name in counters if _array_of_server(name, state[name]).dtype.kind == "f")
+
+
 def _array_of_server(name: str, value: Any) -> np.ndarray:
     try:
         return as_array(value)[0]

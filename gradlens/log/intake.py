@@ -19,6 +19,7 @@ from gradlens.log.arrays import Unfit as Unfit
 from gradlens.log.arrays import as_array as as_array
 from gradlens.log.arrays import refusing as refusing
 from gradlens.log.arrays import shown as shown
+from gradlens.log.global_model import averaged_in as averaged_in
 from gradlens.log.global_model import spec_of as spec_of
 from gradlens.log.global_model import state_of as state_of
 from gradlens.log.levels import Reduction
@@ -80,6 +81,7 @@ def received(
     as_models: bool,
     reduction: Reduction | None = None,
     partial: bool = False,
+    averaged: frozenset[str] = frozenset(),
     base: Callable[[int], Mapping[str, np.ndarray]] | None = None,
 ) -> Received:
     """The round made of what the clients sent; no client can make it raise an error.
@@ -103,6 +105,9 @@ def received(
         then let go of, so that an iterable of many answers takes the memory of one.
     partial : bool, default False
         Whether the model is a part that was agreed on: what a client sends besides is left out.
+    averaged : frozenset of str
+        Integer layers of which the server itself holds fractions (`averaged_in`): those of a client are cut off, as
+        those of the global model are where it is recorded.
     base : callable, optional
         (index of an earlier round) -> the global model of that round, for answers that are `StartedFrom` it; raises
         InputError where it is not at hand.
@@ -120,7 +125,7 @@ def received(
     bears its name, and "client (from round 3)" an earlier one.
     """
     reduction = None if reduction is None or reduction.is_full else reduction
-    checks = _Checks(model, global_model, as_models, reduction, partial)
+    checks = _Checks(model, global_model, as_models, reduction, partial, averaged)
     arrived: dict[tuple[str, int], list[_Answer | Unfit]] = {}
     latest: dict[str, int] = {}
     claims: dict[str, Any] = {}
@@ -188,6 +193,7 @@ class _Checks:
     as_models: bool
     reduction: Reduction | None
     partial: bool
+    averaged: frozenset[str]
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
@@ -204,6 +210,7 @@ class _Checks:
                 arrays = padded(arrays, self.model, self.pairs)
             if self.partial:
                 arrays = {name: arrays[name] for name in self.model if name in arrays}
+            arrays |= {name: np.trunc(arrays[name]) for name in self.averaged & arrays.keys()}
             if fault := self._fault(arrays, base):
                 raise Unfit(fault)
         except Unfit as reason:
@@ -360,6 +367,9 @@ def _fingerprint(answer: _Answer | Unfit) -> str:
 
 def _conversions(kinds: Mapping[str, str], model: ModelSpec) -> str:
     """Which types of numbers were converted, "" if none; the integer types of buffers are all alike."""
-    floats = [layer for layer in model.layers if layer.dtype.startswith("float")]
-    pairs = {(kinds[layer.name], layer.dtype) for layer in floats if kinds[layer.name] != layer.dtype}
+    pairs = {
+        (kinds[layer.name], layer.dtype)
+        for layer in model.layers
+        if kinds[layer.name] != layer.dtype and "float" in kinds[layer.name] + layer.dtype
+    }
     return ", ".join(f"sent {kind}, recorded as {dtype}" for kind, dtype in sorted(pairs))
