@@ -5,7 +5,7 @@ Nothing that a client sent raises an error: it becomes a row of the round, or a 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -205,11 +205,9 @@ class _Checks:
         try:
             if isinstance(base, Unfit):
                 raise base
-            arrays, kinds = _arrays(state)
+            arrays, kinds = _arrays(state, set(self.model) if self.partial else None)
             if self.as_models and self.pairs:
                 arrays = padded(arrays, self.model, self.pairs)
-            if self.partial:
-                arrays = {name: arrays[name] for name in self.model if name in arrays}
             arrays |= {name: np.trunc(arrays[name]) for name in self.averaged & arrays.keys()}
             if fault := self._fault(arrays, base):
                 raise Unfit(fault)
@@ -317,8 +315,11 @@ def _count(claim: Any) -> int:
     raise Unfit(f"num_examples must be a count, found {shown(claim)}")
 
 
-def _arrays(state: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Layer -> what a client sent as an array, and layer -> the type of its numbers; raises Unfit."""
+def _arrays(state: Any, only: Collection[str] | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Layer -> what a client sent as an array, and layer -> the type of its numbers; raises Unfit.
+
+    Others than `only` these layers are not looked at.
+    """
     with refusing("what was sent cannot be read"):
         if isinstance(state, Unfit):
             raise state
@@ -332,6 +333,8 @@ def _arrays(state: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         if not issubclass(type(key), str):
             raise Unfit(f"names of layers must be text, found {shown(key)}")
         name = str.__str__(key)
+        if only is not None and name not in only:
+            continue
         try:
             arrays[name], kinds[name] = as_array(value)
         except Unfit as reason:
