@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,7 @@ def received(
         claims.setdefault(name, 1 if num_examples is None else _claim_of(client, name, num_examples))
         start, state = (state.round, state.state) if isinstance(state, StartedFrom) else (index, state)
         origin = _base(start, index, global_model, base)
-        start = index if isinstance(origin, Unfit) else start
+        start = index if isinstance(origin, Unfit) else int(start)
         arrived.setdefault((name, start), []).append(checks.answer(state, origin))
         latest[name] = max(start, latest.get(name, 0))
         del state  # the next answer may need its memory
@@ -269,12 +270,16 @@ def _base(
     earlier: Callable[[int], Mapping[str, np.ndarray]] | None,
 ) -> Mapping[str, np.ndarray] | Unfit:
     """The global model that an answer started from, or why it is not known."""
+    if isinstance(start, bool) or not isinstance(start, Integral) or not 0 <= start <= index:
+        return Unfit(f"started from round {shown(start)}, expected one from 0 to {index}")
     if start == index:
         return global_model
-    if earlier is None or not isinstance(start, int) or not 0 <= start < index:
-        return Unfit(f"started from round {shown(start)}, expected one from 0 to {index}")
+    if earlier is None:
+        return Unfit(f"started from round {start}, whose global model is not at hand")
     try:
-        return earlier(start)
+        state = earlier(int(start))
+        state[next(iter(state))]  # a recorded model is read when its first layer is
+        return state
     except InputError as error:
         return Unfit(f"started from round {start}, whose global model is not at hand: {error}")
 
