@@ -202,6 +202,8 @@ def test_complex_layers_are_left_out_where_others_were_agreed_on(tmp_path, level
     for client in "abc":
         np.savez(tmp_path / f"round_0_client_{client}.npz", **answer)
     assert list(ingest(tmp_path, tmp_path / "run", layers=["fc*", "norm.*"]).run.model) == list(STATE)
+    np.savez(tmp_path / "global_0.npz", **state)
+    assert list(ingest(tmp_path, tmp_path / "from", layers=["fc*", "norm.*"]).run.model) == list(STATE)
 
 
 def test_a_live_model_of_integers_alone_is_one_line():

@@ -19,6 +19,7 @@ from gradlens.ingestion.disk import disk_faults_as_input_errors
 from gradlens.ingestion.folders import TABLES, Model, Source, source_of_folder, source_of_table
 from gradlens.ingestion.formats import named_by_place
 from gradlens.ingestion.tables import examples_in, with_csv_truth
+from gradlens.interruption import to_the_end
 from gradlens.log import Evidence, LogWriter, ModelSpec, Round
 from gradlens.log.global_model import readable
 from gradlens.log.intake import Received, State, Unfit, as_array, received, shown, spec_of, state_of
@@ -210,7 +211,7 @@ def _write(
     bar = tqdm(total=total, desc="ingest", unit="model", delay=2, leave=False, disable=None if progress else True)
     try:
         for index, number in enumerate(numbers):
-            start = _start(recording, number) if writer is None else None
+            start = readable(_start(recording, number), layers) if writer is None else None
             most = _most(recording.rounds[number], start) if writer is None else MODELS * _size(writer.model) + MARGIN
             sent = [(client, readable(_read(file, most, bar), layers)) for client, file in recording.rounds[number]]
             if writer is None and start is not None:
@@ -288,7 +289,8 @@ def _start(recording: Source, number: int) -> State | None:
     if number not in recording.starts:
         return None
     try:
-        return recording.starts[number].read()
+        with to_the_end():
+            return recording.starts[number].read()
     except Unfit as reason:
         raise InputError(f"the global model of round {number} {reason}") from reason
 
@@ -299,7 +301,7 @@ def _most(models: Sequence[tuple[str, Model]], start: State | None) -> int | Non
         return MODELS * _size(spec_of(start)) + MARGIN
     sizes = []
     for _, model in models:
-        with suppress(Unfit):
+        with to_the_end(), suppress(Unfit):
             sizes.append(model.size)
     return MODELS * sorted(sizes)[(len(sizes) - 1) // 2] + MARGIN if sizes else None
 
@@ -312,10 +314,11 @@ def _size(model: ModelSpec) -> int:
 def _read(model: Model, most: int | None, bar: Any) -> Any:
     """Reads a client's model; returns the reason if it cannot be read."""
     bar.update()
-    try:
-        return model.read(most)
-    except Unfit as reason:
-        return reason
+    with to_the_end():
+        try:
+            return model.read(most)
+        except Unfit as reason:
+            return Unfit(str(reason))  # without its traceback, which holds the file
 
 
 def _by_place(recording: Source, state: Any, like: State) -> Any:

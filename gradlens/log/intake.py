@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -270,7 +269,7 @@ def _base(
     earlier: Callable[[int], Mapping[str, np.ndarray]] | None,
 ) -> Mapping[str, np.ndarray] | Unfit:
     """The global model that an answer started from, or why it is not known."""
-    if isinstance(start, bool) or not isinstance(start, Integral) or not 0 <= start <= index:
+    if isinstance(start, bool) or not isinstance(start, int | np.integer) or not 0 <= start <= index:
         return Unfit(f"started from round {shown(start)}, expected one from 0 to {index}")
     if start == index:
         return global_model
