@@ -39,7 +39,7 @@ class UnreadableError(InputError):
 
 
 class EverybodyRefused(RuntimeWarning):
-    """Nothing that any client sent in a round could be recorded, so the global model learns nothing."""
+    """Nothing of a round is used: everybody was refused or left out, so the global model learns nothing."""
 
 
 class Stopped(BaseException):

@@ -24,7 +24,7 @@ from gradlens.detectors import DETECTORS, Detector
 from gradlens.errors import EvidenceLost, InputError
 from gradlens.log import Evidence, LogWriter, ModelSpec, Round, UpdateLog
 from gradlens.log.files import read_state
-from gradlens.log.intake import Sent, Signed, StartedFrom, State, received, spec_of, state_of, warn_if_all_refused
+from gradlens.log.intake import Sent, Signed, StartedFrom, State, averaged_in, received, spec_of, state_of
 from gradlens.log.levels import Reduction
 from gradlens.log.manifest import MANIFEST, read_manifest, stem
 from gradlens.log.signatures import Signers
@@ -283,23 +283,24 @@ class Recorder:
         if self._last_state is not None and self._starts_elsewhere(state):
             gap = reduction.round(len(log), [], [], [], self._last_state, {})
             log = log.append(gap)
-        as_models = self.sent == "models"
         answers = received(
-            len(log), reduction.sent, state, sent, num_examples, as_models=as_models, reduction=reduction,
-            partial=self.layers is not None, base=cache(self._base), signers=self._signers(log),
+            len(log), reduction.sent, state, sent, num_examples, as_models=self.sent == "models", reduction=reduction,
+            partial=self.layers is not None, averaged=averaged_in(global_model, reduction.sent),
+            base=cache(self._base), signers=self._signers(log),
         )  # fmt: skip
-        warn_if_all_refused(answers.round_)
         metrics = {"converted": len(answers.notes)} if answers.notes else {}
         self._log = log.append(answers.round_)
         # before the filter decides, so that the round is kept even if a detector raises
         self._waiting = _Waiting(answers.round_, state, gap, before, metrics)
         if self.filter is None:
-            return Decision.unfiltered(answers.round_).in_order(answers.clients, answers.notes)
-        decision = self.filter.decision(self._log)
-        table = decision.table(answers.round_.index, self._detector)
-        self._waiting = replace(self._waiting, verdict=table)
+            decision = Decision.unfiltered(answers.round_)
+        else:
+            decision = self.filter.decision(self._log)
+            table = decision.table(answers.round_.index, self._detector)
+            self._waiting = replace(self._waiting, verdict=table)
         if decision.stopped:
             raise FilterStopped(f"round {answers.round_.index}: {decision.outcome} was asked for by {self.filter!r}")
+        decision.warn_if_nobody_is_kept(answers.round_)
         return decision.in_order(answers.clients, answers.notes)
 
     def commit(self, next_global: State, metrics: Mapping[str, float] | None = None) -> None:

@@ -12,10 +12,11 @@ import pytest
 from conftest import ROOT
 
 # module of gradlens -> the modules of gradlens that it may import
-GROUND = {"errors", "settings", "geometry", "clustering", "words", "names", "ranks"}
+GROUND = {"errors", "settings", "geometry", "clustering", "words", "names", "ranks", "interruption"}
 ARROWS = {
     "errors": set(),
     "settings": {"errors"},
+    "interruption": {"errors"},
     "names": {"errors"},
     "ranks": {"errors"},
     "geometry": {"errors", "settings"},

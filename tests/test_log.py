@@ -50,7 +50,7 @@ def test_a_specification_survives_json(model):
         (lambda: Layer("a", (3,), "float16"), "parameters are recorded as float32"),
         (lambda: Layer("a", (3,), "bool", "buffer"), "dtype must be one of"),
         (lambda: ModelSpec((Layer("a", (2,)), Layer("a", (2,)))), "found 'a' twice"),
-        (lambda: ModelSpec(()), "at least one parameter layer"),
+        (lambda: ModelSpec(()), "needs a parameter layer, found none"),
         (lambda: ModelSpec((Layer("a", (2,)),), final_bias="b"), "'b' is not a parameter layer"),
         (lambda: ModelSpec.from_json({"layers": [{"name": "a"}]}), "not readable"),
     ],

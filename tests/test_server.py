@@ -234,7 +234,8 @@ def everybody(log) -> gradlens.Verdict:
 
 def test_where_everybody_is_flagged_nobody_is_kept_and_it_is_said(tmp_path, level):
     with Recorder(tmp_path / "run", detector=everybody, evidence=level) as recorder:
-        decision = recorder.log_round(STATE, COHORT)
+        with pytest.warns(EverybodyRefused, match="round 0: nothing of 8 clients is used: flagged$"):
+            decision = recorder.log_round(STATE, COHORT)
         recorder.commit(STATE)
     assert decision.kept == []
     assert decision.outcome == "everybody is flagged: keep_model"

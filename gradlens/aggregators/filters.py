@@ -1,5 +1,7 @@
 """Filters: a detector's verdict decides which clients enter a rule, and with which weight (`filtered`, `Decision`)."""
 
+import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +12,7 @@ import pandas as pd
 from gradlens.aggregators.rules import Aggregator, Weighing, clip_factors, scaled
 from gradlens.detectors import Detector, Verdict, calibrate
 from gradlens.detectors.verdict import verdict_on
-from gradlens.errors import InputError, UnreadableError
+from gradlens.errors import EverybodyRefused, InputError, UnreadableError
 from gradlens.log import Round, UpdateLog
 from gradlens.log.writer import VERDICT_COLUMNS
 from gradlens.settings import whole_number
@@ -215,6 +217,21 @@ class Decision:
         ]
         ordered = np.array(clients, np.str_)
         return replace(self, clients=ordered, weights=self.weights[rows], reasons=np.array(reasons, np.str_))
+
+    def warn_if_nobody_is_kept(self, round_: Round) -> None:
+        """Warns if a round changes nothing, with the most frequent reason: everybody was refused, or left out."""
+        if not len(self.clients) or self.weights.any():
+            return
+        total = len(self.clients)
+        reasons = round_.refused.values() if not len(round_) else self.reasons.tolist()
+        reason, count = Counter(reasons).most_common(1)[0]
+        reason = reason or self.outcome
+        others = f" ({count} of {total})" if count < total else ""
+        done = "is used" if len(round_) else "could be recorded"
+        message = f"round {round_.index}: nothing of {total} clients {done}: {reason}{others}"
+        if reason.endswith("is missing"):
+            message += "; Recorder(layers=...) names the layers that clients send, where these are not all"
+        warnings.warn(EverybodyRefused(message), stacklevel=4)
 
     @property
     def kept(self) -> list[str]:

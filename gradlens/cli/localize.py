@@ -1,7 +1,7 @@
 """`gradlens localize`: the layers, units and classes in which poisoned updates differ from benign ones."""
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -55,9 +55,11 @@ def _suspects(text: str, run: "Run") -> "list[str] | pd.DataFrame":
     """The clients that --suspects names, or the verdicts on this run in the file that it names."""
     import pandas as pd
 
-    path = Path(text)
-    if not path.is_file():
+    if not os.path.isfile(text):  # a long list of clients is no name of a file
         return [name for name in (part.strip() for part in text.split(",")) if name]
+    from gradlens.log.manifest import named_file
+
+    path = named_file(text)
     try:
         table = pd.read_csv(path, dtype={"client": str, "run": str}, keep_default_na=False)
     except (ValueError, UnicodeDecodeError) as error:

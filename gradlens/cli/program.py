@@ -12,7 +12,6 @@ from gradlens.cli.detect import detect
 from gradlens.cli.ingest import ingest
 from gradlens.cli.inspect import inspect
 from gradlens.cli.installation import EXTRA_OF, doctor, list_names
-from gradlens.cli.interruption import stoppable
 from gradlens.cli.investigate import investigate
 from gradlens.cli.localize import localize
 from gradlens.cli.output import safe, say
@@ -21,6 +20,7 @@ from gradlens.cli.report import report
 from gradlens.cli.simulate import demo, simulate
 from gradlens.cli.verify import verify
 from gradlens.errors import InputError, Stopped
+from gradlens.interruption import stoppable
 
 UsageFault: type[Exception] = typer.BadParameter.__mro__[2]  # the base class of all usage errors
 

@@ -81,7 +81,13 @@ def measure_of_run(run: "Run") -> Callable[[Any], dict[str, float]] | None:
     try:
         from simulations import measure_of, stored_scenario
 
-        return measure_of(stored_scenario(run, trust_code=True))
+        measure = measure_of(stored_scenario(run, trust_code=True))
+        if len(run.log) and run.evidence.level == "full":
+            measure(run.log[0].global_model)  # an edited header may name another model than the recorded one
+        return measure
     except (InputError, ModuleNotFoundError) as error:
-        print(f"gradlens: accuracy and ASR are not measured: {safe(str(error))}", file=sys.stderr)
-        return None
+        reason = str(error)
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = f"{run.path}: the recorded model is not that of its scenario: {' '.join(str(error).split())}"
+    print(f"gradlens: accuracy and ASR are not measured: {safe(reason)}", file=sys.stderr)
+    return None

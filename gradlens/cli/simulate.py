@@ -64,9 +64,10 @@ def _unknown(sweep: "Sweep") -> list[str]:
 def _simulated(
     toml: Path, out: Path, workers: int, changes: Mapping[str, Any], executor: str = "processes"
 ) -> "Run | Sweep":
+    from gradlens.log.manifest import named_file
     from simulations import load_sweep, run, run_sweep
 
-    scenarios, axes = load_sweep(toml, **changes)
+    scenarios, axes = load_sweep(named_file(toml), **changes)
     check_executor(executor)
     if executor != "processes":
         if len(scenarios) == 1:

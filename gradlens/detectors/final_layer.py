@@ -6,7 +6,7 @@ from gradlens.clustering import two_means, two_means_by_column
 from gradlens.detectors.clusters import principal_plane
 from gradlens.detectors.published import Judgement, evidence_of, published
 from gradlens.detectors.verdict import TEXTBOOK, Detector
-from gradlens.errors import InputError
+from gradlens.errors import CannotSay, InputError
 from gradlens.geometry import ROUNDING, TIE, cosine_distances, ratio
 from gradlens.log import UpdateLog
 from gradlens.scorers import robustly_scaled
@@ -15,6 +15,7 @@ from gradlens.statistics.final_layer import final_bias_deviation, final_weight
 
 __all__ = ["auror", "bilgin", "lfighter", "tolpegin"]
 
+MOST_CLASSES = 1_000  # that are split one by one
 CHUNK = 1 << 20  # numbers of the final layer that are sorted at a time
 
 
@@ -101,7 +102,8 @@ def tolpegin(source_label: int | None = None, rounds: int = 10) -> Detector:
     averaged over the client's observations, as a multiple of the median distance to the larger group's center, minus
     the cohort's median of that; 0 where all are equal.
 
-    **Abstains** when fewer than 3 clients are comparable, or when the model has no final weight with a row per class.
+    **Abstains** when fewer than 3 clients are comparable, when the model has no final weight with a row per class, or
+    where more than 1,000 classes, as of a vocabulary, would be split one by one to find the attacked one.
 
     **Fails when** nobody is malicious, since two groups are found in any cohort; when label skew splits the clients
     more than the attack does; and when rounds differ more than clients do.
@@ -237,6 +239,8 @@ def _tolpegin(log: UpdateLog, source_label: int | None, rounds: int) -> Judgemen
     classes = log.model.num_units(weight)
     if source_label is not None and source_label >= classes:
         raise InputError(f"source_label must be one of the model's {classes} classes, found {source_label}")
+    if source_label is None and classes > MOST_CLASSES:
+        raise CannotSay(f"{classes:,} classes: at most {MOST_CLASSES:,} are split one by one; source_label names one")
     owners, rows = _observations(log, weight, rounds)
     labels = range(classes) if source_label is None else [source_label]
     splits = [_split(_standardized_plane(rows[:, label])) for label in labels]

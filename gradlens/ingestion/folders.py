@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from gradlens.errors import InputError
-from gradlens.ingestion.formats import READERS, ModelFile, ending_of
+from gradlens.ingestion.formats import MEASURED, READERS, ModelFile, ending_of
 from gradlens.ingestion.rows import layer_of, names_in, read_rows
 from gradlens.log.intake import State, Unfit, as_array
 from gradlens.words import LISTED, count, several
@@ -37,10 +37,14 @@ PATTERNS = (
     "{round}/{client}",
 )
 SERVERS = ("global", "global_model", "server", "server_model")  # files of the server among those of a round's clients
-RESULTS = ("aggregated", "aggregated_model", "fedavg")
-OF_SERVERS = {*SERVERS, *RESULTS}
+RESULTS = ("aggregated", "aggregated_model", "fedavg", "FL_global_model")  # the last one is NVFlare's
+ASIDE = ("best_model", "best_global_model", "best_FL_global_model", "optimizer", "scheduler", "scaler")  # no models
+NO_CLIENTS = {name.lower() for name in (*SERVERS, *RESULTS, *ASIDE)}
+FOLDERS = ("round_{round}", "round-{round}", "{round}", "epoch_{round}")
 GLOBALS = (
-    *(f"{folder}/{name}" for name in SERVERS for folder in ("round_{round}", "round-{round}", "{round}")),
+    *(f"{folder}/{name}" for name in SERVERS for folder in FOLDERS),
+    "server/round_{round}",
+    "server/round-{round}",
     "globals/round_{round}",
     "globals/round-{round}",
     "global/round_{round}",
@@ -50,7 +54,7 @@ GLOBALS = (
     "global_model_{round}",
 )
 AFTER = (
-    *(f"{folder}/{name}" for name in RESULTS for folder in ("round_{round}", "round-{round}", "{round}")),
+    *(f"{folder}/{name}" for name in RESULTS for folder in FOLDERS),
     "model_{round}",
     "server/model_{round}",
     "round-{round}-weights",
@@ -205,7 +209,7 @@ def source_of_folder(
     candidate = pattern
     for candidate in (pattern,) if pattern is not None else PATTERNS:
         matched = ((name, _matched(candidate, name, client=True)) for name in remaining)
-        clients = {name: match for name, match in matched if match and (pattern or match["client"] not in OF_SERVERS)}
+        clients = {name: match for name, match in matched if match and (pattern or not _is_no_client(match["client"]))}
         if clients:
             break
     if not clients:
@@ -229,6 +233,11 @@ def source_of_folder(
     if outside:
         source.notes.append(f"{len(outside)} links lead out of the folder and are left out: {several(outside)}")
     return source
+
+
+def _is_no_client(name: str) -> bool:
+    """Whether a file of a round is called as a server's, or as what is saved beside a model."""
+    return name.lower().replace("-", "_") in NO_CLIENTS
 
 
 def _files(path: Path) -> tuple[list[str], list[str], Counter[str]]:
@@ -309,6 +318,8 @@ def source_of_table(path: Path, model: str | None) -> Source:
     table = read_rows(path, model_bytes)
     layers = [name for name in table.column_names if name not in ("round", "client", "num_examples")]
     single = [name for name in layers if not (_holds_arrays(table[name].type) or {*"./"} & {*name})]
+    if layers and all(name.lower() in MEASURED for name in layers):
+        raise InputError(f"{path}: expected a column for each layer, found {several(layers)}")
     if len(single) < len(layers):
         layers = [name for name in layers if name not in single]
         if single:

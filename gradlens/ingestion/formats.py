@@ -152,6 +152,8 @@ class ModelFile:
         if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
             return state
         beside = [name for name, value in state.items() if _is_beside(name, value)]
+        if state and all(name.lower() in MEASURED for name in beside) and len(beside) == len(state):
+            raise Unfit(f"{shown(self.path.name)} holds no layers, only {', '.join(map(shown, beside[:5]))}")
         if beside and len(beside) < len(state):
             self.said[f"single numbers beside the layers are left out: {', '.join(map(shown, beside[:5]))}"] += 1
             state = {name: value for name, value in state.items() if name not in beside}

@@ -19,8 +19,10 @@ from gradlens.ingestion.disk import disk_faults_as_input_errors
 from gradlens.ingestion.folders import TABLES, Model, Source, source_of_folder, source_of_table
 from gradlens.ingestion.formats import named_by_place
 from gradlens.ingestion.tables import examples_in, with_csv_truth
+from gradlens.interruption import to_the_end
 from gradlens.log import Evidence, LogWriter, ModelSpec, Round
-from gradlens.log.intake import Received, State, Unfit, as_array, received, spec_of, state_of
+from gradlens.log.global_model import readable
+from gradlens.log.intake import Received, State, Unfit, as_array, received, shown, spec_of, state_of
 from gradlens.log.writer import check_free
 from gradlens.run import Run
 from gradlens.words import several
@@ -177,7 +179,7 @@ def ingest(
             recording.examples = dict(examples_in(num_examples, sent))
         existed = folder.exists()
         model_of = partial(spec_of, buffers=buffers, final_layer=final_layer, layers=layers)
-        record = partial(_write, recording, folder, path, updates=updates, model_of=model_of, part=layers is not None)
+        record = partial(_write, recording, folder, path, updates=updates, model_of=model_of, layers=layers)
         level = Evidence.of(evidence)
         try:
             notes, faults = record(evidence=level, strict=strict, progress=progress)
@@ -196,29 +198,29 @@ def _write(
     *,
     updates: bool,
     model_of: Callable[[State], ModelSpec],
-    part: bool,
+    layers: Collection[str] | None,
     evidence: Evidence,
     strict: bool,
     progress: bool,
 ) -> tuple[list[str], list[str]]:
     """Records one round after the other; returns the notes and the faults."""
-    numbers, notes, faults = sorted(recording.rounds), [*recording.notes], []
+    numbers, notes, faults, part = sorted(recording.rounds), [*recording.notes], [], layers is not None
     converted, refused = Counter[str](), Counter[str]()
     estimated, writer, state = [], None, {}
     total = sum(len(recording.rounds[number]) for number in numbers)
     bar = tqdm(total=total, desc="ingest", unit="model", delay=2, leave=False, disable=None if progress else True)
     try:
         for index, number in enumerate(numbers):
-            start = _start(recording, number) if writer is None else None
+            start = readable(_start(recording, number), layers) if writer is None else None
             most = _most(recording.rounds[number], start) if writer is None else MODELS * _size(writer.model) + MARGIN
-            sent = [(client, _read(file, most, bar)) for client, file in recording.rounds[number]]
+            sent = [(client, readable(_read(file, most, bar), layers)) for client, file in recording.rounds[number]]
             if writer is None and start is not None:
                 start = _by_place(recording, start, _most_frequent([answer for _, answer in sent], start))
             estimated += [] if number in recording.starts else [number]
             if writer is None:
                 example = _most_frequent([answer for _, answer in sent]) if start is None else start
                 model = model_of(example)
-                notes += [*_notes_on_integers(model), *_notes_on_final_layer(model), *_notes_on_tied(example, model)]
+                notes += _notes_on_model(example, model)
                 state = state_of(start, model, partial=part) if start else _estimated_start(model, sent, updates, part)
                 origin = {"from": str(path), "rounds": numbers, "sent": "updates" if updates else "models"}
                 writer = LogWriter.create(folder, model, state, source={"ingested": origin}, evidence=evidence)
@@ -287,7 +289,8 @@ def _start(recording: Source, number: int) -> State | None:
     if number not in recording.starts:
         return None
     try:
-        return recording.starts[number].read()
+        with to_the_end():
+            return recording.starts[number].read()
     except Unfit as reason:
         raise InputError(f"the global model of round {number} {reason}") from reason
 
@@ -298,7 +301,7 @@ def _most(models: Sequence[tuple[str, Model]], start: State | None) -> int | Non
         return MODELS * _size(spec_of(start)) + MARGIN
     sizes = []
     for _, model in models:
-        with suppress(Unfit):
+        with to_the_end(), suppress(Unfit):
             sizes.append(model.size)
     return MODELS * sorted(sizes)[(len(sizes) - 1) // 2] + MARGIN if sizes else None
 
@@ -311,10 +314,11 @@ def _size(model: ModelSpec) -> int:
 def _read(model: Model, most: int | None, bar: Any) -> Any:
     """Reads a client's model; returns the reason if it cannot be read."""
     bar.update()
-    try:
-        return model.read(most)
-    except Unfit as reason:
-        return reason
+    with to_the_end():
+        try:
+            return model.read(most)
+        except Unfit as reason:
+            return Unfit(str(reason))  # without its traceback, which holds the file
 
 
 def _by_place(recording: Source, state: Any, like: State) -> Any:
@@ -323,6 +327,21 @@ def _by_place(recording: Source, state: Any, like: State) -> Any:
     if named is not state:
         recording.said["arrays without names, arr_0 and on, are taken as the layers in their order"] += 1
     return named
+
+
+def _notes_on_model(example: State, model: ModelSpec) -> list[str]:
+    return [
+        *_notes_on_empty(example),
+        *_notes_on_integers(model),
+        *_notes_on_final_layer(model),
+        *_notes_on_tied(example, model),
+    ]
+
+
+def _notes_on_empty(state: State) -> list[str]:
+    """What is said of tensors without any number, which are no layers."""
+    empty = [str(name) for name, value in state.items() if math.prod(getattr(value, "shape", ())) == 0]
+    return [f"tensors without numbers are no layers and are left out: {several(empty)}"] if empty else []
 
 
 def _notes_on_integers(model: ModelSpec) -> list[str]:
@@ -339,17 +358,32 @@ def _most_frequent(states: list[Any], otherwise: State | None = None) -> State:
     Where none can be read it is the one given, or an InputError is raised.
     """
     signatures: dict[Any, list[State]] = {}
+    reason = "none was sent"
     for state in states:
         try:
-            key = tuple((str(name), as_array(value)[0].shape) for name, value in state.items())
-        except (Unfit, AttributeError):
-            continue
-        signatures.setdefault(key, []).append(state)
+            signatures.setdefault(_signature(state), []).append(state)
+        except Unfit as unfit:
+            reason = str(unfit)
     if not signatures and otherwise is not None:
         return otherwise
     if not signatures:
-        raise InputError(f"no client's model can be read in the first round: {states[0]}")
+        raise InputError(f"no client's model can be read in the first round: {reason}")
     return max(signatures.values(), key=len)[0]
+
+
+def _signature(state: Any) -> tuple:
+    """The layers of a model with their shapes; raises Unfit where it is none."""
+    if isinstance(state, Unfit):
+        raise state
+    if not isinstance(state, Mapping):
+        raise Unfit(f"expected layers with names, found {type(state).__name__}")
+    layers = []
+    for name, value in state.items():
+        try:
+            layers.append((str(name), as_array(value)[0].shape))
+        except Unfit as reason:
+            raise Unfit(f"layer {shown(name)} {reason}") from reason
+    return tuple(layers)
 
 
 def _notes_on_final_layer(model: ModelSpec) -> list[str]:

@@ -11,6 +11,7 @@ from gradlens.errors import InputError
 from gradlens.ingestion.disk import disk_faults_as_input_errors
 from gradlens.ingestion.formats import first_line
 from gradlens.log.intake import shown
+from gradlens.log.manifest import named_file
 from gradlens.log.writer import TRUTH_COLUMNS, record_truth
 from gradlens.run import Run
 
@@ -121,7 +122,9 @@ def _clients(csv: Path | str, known: pd.DataFrame, expected: str, where: str) ->
     that is not among the `known` ones.
     """
     try:
-        table = pd.read_csv(csv, dtype=str, keep_default_na=False)
+        table = pd.read_csv(named_file(csv), dtype=str, keep_default_na=False)
+    except InputError:
+        raise
     except (OSError, ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{csv}: not readable as CSV: {first_line(error)}") from error
     if "client" not in table.columns:

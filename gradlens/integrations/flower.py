@@ -20,6 +20,7 @@ from gradlens.integrations import Answer, Clients, Kept, State, kept, numbers, r
 from gradlens.log.intake import Unfit, shown
 from gradlens.log.signatures import ROUND, SIGNATURE
 from gradlens.server import Recorder
+from gradlens.words import several
 
 __all__ = ["GradlensStrategy"]
 
@@ -133,8 +134,9 @@ class GradlensStrategy(Strategy):
         else:
             state = Unfit(f"must send one ArrayRecord and one MetricRecord, found {len(arrays)} and {len(metrics)}")
         said = (record[SIGNATURE] for record in reply.content.config_records.values() if SIGNATURE in record)
-        name, examples = self._clients.name(node, claims), claims.get(self.weighted_by_key)
-        return Answer(reply, name, state, examples, signature=next(said, None))
+        key, name = self.weighted_by_key, self._clients.name(node, claims)
+        claim = claims[key] if key in claims else Unfit(f"sent no metric {key!r}, found {several(list(claims))}")
+        return Answer(reply, name, state, claim, signature=next(said, None))
 
     def _changed(self, answer: Kept) -> Message:
         """The reply, with its arrays and its claimed number of examples replaced where the answer says so."""

@@ -191,4 +191,4 @@ def _means(models: Sequence[FLModel]) -> dict[str, float]:
 
 def _like(array: np.ndarray, value: Any) -> Any:
     """The array in the type of the global model's layer: a tensor of its library, or a numpy array."""
-    return value.new_tensor(array) if hasattr(value, "new_tensor") else array
+    return value.new_tensor(array) if hasattr(value, "new_tensor") else array.astype(np.asarray(value).dtype)

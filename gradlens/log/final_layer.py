@@ -286,7 +286,7 @@ def _is_taken(each: _Candidate, takers: Collection[_Candidate]) -> bool:
 def _candidates(parameters: Sequence[Shaped]) -> list[_Candidate]:
     """The layers of two or more dimensions, each with its bias: of its module, or right after it without modules."""
     by_name = {layer.name: layer for layer in parameters}
-    followers = [*parameters[1:], None]
+    followers = [*parameters[1:], None][: len(parameters)]
     return [
         _Candidate(layer, _bias_of(layer, by_name, after))
         for layer, after in zip(parameters, followers, strict=True)

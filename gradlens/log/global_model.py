@@ -115,11 +115,38 @@ def spec_of(
     _check_named(state)
     if unknown := [name for name in buffers if name not in state]:
         raise InputError(f"buffers: the model has no layer {unknown[0]!r}, only {list(state)}")
-    arrays = {name: _recorded_type(_array_of_server(name, value)) for name, value in state.items()}
+    arrays = {n: _recorded_type(_array_of_server(n, value)) for n, value in readable(state, layers).items()}
     arrays = {name: array for name, array in arrays.items() if array.size}
     every_buffer = {*buffers, *found_buffers(arrays)}
     model = ModelSpec.of(arrays, buffers=every_buffer, final_layer=final_layer)
     return model if layers is None else model.only(_matching(model, layers))
+
+
+def readable(state: Any, layers: Collection[str] | None) -> Any:
+    """A model without what is no array, such as complex numbers, among the layers that are not sent.
+
+    Parameters
+    ----------
+    state : Any
+        Layer -> array of any library; what is no table is returned as it is.
+    layers : collection of str, optional
+        The layers that are sent, by names or patterns; by default all, and the state is returned as it is.
+    """
+    if layers is None or not isinstance(state, Mapping):
+        return state
+    return {name: value for name, value in state.items() if _is_sent(name, layers) or _is_array(value)}
+
+
+def _is_sent(name: str, layers: Collection[str]) -> bool:
+    return any(fnmatchcase(str(name), pattern) for pattern in layers)
+
+
+def _is_array(value: Any) -> bool:
+    try:
+        as_array(value)
+    except Unfit:
+        return False
+    return True
 
 
 def _matching(model: ModelSpec, patterns: Collection[str]) -> list[str]:
@@ -127,7 +154,7 @@ def _matching(model: ModelSpec, patterns: Collection[str]) -> list[str]:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in model):
             raise InputError(f"layers: no layer of the model matches {pattern!r:.80}, only {several(list(model))}")
-    return [name for name in model if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in model if _is_sent(name, patterns)]
 
 
 def state_of(state: State, model: ModelSpec, *, partial: bool = False) -> dict[str, np.ndarray]:
@@ -171,6 +198,20 @@ def _check_named(state: Any) -> None:
     if isinstance(state, list | tuple):
         found += "; {str(place): array for place, array in enumerate(arrays)} names arrays by their places"
     raise InputError(f"a global model is a table layer -> array, whose names are text, found {found}")
+
+
+def averaged_in(state: State, model: ModelSpec) -> frozenset[str]:
+    """The integer layers of which a global model holds fractions, as a plain mean of counters leaves them.
+
+    Parameters
+    ----------
+    state : Mapping
+        Layer -> array of any library.
+    model : ModelSpec
+        The layers as they are recorded.
+    """
+    counters = [layer.name for layer in model.layers if layer.dtype.startswith(("int", "uint"))]
+    return frozenset(name for name in counters if _array_of_server(name, state[name]).dtype.kind == "f")
 
 
 def _array_of_server(name: str, value: Any) -> np.ndarray:

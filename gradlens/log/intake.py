@@ -5,22 +5,21 @@ Nothing that a client sent raises an error: it becomes a row of the round, or a 
 """
 
 import hashlib
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from gradlens.errors import EverybodyRefused, InputError
+from gradlens.errors import InputError
 from gradlens.log.adapters import Pair, padded, pairs_of
 from gradlens.log.arrays import State as State
 from gradlens.log.arrays import Unfit as Unfit
 from gradlens.log.arrays import as_array as as_array
 from gradlens.log.arrays import refusing as refusing
 from gradlens.log.arrays import shown as shown
+from gradlens.log.global_model import averaged_in as averaged_in
 from gradlens.log.global_model import spec_of as spec_of
 from gradlens.log.global_model import state_of as state_of
 from gradlens.log.levels import Reduction
@@ -106,6 +105,7 @@ def received(
     as_models: bool,
     reduction: Reduction | None = None,
     partial: bool = False,
+    averaged: frozenset[str] = frozenset(),
     base: Callable[[int], Mapping[str, np.ndarray]] | None = None,
     signers: Signers | None = None,
 ) -> Received:
@@ -130,6 +130,9 @@ def received(
         then let go of, so that an iterable of many answers takes the memory of one.
     partial : bool, default False
         Whether the model is a part that was agreed on: what a client sends besides is left out.
+    averaged : frozenset of str
+        Integer layers of which the server itself holds fractions (`averaged_in`): those of a client are cut off, as
+        those of the global model are where it is recorded.
     base : callable, optional
         (index of an earlier round) -> the global model of that round, for answers that are `StartedFrom` it; raises
         InputError where it is not at hand.
@@ -149,7 +152,7 @@ def received(
     different global models the latest bears its name, and "client (from round 3)" an earlier one.
     """
     reduction = None if reduction is None or reduction.is_full else reduction
-    checks = _Checks(index, model, global_model, as_models, reduction, partial, signers)
+    checks = _Checks(index, model, global_model, as_models, reduction, partial, averaged, signers)
     arrived: dict[tuple[str, int], list[_Answer | Unfit]] = {}
     latest: dict[str, int] = {}
     claims: dict[str, Any] = {}
@@ -163,7 +166,7 @@ def received(
         start, state = (state.round, state.state) if isinstance(state, StartedFrom) else (index, state)
         signature, state = (state.signature, state.state) if isinstance(state, Signed) else (None, state)
         origin = _base(start, index, global_model, base)
-        start = index if isinstance(origin, Unfit) else start
+        start = index if isinstance(origin, Unfit) else int(start)
         arrived.setdefault((name, start), []).append(checks.answer(name, start, state, origin, signature))
         if signature is not None:
             texts.setdefault((name, start), kept_text(signature))
@@ -197,18 +200,6 @@ def received(
     return Received(round_, tuple(answers), notes)
 
 
-def warn_if_all_refused(round_: Round) -> None:
-    """Warns if every client of a round was refused, with the most frequent reason."""
-    if len(round_) or not round_.refused:
-        return
-    reason, count = Counter(round_.refused.values()).most_common(1)[0]
-    others = f" ({count} of {len(round_.refused)})" if count < len(round_.refused) else ""
-    message = f"round {round_.index}: nothing of {len(round_.refused)} clients could be recorded: {reason}{others}"
-    if reason.endswith("is missing"):
-        message += "; Recorder(layers=...) names the layers that clients send, where these are not all"
-    warnings.warn(EverybodyRefused(message), stacklevel=4)
-
-
 def printable(name: str) -> str:
     """A name that can be printed and recorded: escaped where it cannot be printed, and cut where it is too long."""
     if not name.isprintable():
@@ -238,6 +229,7 @@ class _Checks:
     as_models: bool
     reduction: Reduction | None
     partial: bool
+    averaged: frozenset[str]
     signers: Signers | None
 
     @cached_property
@@ -252,13 +244,15 @@ class _Checks:
         try:
             if isinstance(base, Unfit):
                 raise base
-            arrays, kinds = _arrays(state)
-            if self.signers is not None:  # of all that was sent, also of what is left out below
+            # a signature is of all that was sent, also of what is left out
+            arrays, kinds = _arrays(state, set(self.model) if self.partial and self.signers is None else None)
+            if self.signers is not None:
                 self.signers.checked(signature, client, start, self.index, lambda: digest_of(arrays, kinds))
-            if self.as_models and self.pairs:
-                arrays = padded(arrays, self.model, self.pairs)
             if self.partial:
                 arrays = {name: arrays[name] for name in self.model if name in arrays}
+            if self.as_models and self.pairs:
+                arrays = padded(arrays, self.model, self.pairs)
+            arrays |= {name: np.trunc(arrays[name]) for name in self.averaged & arrays.keys()}
             if fault := self._fault(arrays, base):
                 raise Unfit(fault)
         except Unfit as reason:
@@ -319,12 +313,16 @@ def _base(
     earlier: Callable[[int], Mapping[str, np.ndarray]] | None,
 ) -> Mapping[str, np.ndarray] | Unfit:
     """The global model that an answer started from, or why it is not known."""
+    if isinstance(start, bool) or not isinstance(start, int | np.integer) or not 0 <= start <= index:
+        return Unfit(f"started from round {shown(start)}, expected one from 0 to {index}")
     if start == index:
         return global_model
-    if earlier is None or not isinstance(start, int) or not 0 <= start < index:
-        return Unfit(f"started from round {shown(start)}, expected one from 0 to {index}")
+    if earlier is None:
+        return Unfit(f"started from round {start}, whose global model is not at hand")
     try:
-        return earlier(start)
+        state = earlier(int(start))
+        state[next(iter(state))]  # a recorded model is read when its first layer is
+        return state
     except InputError as error:
         return Unfit(f"started from round {start}, whose global model is not at hand: {error}")
 
@@ -365,8 +363,11 @@ def _count(claim: Any) -> int:
     raise Unfit(f"num_examples must be a count, found {shown(claim)}")
 
 
-def _arrays(state: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Layer -> what a client sent as an array, and layer -> the type of its numbers; raises Unfit."""
+def _arrays(state: Any, only: Collection[str] | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Layer -> what a client sent as an array, and layer -> the type of its numbers; raises Unfit.
+
+    Others than `only` these layers are not looked at.
+    """
     with refusing("what was sent cannot be read"):
         if isinstance(state, Unfit):
             raise state
@@ -380,6 +381,8 @@ def _arrays(state: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         if not issubclass(type(key), str):
             raise Unfit(f"names of layers must be text, found {shown(key)}")
         name = str.__str__(key)
+        if only is not None and name not in only:
+            continue
         try:
             arrays[name], kinds[name] = as_array(value)
         except Unfit as reason:
@@ -415,6 +418,9 @@ def _fingerprint(answer: _Answer | Unfit) -> str:
 
 def _conversions(kinds: Mapping[str, str], model: ModelSpec) -> str:
     """Which types of numbers were converted, "" if none; the integer types of buffers are all alike."""
-    floats = [layer for layer in model.layers if layer.dtype.startswith("float")]
-    pairs = {(kinds[layer.name], layer.dtype) for layer in floats if kinds[layer.name] != layer.dtype}
+    pairs = {
+        (kinds[layer.name], layer.dtype)
+        for layer in model.layers
+        if kinds[layer.name] != layer.dtype and "float" in kinds[layer.name] + layer.dtype
+    }
     return ", ".join(f"sent {kind}, recorded as {dtype}" for kind, dtype in sorted(pairs))

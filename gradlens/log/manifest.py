@@ -23,6 +23,7 @@ SIGNATURES, STAMP = "signatures.json", "stamp.tsr"  # seals, which lie beside th
 FOLDERS = ("updates", "globals", "verdicts")
 START = "0" * 64  # what the first line names as the line before
 COMMITTED = re.compile(rf"{re.escape(RUN)}|{re.escape(TRUTH)}|(?:{'|'.join(FOLDERS)})/round-\d{{6,18}}\.arrow")
+LARGEST_TABLE = 1 << 28  # bytes of the largest table or scenario in text that is read
 LARGEST_TEXT = 1 << 30  # bytes of the largest manifest or run.json that is read
 
 
@@ -150,6 +151,23 @@ def regular_file(path: Path, largest: int | None = None) -> Path:
     if largest is not None and found.st_size > largest:
         raise InputError(f"{path}: expected at most {largest:,} bytes, found {found.st_size:,}")
     return path
+
+
+def named_file(path: Path | str, largest: int = LARGEST_TABLE) -> Path:
+    """The path of a file that somebody names, links followed; what is not there is left to whoever opens it.
+
+    Raises InputError for a folder, a pipe and a device, which would be waited for or have no end, and for too many
+    bytes.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return Path(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path}: expected a plain file, found {kind_of_file(found.st_mode)}")
+    if found.st_size > largest:
+        raise InputError(f"{path}: expected at most {largest:,} bytes, found {found.st_size:,}")
+    return Path(path)
 
 
 def kind_of_file(mode: int) -> str:

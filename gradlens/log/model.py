@@ -109,7 +109,7 @@ class ModelSpec:
         if len(set(names)) < len(names):
             raise InputError(f"a model names each layer once, found {first_duplicate(names)!r} twice")
         if not self.parameters:
-            raise InputError("a model needs at least one parameter layer, found none")
+            raise InputError("a model needs a parameter layer, found none: integers and running statistics are buffers")
         for name in (self.final_weight, self.final_bias):
             if name is not None and name not in self.parameters:
                 raise InputError(f"the final layer {name!r} is not a parameter layer of the model {names}")

@@ -11,6 +11,7 @@ from gradlens.log.manifest import (
     CLOSED,
     COMMITTED,
     FOLDERS,
+    LARGEST_TEXT,
     MANIFEST,
     SIGNATURES,
     STAMP,
@@ -109,6 +110,8 @@ def verify(folder: Path, head: str | None = None) -> Verification:
     if head is not None and head not in manifest.hashes:
         faults.append(f"{MANIFEST}: no line has the head {head:.64}; the chain was cut or rewritten")
     lost, after = describe_in_flight(manifest), _after(manifest, head)
+    if not lost and manifest.closed and not os.path.lexists(folder / CLOSED):
+        lost = f"the file {CLOSED} is missing: it was deleted, or the recorder was killed as it closed the run"
     return Verification(manifest.head, len(manifest.rounds), manifest.closed, lost, tuple(faults), after)
 
 
@@ -199,7 +202,7 @@ def _file_faults(manifest: Manifest) -> list[str]:
             faults.append(f"{name}: missing")
         else:
             try:
-                if sha256(regular_file(path)) != digest:
+                if sha256(regular_file(path, None if path.suffix == ".arrow" else LARGEST_TEXT)) != digest:
                     faults.append(f"{name}: changed since it was committed")
             except (InputError, OSError) as error:
                 faults.append(f"{name}: {str(error).removeprefix(f'{path}: ')}")

@@ -9,6 +9,7 @@ from byzfl_bare import byzfl as installed
 import gradlens
 import planted
 from gradlens import DETECTORS, Recorder, filtered
+from gradlens.errors import EverybodyRefused
 from gradlens.integrations.byzfl import PreAggregator, wrapped
 
 LOG = planted.PLANTED["shifted class"].log(rounds=2)
@@ -70,7 +71,8 @@ def test_every_detector_stands_before_byzfls_pipeline(byzfl, name, tmp_path):
 def test_where_all_are_rejected_one_vector_that_changes_nothing_is_left(sent):
     state = {name: array + np.float32(3) for name, array in START.items()}
     pre = PreAggregator(Recorder(detector="krum", sent=sent), lambda: state)
-    found = pre(np.full_like(rows(), np.nan))
+    with pytest.warns(EverybodyRefused, match="nothing of 12 clients is used: not finite"):
+        found = pre(np.full_like(rows(), np.nan))
     assert found.shape == (1, rows().shape[1])
     assert np.unique(found).tolist() == ([0.0] if sent == "updates" else [3.0])
 

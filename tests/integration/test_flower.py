@@ -328,6 +328,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing of 12 clients is used. the detector abstained")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", ["final_rows", "foolsgold", "fltrust"])  # one with weights, one that abstains
 def test_flowers_mean_of_what_a_filter_lets_through_is_the_filters_own(name, settings):

@@ -15,6 +15,7 @@ import planted
 from gradlens import DETECTORS, InputError, Recorder
 from gradlens.aggregators import filtered, mean
 from gradlens.custody import new_key, sign_update
+from gradlens.errors import EverybodyRefused
 from gradlens.integrations.flower_classic import ClassicStrategy
 
 LOG = planted.PLANTED["shifted class"].log(rounds=2)
@@ -151,10 +152,10 @@ def test_a_client_that_failed_is_refused_and_the_inner_strategy_is_told():
 
 
 def test_where_all_are_rejected_the_model_stays(tmp_path):
+    strange = [result(i, BAD["NaN"][0]) for i in range(4)]
     with Recorder(tmp_path / "run", detector="krum") as recorder:
-        found, metrics = aggregated(
-            ClassicStrategy(inner(), recorder, NAMES), [result(i, BAD["NaN"][0]) for i in range(4)]
-        )
+        with pytest.warns(EverybodyRefused, match="not finite"):
+            found, metrics = aggregated(ClassicStrategy(inner(), recorder, NAMES), strange)
         assert (found, metrics) == (None, {})  # Flower then keeps its parameters
         np.testing.assert_array_equal(recorder.log[0].global_model["fc1.weight"], START["fc1.weight"])
     assert not gradlens.open(tmp_path / "run").verdicts["kept"].any()

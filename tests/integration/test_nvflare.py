@@ -265,3 +265,23 @@ def test_a_tensor_without_numbers_is_handed_back(tmp_path):
     found, _ = played(GradlensAggregator(), models, {**START, **empty})
     assert found["bn.count"].size == 0
     assert set(found) == {*START, "bn.count"}
+
+
+ALL_WRONG = {
+    "the other form": (lambda p: {"params_type": ParamsType.DIFF}, "sent ParamsType.DIFF, where ParamsType.FULL"),
+    "a part": (lambda p: {"params": {"fc1.weight": START["fc1.weight"]}}, "'fc1.bias' is missing; Recorder.layers="),
+    "nothing": (lambda p: {"params": {}}, "sent nothing"),
+    "no names": (lambda p: {"meta": {}}, "4 different answers came under this name"),
+    "diverged": (lambda p: {"params": {n: a * np.float32(np.nan) for n, a in START.items()}}, "norm.count|not finite"),
+}
+
+
+@pytest.mark.parametrize("fault", ALL_WRONG)
+def test_what_all_sites_do_wrong_is_said_and_the_model_stays(fault):
+    changes, reason = ALL_WRONG[fault]
+    aggregator = GradlensAggregator()
+    state, _ = played(aggregator, [sent(place) for place in range(4)])
+    with pytest.warns(EverybodyRefused, match=reason):
+        found, _ = played(aggregator, [sent(place, **changes(place)) for place in range(4)], state)
+    for name, array in state.items():
+        np.testing.assert_array_equal(found[name], array)
