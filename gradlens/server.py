@@ -296,8 +296,7 @@ class Recorder:
             decision = Decision.unfiltered(answers.round_)
         else:
             decision = self.filter.decision(self._log)
-            table = decision.table(answers.round_.index, self._detector)
-            self._waiting = replace(self._waiting, verdict=table)
+            self._waiting = replace(self._waiting, verdict=decision.table(answers.round_.index, self._detector))
         if decision.stopped:
             raise FilterStopped(f"round {answers.round_.index}: {decision.outcome} was asked for by {self.filter!r}")
         decision.warn_if_nobody_is_kept(answers.round_)

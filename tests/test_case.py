@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gradlens import CannotSay
+from gradlens.case import readings
 from gradlens.case.drift import running_drift
 from gradlens.case.peeling import accused, peel
 from gradlens.case.readings import readings_of
@@ -149,3 +150,22 @@ def test_a_model_without_biases_is_scored_by_the_readings_that_it_has(scoring):
     assert np.isfinite(scoring.scores(bare, np.ones(10, bool))).all()
     biases = [place for place, name in enumerate(scoring.readings) if "bias" in name]
     assert not scoring.parts(bare, np.ones(10, bool))[:, biases].any()
+
+
+def test_the_leading_direction_of_many_clients_is_that_of_all_eigenvectors(rng):
+    vectors = rng.normal(size=(150, 40)) + 3 * rng.normal(size=(150, 1))
+    products = vectors @ vectors.T
+    value, direction = readings._leading(products)
+    values, all_directions = np.linalg.eigh(products)
+    assert value == pytest.approx(values[-1])
+    assert abs(direction @ all_directions[:, -1]) == pytest.approx(1)
+
+
+def test_of_many_clients_several_are_taken_out_at_a_time_and_attackers_still_first(scoring):
+    sums = sums_of(example_log(num_clients=180, num_malicious=6))
+    peeling = peel(sums, scoring)
+    assert len(peeling.order) == len(set(peeling.order.tolist())) == 81
+    assert set(sums.clients[peeling.order[:6]]) == {f"client-{number}" for number in range(174, 180)}
+    assert (np.diff(peeling.heights[:3]) <= 0).all()  # of those that go together the most conspicuous first
+    few = peel(sums, scoring, 0.0)
+    assert (few.order.tolist(), few.highest) == ([peeling.order[0]], peeling.heights[0])

@@ -8,6 +8,7 @@ from gradlens.case.scoring import Scoring
 from gradlens.case.sums import Sums
 
 SMALLEST = 5  # clients that a verdict needs
+ONE_IN = 60  # clients of which one is taken out at a time
 MOST = 0.45  # of the clients that can be accused; above it there is no majority to judge them by
 
 
@@ -54,7 +55,8 @@ def peel(sums: Sums, scoring: Scoring, most: float = MOST) -> Peeling:
     Each time everything that judges a client, the middle, the scales and the companions, is computed anew from the
     clients that are left: two accomplices do not hide each other, and no innocent client is judged by an attacker that
     is out already (Rosner's generalized test for many outliers [1]_, in place of whose normal quantiles stands the same
-    peeling of attack-free recordings).
+    peeling of attack-free recordings). Of more than 119 clients several are taken out at a time, one in 60, so that the
+    work does not grow with their fourth power.
 
     Parameters
     ----------
@@ -80,13 +82,14 @@ def peel(sums: Sums, scoring: Scoring, most: float = MOST) -> Peeling:
     9
     """
     clean = np.ones(len(sums.clients), bool)
-    order, heights = [], []
-    for _ in range(most_accused(len(clean), most)):
+    order, heights = np.zeros(0, np.int64), np.zeros(0)
+    depth, at_a_time = most_accused(len(clean), most), max(len(clean) // ONE_IN, 1)
+    while len(order) < depth:
         scores = np.where(clean, scoring.scores(sums, clean), -np.inf)
-        order.append(int(scores.argmax()))
-        heights.append(float(scores.max()))
-        clean[order[-1]] = False
-    return Peeling(np.array(order), np.array(heights))
+        out = np.argsort(-scores, kind="stable")[: min(at_a_time, depth - len(order))]
+        order, heights = np.append(order, out), np.append(heights, scores[out])
+        clean[out] = False
+    return Peeling(order, heights)
 
 
 def accused(sums: Sums, scoring: Scoring, peeling: Peeling, threshold: float) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Readings of a recording: a number per client, kind and role of layer, judged against the clients thought clean."""
 
+from contextlib import suppress
+
 import numpy as np
 
 from gradlens.case.robust import in_sigmas
@@ -8,6 +10,7 @@ from gradlens.geometry import about_reference_mean, mean_of_largest, pairwise_co
 
 COMPANIONS = 3  # as many as the accomplices that an attacker is expected to have
 TINY = 1e-300
+SMALL = 60  # clients up to which all eigenvectors are computed, though one is used
 
 
 def readings_of(sums: Sums, clean: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -82,8 +85,8 @@ def _pairwise(gram: np.ndarray, clean: np.ndarray, of: str) -> dict[str, np.ndar
     products = products / typical(np.diagonal(products)[clean])
     squares = np.maximum(np.diagonal(products), TINY)
     np.fill_diagonal(products, squares)  # rounding may leave a client in the middle below 0
-    leading = np.linalg.eigh(products[np.ix_(clean, clean)])
-    direction = leading.eigenvectors[:, -1] / np.sqrt(max(leading.eigenvalues[-1], TINY))
+    variance, leading = _leading(products[np.ix_(clean, clean)])
+    direction = leading / np.sqrt(max(variance, TINY))
     kinds = {
         "size": np.log(squares),
         "company": _of_companions(pairwise_cosines(products), clean),
@@ -91,6 +94,18 @@ def _pairwise(gram: np.ndarray, clean: np.ndarray, of: str) -> dict[str, np.ndar
         "distance": np.log(np.maximum(_distances(products, clean), TINY)),
     }
     return kinds if of == "rounds" else kinds | {"pull": _of_companions(products, clean)}
+
+
+def _leading(products: np.ndarray) -> tuple[float, np.ndarray]:
+    """The largest eigenvalue of a symmetric matrix and its eigenvector; of a large one it alone is computed."""
+    if len(products) > SMALL:
+        from scipy.sparse.linalg import ArpackNoConvergence, eigsh  # takes 0.1 s to import
+
+        with suppress(ArpackNoConvergence):
+            values, vectors = eigsh(products, k=1, which="LA", v0=np.sqrt(np.diagonal(products)))
+            return float(values[0]), vectors[:, 0]
+    values, vectors = np.linalg.eigh(products)
+    return float(values[-1]), vectors[:, -1]
 
 
 def _about_clean_mean(gram: np.ndarray, clean: np.ndarray) -> np.ndarray:

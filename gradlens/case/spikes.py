@@ -44,8 +44,12 @@ def smallest_seen(sums: Sums, scoring: Scoring, threshold: float, seed: int = 0)
     clients = rng.permutation(len(sums.clients))[:PLANTED]
 
     def enough(size: float) -> bool:
-        seen = sum(_is_seen(planted(sums, int(client), size), int(client), scoring, threshold) for client in clients)
-        return seen >= FOUND / PLANTED * len(clients)
+        missed, most = 0, len(clients) - FOUND / PLANTED * len(clients)
+        for client in clients.tolist():
+            missed += not _is_seen(planted(sums, client, size), client, scoring, threshold)
+            if missed > most:
+                return False
+        return True
 
     place = bisect_left(SIZES, True, key=enough)  # what is found at one size is found at every larger one
     return SIZES[place] if place < len(SIZES) else None

@@ -156,7 +156,7 @@ def received(
     arrived: dict[tuple[str, int], list[_Answer | Unfit]] = {}
     latest: dict[str, int] = {}
     claims: dict[str, Any] = {}
-    refused: dict[str, str] = {}
+    refused, signatures = dict[str, str](), dict[str, str]()
     texts: dict[tuple[str, int], str] = {}
     for client, state in sent.items() if isinstance(sent, Mapping) else sent:
         name, fault = _name_of(client)
@@ -174,7 +174,6 @@ def received(
         del state  # the next answer may need its memory
     answers: dict[str, list[_Answer | Unfit]] = {}
     started: dict[str, int] = {}
-    signatures: dict[str, str] = {}
     for (name, start), several_answers in arrived.items():
         row = name if start == latest[name] else f"{name} (from round {start})"
         answers.setdefault(row, []).extend(several_answers)
