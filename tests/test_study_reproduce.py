@@ -11,7 +11,9 @@ from gradlens.errors import InputError
 from simulations import Scenario
 from simulations import run as simulate
 from simulations.assemble import assemble
+from simulations.measure import attack_success
 from simulations.studies import reproduce
+from simulations.studies import reproduce_bagdasaryan as bagdasaryan
 from simulations.studies import reproduce_bilgin as bilgin
 from simulations.studies import reproduce_wu as wu
 from simulations.studies.pruning_steps import BOTH, DELTAS, NOTHING
@@ -67,6 +69,8 @@ def test_a_run_is_measured_round_by_round_and_layer_by_layer(tmp_path):
     control = bilgin.measured(free, SCENARIO)
     assert list(control) == bilgin.COLUMNS
     m = bilgin.deviation(free.log[1].updates["fc1.weight"])
+    goal, states = assemble(SCENARIO).goal, list(free.states())
+    assert control["asr"].iloc[-1] == attack_success(goal, assemble(SCENARIO).model, states[-1])
     row = control[control["round"].eq(1) & control["layer"].eq("fc1.weight")].iloc[0]
     assert row["malicious"] == pytest.approx(m[malicious][0])  # of the same client, which is honest here
 
@@ -128,9 +132,30 @@ def quick(tmp_path_factory):
         patch.setattr(reproduce, "ROOT", folder)
         reproduce.main(["--quick", "--workers", "2"])
         return {
-            name: [pd.read_csv(reproduce.table_of(part, quick=True)) for part in experiment.parts]
+            name: [
+                pd.read_csv(path) if (path := reproduce.table_of(part, quick=True)).exists() else pd.DataFrame()
+                for part in experiment.parts
+            ]
             for name, experiment in reproduce.EXPERIMENTS.items()
         }
+
+
+def test_bagdasaryan_in_small_points_the_papers_way(quick):
+    single, stealth, words = quick["bagdasaryan"]
+    attacked, control = single[~single["control"]], single[single["control"]]
+    at = attacked[attacked["since"].eq(0)]
+    assert (at["asr"] > 0.9).all()  # at once, and for no longer than honest clients let it
+    assert control["asr"].max() < 0.3
+    assert (at["accuracy"] > control.loc[control["since"].eq(0), "accuracy"].mean() - 0.3).all()
+    assert attacked.loc[attacked["since"].eq(7), "asr"].mean() < at["asr"].mean()
+    assert attacked.loc[attacked["since"].lt(0), "asr"].max() < 0.3
+    assert at["norm_rank"].eq(1).all()
+    sent = stealth[~stealth["control"] & stealth["since"].eq(0)].set_index("attack")
+    alike, replaced = (next(name for name in sent.index if part in name) for part in ("train_and_scale", "replacement"))
+    assert sent.loc[replaced, "norm"] > 5 * sent.loc[alike, "norm"]
+    assert sent.loc[alike, "norm_rank"] > 1  # it hides its norm
+    assert "nan" not in bagdasaryan.text(single, stealth, words)
+    assert all("nan" not in finding.ours for finding in bagdasaryan.findings(single, stealth, words))
 
 
 def test_wu_in_small_points_the_papers_way(quick):

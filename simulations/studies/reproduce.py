@@ -24,6 +24,7 @@ from gradlens.run import Run
 from gradlens.words import count
 from simulations import Scenario, load_sweep, run
 from simulations.scenario import SCENARIOS
+from simulations.studies import reproduce_bagdasaryan as bagdasaryan
 from simulations.studies import reproduce_bilgin as bilgin
 from simulations.studies import reproduce_wu as wu
 from simulations.studies.results import REPORTS, ROOT, Finding, append, markdown, run_as_command
@@ -62,6 +63,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         bilgin.findings,
         bilgin.text,
     ),
+    "bagdasaryan": Experiment(
+        "Bagdasaryan et al. 2018, arXiv:1807.00459",
+        dict.fromkeys(("bagdasaryan", "bagdasaryan_stealth", "bagdasaryan_words"), bagdasaryan.measured),
+        bagdasaryan.findings,
+        bagdasaryan.text,
+    ),
     "wu": Experiment("Wu et al. 2020, arXiv:2011.01767", {"wu": wu.measured}, wu.findings, wu.text),
 }
 
@@ -76,10 +83,14 @@ def scenarios_of(part: str, *, quick: bool = False) -> dict[Scenario, Scenario]:
     quick : bool
         Whether those of its small version are meant.
     """
-    found = load_sweep(SCENARIOS / f"reproduce_{part}{'_quick' if quick else ''}.toml").scenarios
+    found = load_sweep(_file(part, quick)).scenarios
     attacked = {scenario: scenario for scenario in found if not scenario.is_control}
     controls = {scenario.control: scenario for scenario in reversed(attacked)}
     return dict(sorted((attacked | controls).items(), key=lambda pair: (pair[0].seed, pair[0].is_control)))
+
+
+def _file(part: str, quick: bool) -> Path:
+    return SCENARIOS / f"reproduce_{part}{'_quick' if quick else ''}.toml"
 
 
 def computed(part: str, measure: Measure, path: Path, *, quick: bool, minutes: float, workers: int) -> int:
@@ -191,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise InputError(f"reproduce: expected one of {', '.join(EXPERIMENTS)}, found {unknown[0]!r:.80}")
     end = time.monotonic() + 60 * options.minutes
     for name, part, measure in _parts(options.name or list(EXPERIMENTS)):
+        if options.quick and not _file(part, quick=True).exists():
+            continue  # what is small already, or needs data that not every machine has
         path, left = table_of(part, quick=options.quick), (end - time.monotonic()) / 60
         missing = computed(part, measure, path, quick=options.quick, minutes=left, workers=options.workers)
         print(f"{name}: {part}: " + (f"{count(missing, 'run')} missing yet: call this again" if missing else "done"))

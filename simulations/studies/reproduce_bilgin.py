@@ -15,15 +15,16 @@ from gradlens.run import Run
 from gradlens.words import with_interval
 from simulations import Scenario
 from simulations.assemble import Federation, assemble
+from simulations.measure import attack_success
 from simulations.studies.results import Finding, markdown
-from simulations.training import load_state, outputs
+from simulations.training import load_state, one_thread, outputs
 
+CONTROL_SAMPLES = 1_000
 EARLY = 5  # rounds in which the notebook's anomaly shows
 MALICIOUS = (0.00836, 0.00701, 0.00588, 0.00455, 0.00284)  # m of the malicious client in rounds 1 to 5
 BENIGN = (0.00256, 0.00235, 0.00216, 0.00200, 0.00209)  # mean of m over the benign ones
 SPREAD = "0.0018 to 0.0026"  # of the mean over the benign clients
 LATE_AUC, ACCURACY, BACKDOOR = 0.439, (0.3843, 0.6206), 0.1364
-MEASURED = {"accuracy": "main_accuracy", "asr": "asr"}
 COLUMNS = ["round", "layer", "is_final_bias", "malicious", "benign", "benign_max", "auc", "rank", "accuracy", "asr",
            "drift", "expected"]  # fmt: skip
 CLEAR, CHANCE = 0.9, 0.7  # AUC from which on m tells attackers apart; below which it hardly does
@@ -52,16 +53,33 @@ def measured(run: Run, scenario: Scenario) -> pd.DataFrame:
         round), drift and expected (as of `drifts`; in the rows of the final bias).
     """
     federation = assemble(scenario)
-    metrics = run.metrics.set_index("round")
+    accuracies, rates = run.metrics["main_accuracy"].tolist(), success_rates(run, federation)
     rows = []
     for round_ in run.log:
         attacking = federation.cohorts[round_.index].attacking
-        after = {name: float(metrics[column].get(round_.index, np.nan)) for name, column in MEASURED.items()}
+        after = {"accuracy": accuracies[round_.index], "asr": rates[round_.index]}
         for layer in run.model.parameters:
             is_bias = layer == run.model.final_bias
             row = {"round": round_.index, "layer": layer, "is_final_bias": is_bias} | _figures(round_, layer, attacking)
             rows.append(row | after | (drifts(federation, round_, attacking) if is_bias and attacking.any() else {}))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def success_rates(run: Run, federation: Federation) -> list[float]:
+    """ASR after each round; in a control that of the attack which it is the control of, on 1,000 samples at most.
+
+    Parameters
+    ----------
+    run : Run
+        The recording.
+    federation : Federation
+        Of the attacked scenario that it is, or is the control of.
+    """
+    if run.metrics.get("asr", pd.Series(dtype=float)).notna().any():
+        return run.metrics["asr"].tolist()
+    x, wanted = (part[:CONTROL_SAMPLES] for part in federation.goal)
+    with one_thread():
+        return [attack_success((x, wanted), federation.model, state) for state in run.states()]
 
 
 def deviation(updates: np.ndarray) -> np.ndarray:
@@ -140,9 +158,10 @@ def findings(exact: pd.DataFrame, conditions: pd.DataFrame) -> list[Finding]:
     exact, conditions : DataFrame
         Rows of `measured`, with the columns of `reproduce.computed`.
     """
-    attacked = exact[~exact["control"] & exact["is_final_bias"]]
-    if not len(attacked):
+    if not len(exact):
         return []
+    bias = exact[exact["is_final_bias"]]
+    attacked, free = bias[~bias["control"]], bias[bias["control"]]
     early, late = attacked[attacked["round"] < EARLY], attacked[attacked["round"] >= EARLY]
     ratio = early.assign(value=early["malicious"] / early["benign"])
     first, last = _first(attacked), attacked["round"].max()
@@ -150,19 +169,20 @@ def findings(exact: pd.DataFrame, conditions: pd.DataFrame) -> list[Finding]:
         *((f"{RATIO}, round {index + 1}", f"{theirs / others:.2f}", _over_seeds(ratio[ratio["round"].eq(index)]))
           for index, (theirs, others) in enumerate(zip(MALICIOUS, BENIGN, strict=True))),
         ("the malicious client has the largest m, rounds 1 to 5", "5 of 5", _over_seeds(first, 0, 1)),
-        ("the same client where nobody attacks", "–", _over_seeds(_first(exact[exact["control"]]), 0, 1)),
+        ("the same client where nobody attacks", "–", _over_seeds(_first(free), 0, 1)),
         ("AUC of m, rounds 6 to 25", f"{LATE_AUC:.2f}", _over_seeds(late.assign(value=late["auc"]), 0, 1)),
         ("mean m of the benign clients", SPREAD, _over_seeds(attacked.assign(value=attacked["benign"]), digits=4)),
         ("main accuracy after round 1", f"{ACCURACY[0]:.2f}", _at(attacked, "accuracy", 0)),
         ("main accuracy after round 25", f"{ACCURACY[1]:.2f}", _at(attacked, "accuracy", last)),
         ("ASR on the images trained on, after round 25", f"{BACKDOOR:.2f}", _at(attacked, "asr", last)),
+        ("the same images where nobody attacks", "–", _at(free, "asr", last)),
     ]  # fmt: skip
     return [Finding(claim, theirs, ours, DEVIATION) for claim, theirs, ours in measured]
 
 
 def _first(rows: pd.DataFrame) -> pd.DataFrame:
     """Whether the largest m is the attacker's, in the first rounds."""
-    rows = rows[rows["is_final_bias"] & (rows["round"] < EARLY)]
+    rows = rows[rows["round"] < EARLY]
     return rows.assign(value=rows["rank"].eq(1.0))
 
 
