@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "reports"
+ADAPTERS = REPORTS / "gauntlet_adapters.csv"
 PAGES = ROOT / "docs" / "results"
 README, BEGIN, END = ROOT / "README.md", "<!-- Written by docs/results.py: -->\n", "<!-- . -->\n"
 NOTE = "<!-- Written by docs/results.py from the tables in reports/. Do not edit. -->\n\n"
@@ -26,11 +27,15 @@ BENCH = {
 
 def pages() -> dict[str, str]:
     """Name -> text of every page that is made of tables."""
-    from simulations.studies import attacks, cases, defenses, gauntlet_figures, gauntlet_page
+    from simulations.studies import attacks, cases, defenses, gauntlet_figures, gauntlet_page, reproduce
 
-    return {
+    later = {}
+    if ADAPTERS.exists():
+        later["adapters.md"] = titled("Adapters", adapters())
+    if any(reproduce.table_of(part).exists() for each in reproduce.EXPERIMENTS.values() for part in each.parts):
+        later["reproduced.md"] = titled("The seed papers, reproduced", reproduce.section())
+    return later | {
         "cases.md": titled("Cases", cases.section(cases.committed())),
-        "adapters.md": titled("Adapters", adapters()),
         "detectors.md": titled("Detectors", gauntlet_page.section(gauntlet_figures.committed())),
         "defenses.md": titled("Defenses", defenses.section(defenses.committed())),
         "attacks.md": titled("Attacks", attacks.section(*attacks.committed())),
@@ -42,7 +47,6 @@ def adapters() -> str:
     """What of the detectors and of the case carries over to low-rank adapters."""
     from simulations.studies import cases, gauntlet_figures, gauntlet_page
 
-    table = gauntlet_figures.CSV.with_name("gauntlet_adapters.csv")
     judged = cases.committed()
     judged = judged[judged["kind"].str.endswith(", adapters")]
     parts = [
@@ -50,7 +54,7 @@ def adapters() -> str:
         "trained: a classifier of Shakespeare's speakers, where a phrase is the trigger, and a model of the next word, "
         "where a sentence is to end as the attacker wants. Adapters have no final layer, so what rests on it abstains; "
         "everything else judges the products of the pairs.",
-        re.sub(r"\A## .*\n+", "", gauntlet_page.section(gauntlet_figures.committed(table), "gauntlet_adapters")),
+        re.sub(r"\A## .*\n+", "", gauntlet_page.section(gauntlet_figures.committed(ADAPTERS), "gauntlet_adapters")),
         "## Cases",
         cases.adapters_text(cases.committed()),
         *([cases.attacked_text(judged)] if len(judged) else []),
