@@ -104,7 +104,8 @@ def section(figures: pd.DataFrame, page: str = "gauntlet") -> str:
         f"{len(ranked)} detectors against {working['family'].nunique()} attacks that work, in {_count_cells(working)} "
         "cells (task, partition, attack, way of drawing clients), per client over a run. The table shows the "
         f"{len(rows)} best on average; all of them, cell by cell with intervals, are in "
-        f"[`reports/{page}.html`](reports/{page}.html). `make {page.replace('_', '-')}` runs it."
+        f"[`reports/{page}.html`](reports/{page}.html). `make {page.replace('_', '-')}` runs it"
+        f"{', `make gauntlet SEEDS=7,8 FAMILIES=trigger` a part of it' if page == 'gauntlet' else ''}."
     )
     body = markdown(columns, [[row[title] for title in columns] for row in rows])
     return "\n\n".join(
