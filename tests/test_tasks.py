@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from gradlens.errors import InputError
-from simulations.tasks import Task, build_model, cross_entropy, images, load_task
+from simulations.tasks import TASKS, Task, build_model, cross_entropy, images, load_task
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_an_unknown_task_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as refused:
         load_task("digitz")
-    assert "expected digits, shakespeare_chars, shakespeare_words, breast_cancer, a folder" in str(refused.value)
+    assert f"expected {', '.join(TASKS)}, a folder" in str(refused.value)
     assert "found 'digitz'" in str(refused.value)
     assert "\n" not in str(refused.value)
 
