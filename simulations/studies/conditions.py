@@ -11,8 +11,8 @@ CELL = ["task", "setting", "partition", "family"]  # the columns that name a cel
 TASK_NAMES = {
     "fashion_mnist": "Fashion-MNIST",
     "digits": "digits",
-    "shakespeare_speakers": "speakers, adapters",
-    "shakespeare_words": "words, adapters",
+    "shakespeare_speakers": "speakers (LoRA)",
+    "shakespeare_words": "next word (LoRA)",
 }
 ADAPTIVE = {  # attacks made to pass for benign
     "constrain_and_scale", "norm_bound", "layer_substitution", "train_and_scale", "hiding", "a_little_is_enough",
