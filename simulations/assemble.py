@@ -18,9 +18,20 @@ from simulations.components import build, live_filter
 from simulations.partition import Split
 from simulations.randomness import Stream, address
 from simulations.scenario import Scenario
-from simulations.starting_model import servers_samples, starting_model
+from simulations.starting_model import pretrained, servers_samples, with_adapters
 from simulations.tasks import Task, build_model, load_task, without_samples
-from simulations.training import Dataset, Engine, LocalSGD, buffers, device_for, engine_for, outputs, prepared, state_of
+from simulations.training import (
+    Dataset,
+    Engine,
+    LocalSGD,
+    buffers,
+    device_for,
+    engine_for,
+    load_state,
+    outputs,
+    prepared,
+    state_of,
+)
 
 Goal = tuple[np.ndarray, np.ndarray]  # held-out attacked samples, and the label that each should get
 
@@ -172,7 +183,7 @@ def model_of(scenario: Scenario) -> nn.Module:
     Raises
     ------
     InputError
-        As `build_model` and `starting_model`; or if a task's own model does not answer a number per class.
+        As `build_model`, `pretrained` and `with_adapters`; or if a task's own model does not answer a number per class.
 
     Examples
     --------
@@ -180,10 +191,13 @@ def model_of(scenario: Scenario) -> nn.Module:
     >>> list(state_of(model_of(Scenario(adapters={"modules": ["fc1"]}))))
     ['fc1.lora_A.weight', 'fc1.lora_B.weight']
     """
-    task = _all_of(scenario)
+    task, seed = _all_of(scenario), scenario.seed
+    model = build_model(task, scenario.model, seed)
     if scenario.model == "own":
-        _check_answers(build_model(task, "own", scenario.seed), task)
-    return starting_model(task, scenario.model, scenario.seed, scenario.pretraining, scenario.adapters, scenario.device)
+        _check_answers(model, task)
+    if scenario.pretraining is not None:
+        load_state(model, pretrained(task, scenario.model, seed, scenario.pretraining, scenario.device))  # type: ignore[arg-type]
+    return model if scenario.adapters is None else with_adapters(model, scenario.adapters, seed)
 
 
 def split_of(task: Task, scenario: Scenario) -> Split:

@@ -11,7 +11,7 @@ from torch import nn
 from gradlens.errors import InputError
 from simulations.randomness import GENERATOR, Stream, address
 from simulations.tasks import Loss, Task, build_model
-from simulations.training import State, device_for, load_state, one_thread, state_of
+from simulations.training import State, device_for, one_thread, state_of
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
@@ -251,48 +251,3 @@ def _freeze(model: nn.Module) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)
             module.register_buffer(name, parameter.detach(), persistent=False)
-
-
-def starting_model(
-    task: Task, model: str, seed: int, pretraining: Pretraining | None, adapters: Adapters | None, device: str = "cpu"
-) -> nn.Module:
-    """Builds the model that a federation starts from.
-
-    Parameters
-    ----------
-    task : Task
-        The data of the server and the clients.
-    model : str
-        As for `build_model`.
-    seed : int
-        Of all that is drawn.
-    pretraining : Pretraining, optional
-        The server's; None: the model is as initialized.
-    adapters : Adapters, optional
-        What is trained instead of the model; None: the model itself.
-    device : str
-        Where the server trains.
-
-    Returns
-    -------
-    torch.nn.Module
-        On the CPU.
-
-    Raises
-    ------
-    InputError
-        As `pretrained` and `with_adapters`.
-
-    Examples
-    --------
-    >>> from simulations.tasks import load_task
-    >>> starting_model(load_task("digits"), "mlp", 0, None, None)
-    MLP(
-      (fc1): Linear(in_features=64, out_features=32, bias=True)
-      (fc2): Linear(in_features=32, out_features=10, bias=True)
-    )
-    """
-    built = build_model(task, model, seed)
-    if pretraining is not None:
-        load_state(built, pretrained(task, model, seed, pretraining, device))  # type: ignore[arg-type]
-    return built if adapters is None else with_adapters(built, adapters, seed)

@@ -9,7 +9,6 @@ the results show of it.
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +20,6 @@ from gradlens.case import Null, investigate
 from gradlens.case.null import null_of
 from gradlens.case.shipped import reference
 from gradlens.case.sums import sums_of
-from gradlens.errors import InputError
 from gradlens.evaluation import mean_interval
 from gradlens.processes import processes
 from gradlens.reporting.page import number
@@ -29,11 +27,10 @@ from gradlens.reporting.shared import poisoners
 from gradlens.words import with_interval
 from simulations import Scenario, load_sweep, run
 from simulations.scenario import SCENARIOS
-from simulations.studies.conditions import family
+from simulations.studies.conditions import family, is_here
 from simulations.studies.reference_settings import setting
 from simulations.studies.results import REPORTS, append, markdown, run_as_command, share
 from simulations.studies.shipped_reference import ended, odd_variants
-from simulations.tasks import load_task
 
 CSV = REPORTS / "cases.csv"
 UNSEEN, FREE = (*range(2_000, 2_008), "digits iid", "digits dirichlet"), range(700, 725)
@@ -168,16 +165,6 @@ def own_null(base: Scenario) -> Null:
     return null_of(recordings, reference().scoring)
 
 
-@cache
-def _is_here(task: str) -> bool:
-    """Whether the data of a task are on this machine."""
-    try:
-        load_task(task)
-    except InputError:
-        return False
-    return True
-
-
 def _of(job: Job) -> tuple[str, int]:
     """The setting of a recording and its number of clients, by which its own null is known."""
     return job[0]["setting"], job[1].num_clients
@@ -187,7 +174,7 @@ def computed(path: Path, minutes: float, workers: int) -> int:
     """Judges what is missing for some minutes; the number of recordings that are still missing."""
     keys = ["kind", "setting", "family", "malicious", "seed"]
     done = set(pd.read_csv(path)[keys].itertuples(index=False, name=None)) if path.exists() else set()
-    missing = [job for job in jobs() if tuple(job[0].values()) not in done and _is_here(job[1].task)]
+    missing = [job for job in jobs() if tuple(job[0].values()) not in done and is_here(job[1].task)]
     end = time.monotonic() + 60 * minutes
     with processes(workers) as pool:
         settings = {

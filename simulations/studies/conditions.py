@@ -1,11 +1,14 @@
 """What a simulated run is about, in words: the attack, the task, the partition and the way clients are drawn."""
 
 from collections.abc import Iterable
+from functools import cache
 
 import pandas as pd
 
+from gradlens.errors import InputError
 from gradlens.run import Sweep
 from simulations import Scenario
+from simulations.tasks import load_task
 
 CELL = ["task", "setting", "partition", "family"]  # the columns that name a cell of the gauntlet
 TASK_NAMES = {
@@ -68,6 +71,16 @@ def cell_of(scenario: Scenario) -> dict[str, str]:
         "partition": next(iter(scenario.partition)),
         "family": family(scenario.attack),
     }
+
+
+@cache
+def is_here(task: str) -> bool:
+    """Whether the data of a task are on this machine."""
+    try:
+        load_task(task)
+    except InputError:
+        return False
+    return True
 
 
 def control_asr(sweep: Sweep) -> pd.Series:

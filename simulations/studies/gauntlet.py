@@ -19,7 +19,6 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from gradlens.processes import processes
 from simulations import Scenario, run_sweep
 from simulations.studies import gauntlet_page as page
 from simulations.studies import gauntlet_scores as scores
-from simulations.studies.conditions import main_part
+from simulations.studies.conditions import is_here, main_part
 from simulations.studies.gauntlet_figures import OUT, Tables
 from simulations.studies.gauntlet_scores import (
     ATTACK_FREE_SEED,
@@ -41,7 +40,6 @@ from simulations.studies.gauntlet_scores import (
     scenarios,
 )
 from simulations.studies.results import ROOT, run_as_command
-from simulations.tasks import load_task
 
 PART = ROOT / "runs" / "gauntlet_part"  # of what is no whole setting
 SETTINGS = ("digits", "fashion_mnist", "sampled")
@@ -108,15 +106,9 @@ def _names(option: str) -> list[str]:
     return [name.strip() for name in option.split(",") if name.strip()]
 
 
-@cache
 def has_data(setting: str) -> bool:
     """Whether the dataset of a setting is here."""
-    task = scenarios(setting)[0].task
-    try:
-        load_task(task)
-    except InputError:
-        return False
-    return True
+    return is_here(scenarios(setting)[0].task)
 
 
 def cells(

@@ -7,15 +7,13 @@ from memory alone it is not quoted.
 import numpy as np
 import pandas as pd
 
-from gradlens.evaluation import mean_interval
 from gradlens.geometry import pairwise_cosines
 from gradlens.log import Round
 from gradlens.run import Run
-from gradlens.words import with_interval
 from simulations import Scenario
 from simulations.assemble import assemble
 from simulations.studies.reproduce_bilgin import deviation, success_rates
-from simulations.studies.results import Finding, markdown
+from simulations.studies.results import Finding, markdown, over_seeds
 
 COLUMNS = ["round", "since", "accuracy", "asr", "norm", "norm_rank", "cosine_rank", "bias_rank", "clients"]
 DEVIATION = "bilgin_cnn in place of ResNet-18, trained by the server for eight epochs; 100 images per client"
@@ -148,5 +146,4 @@ def _how(attack: str) -> str:
 
 def _at(rows: pd.DataFrame, since: int, column: str, most: float = 1.0) -> str:
     """The mean of a figure so many rounds after the first attack, with its interval over seeds."""
-    seeds = rows[rows["since"].eq(since)].groupby("seed")[column].mean()
-    return with_interval(float(seeds.mean()), *mean_interval(seeds, 0, most)) if len(seeds) else "–"
+    return over_seeds(rows[rows["since"].eq(since)], column, most=most)

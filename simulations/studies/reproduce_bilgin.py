@@ -16,7 +16,7 @@ from gradlens.words import with_interval
 from simulations import Scenario
 from simulations.assemble import Federation, assemble
 from simulations.measure import attack_success
-from simulations.studies.results import Finding, markdown
+from simulations.studies.results import Finding, markdown, over_seeds
 from simulations.training import load_state, one_thread, outputs
 
 CONTROL_SAMPLES = 1_000
@@ -193,13 +193,11 @@ def _at(rows: pd.DataFrame, column: str, index: int) -> str:
 
 
 def _over_seeds(rows: pd.DataFrame, least: float = 0, most: float = np.inf, digits: int = 2) -> str:
-    """The mean of the column value with its interval over seeds; "" without rows."""
-    seeds = rows.groupby("seed")["value"].mean()
-    if not len(seeds):
-        return ""
-    low, high = mean_interval(seeds, least, most)
+    """The mean of the column value with its interval over seeds."""
     if digits == 2:
-        return with_interval(float(seeds.mean()), low, high)
+        return over_seeds(rows, "value", least, most)
+    seeds = rows.groupby("seed")["value"].mean()
+    low, high = mean_interval(seeds, least, most)
     return f"{seeds.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 

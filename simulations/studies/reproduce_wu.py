@@ -27,7 +27,7 @@ from simulations.studies.pruning_steps import (
     TUNED_ALONE,
     Case,
 )
-from simulations.studies.results import Finding, markdown
+from simulations.studies.results import Finding, markdown, over_seeds
 from simulations.training import one_thread
 
 ASR, LEFT, LOST = 0.997, 0.019, 5.5  # before, and after both steps, with the points of accuracy lost
@@ -140,8 +140,7 @@ def _steps(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _figure(rows: pd.DataFrame, step: str, column: str) -> str:
-    seeds = rows[rows["step"].eq(step)].groupby("seed")[column].mean()
-    return with_interval(float(seeds.mean()), *mean_interval(seeds, 0, 1)) if len(seeds) else "–"
+    return over_seeds(rows[rows["step"].eq(step)], column)
 
 
 def _points(rows: pd.DataFrame, step: str) -> str:

@@ -9,7 +9,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from gradlens.errors import InputError
+from gradlens.evaluation import mean_interval
 from gradlens.plots import percent
+from gradlens.words import with_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORTS = ROOT / "reports"
@@ -93,6 +95,22 @@ def append(rows: pd.DataFrame, path: Path, *, new: bool = False, float_format: s
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = "w" if new else "a"
     rows.to_csv(path, mode=mode, header=new, index=False, lineterminator="\n", float_format=float_format)
+
+
+def over_seeds(rows: pd.DataFrame, column: str, least: float = 0, most: float = 1) -> str:
+    """The mean of a column with its interval over seeds; an en dash without rows.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        With a column seed.
+    column : str
+        What is averaged, first over each seed.
+    least, most : float
+        The range of the figure.
+    """
+    seeds = rows.groupby("seed")[column].mean()
+    return with_interval(float(seeds.mean()), *mean_interval(seeds, least, most)) if len(seeds) else "–"
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
