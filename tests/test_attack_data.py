@@ -11,7 +11,14 @@ from gradlens.errors import InputError
 from simulations.attacks.attack import Attack, Pool, function_named
 from simulations.attacks.pools import edge_case, semantic, writer_class
 from simulations.attacks.relabeling import all_to_one, inversion, label_flip
-from simulations.attacks.triggers import blend, distributed_trigger, phrase_trigger, text_trigger, trigger
+from simulations.attacks.triggers import (
+    blend,
+    centralized_trigger,
+    distributed_trigger,
+    phrase_trigger,
+    text_trigger,
+    trigger,
+)
 from simulations.partition import Split
 from test_attacks import LETTERS, image_task, pool_of, split_of, text_task
 
@@ -136,6 +143,13 @@ def test_each_malicious_client_stamps_its_part():
     assert (goal[:, :, [0, 3], :4] == 1).all()
     assert (goal[:, :, [0, 3], 6:] == 1).all()
     assert len(labels) == 36
+
+
+def test_in_the_centralized_attack_every_malicious_client_knows_the_whole_trigger():
+    central, parts, dark = centralized_trigger(), distributed_trigger(), np.zeros((1, 1, 28, 28), np.float32)
+    assert central.parts == 1
+    for part in (None, 0, 3):
+        np.testing.assert_array_equal(central.stamp(TASK, dark, part), parts.stamp(TASK, dark, None))
 
 
 def test_a_distributed_trigger_outside_the_image_is_one_line():

@@ -1,5 +1,6 @@
 """The seed papers in small: what is measured, that it goes on where it stopped, and that it points the papers' way."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +16,12 @@ from simulations.measure import attack_success
 from simulations.studies import reproduce
 from simulations.studies import reproduce_bagdasaryan as bagdasaryan
 from simulations.studies import reproduce_bilgin as bilgin
+from simulations.studies import reproduce_dba as dba
+from simulations.studies import reproduce_lfighter as lfighter
+from simulations.studies import reproduce_sun as sun
 from simulations.studies import reproduce_wu as wu
 from simulations.studies.pruning_steps import BOTH, DELTAS, NOTHING
+from simulations.studies.reproduce_outcomes import outcomes
 
 SCENARIO = Scenario(
     num_clients=5, rounds=2, samples_per_client=40, batch_size=40, learning_rate=0.1,
@@ -159,7 +164,7 @@ def test_bagdasaryan_in_small_points_the_papers_way(quick):
 
 
 def test_wu_in_small_points_the_papers_way(quick):
-    (table,) = quick["wu"]
+    table, cifar10 = quick["wu"]
     steps = table[table["part"].eq("steps") & ~table["control"]].groupby("step")["asr"].mean()
     assert steps[NOTHING] > 0.5  # the backdoor is there,
     assert steps[BOTH] < steps[NOTHING]  # and the steps lower it
@@ -168,8 +173,8 @@ def test_wu_in_small_points_the_papers_way(quick):
     layers = table[table["part"].eq("layers")]
     assert layers["layer"].unique().tolist() == ["conv1", "conv2", "fc1", "fc2"]
     assert layers.groupby("run").size().tolist() == [4 * len(DELTAS)] * 2
-    assert all("nan" not in finding.ours for finding in wu.findings(table))
-    assert "`conv2`" in wu.text(table)
+    assert all("nan" not in finding.ours for finding in wu.findings(table, cifar10))
+    assert "`conv2`" in wu.text(table, cifar10)
 
 
 def test_bilgin_in_small_points_the_papers_way(quick):
@@ -185,3 +190,57 @@ def test_bilgin_in_small_points_the_papers_way(quick):
     findings = bilgin.findings(exact, conditions)
     assert all(finding.ours and "nan" not in finding.ours for finding in findings)
     assert "**Which gradients:**" in bilgin.text(exact, conditions)
+
+
+def test_sun_in_small_points_the_papers_way(quick):
+    table, femnist = quick["sun"]
+    attacked, control = table[~table["control"] & table["attackers"].gt(0)], table[table["control"]]
+    clipped = attacked["aggregator"].str.startswith("norm_clipping")
+    assert attacked.loc[~clipped, "asr"].mean() > 0.5  # without a defense the backdoor is there,
+    assert attacked.loc[clipped, "asr"].max() < 0.2  # and a bound stops it
+    assert control["asr"].max() < 0.2
+    accuracies = control.groupby("aggregator")["accuracy"].mean()
+    assert accuracies.max() - accuracies.min() < 0.05  # and costs nothing
+    assert (control["norm_90"] >= control["norm"]).all()
+    assert "boosted" in sun.text(table, femnist)
+    assert sun.findings(table, femnist)
+
+
+def test_dba_in_small_replaces_the_model_and_lasts(quick):
+    """The paper's difference between parts and the whole needs its size; that both are there at once does not."""
+    single, multi = quick["dba"]
+    attacked = single[~single["control"]]
+    assert attacked.loc[attacked["since"].eq(0), "asr"].min() > 0.9
+    assert attacked.loc[attacked["since"].eq(10), "asr"].min() > 0.5
+    assert single.loc[single["control"], "asr"].max() < 0.2
+    assert dba.findings(single, multi)
+    assert dba.text(single, multi) == "FoolsGold was not run yet."
+
+
+def test_outcomes_count_rounds_from_the_last_attack(tmp_path):
+    scenario = SCENARIO.replace(schedule={"single_round": {"at": 0}}, detector="layer_norms")
+    rows = outcomes(simulate(scenario, tmp_path / "attacked"), scenario)
+    assert rows["since"].tolist() == [0, 1]
+    assert rows["attackers"].tolist() == [1, 0]
+    assert rows["dropped_malicious"].between(0, 1).all()
+    assert outcomes(simulate(scenario.control, tmp_path / "control"), scenario)["asr"].notna().all()
+
+
+def test_rules_and_filters_are_told_apart():
+    rows = [
+        {"run": f"{rule}{detector}{seed}{control}", "seed": seed, "control": control, "aggregator": rule,
+         "detector": detector, "round": index, "asr": 0.1 if control else asr, "accuracy": 0.9,
+         "dropped_malicious": 0.5 if detector != "none" else np.nan, "dropped_benign": 0.0}
+        for rule, detector, asr in (("mean", "none", 0.5), ("median", "none", 0.4), ("mean", "lfighter", 0.2))
+        for control in (False, True) for seed in (0, 1) for index in range(8)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    found = {finding.claim: finding for finding in lfighter.findings(table, pd.DataFrame())}
+    assert found["MNIST: ASR, no attack"].ours.startswith("0.10 [")
+    assert found["MNIST: ASR, mean"].ours.startswith("0.50 [")
+    assert found["MNIST: ASR, lfighter"].ours.startswith("0.20 [")
+    assert found["MNIST: ASR, lfighter"].paper == "0.01"
+    assert found["MNIST: ASR, median"].paper == "–"
+    assert re.search(
+        r"\| 0\.20 \S+\s\S+ \| 0\.90 \S+\s\S+ \| 0\.50 \S+\s\S+ \| 0\.00 ", lfighter.text(table, pd.DataFrame())
+    )

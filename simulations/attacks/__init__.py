@@ -48,6 +48,7 @@ from simulations.attacks.sending import (
 )
 from simulations.attacks.triggers import (
     blend,
+    centralized_trigger,
     distributed_trigger,
     feature_trigger,
     phrase_trigger,
@@ -83,6 +84,7 @@ ATTACKS: Mapping[str, Callable[..., Attack]] = {  # in the order in which parts 
     "trigger": trigger,
     "blend": blend,
     "distributed_trigger": distributed_trigger,
+    "centralized_trigger": centralized_trigger,
     "text_trigger": text_trigger,
     "feature_trigger": feature_trigger,
     "phrase_trigger": phrase_trigger,

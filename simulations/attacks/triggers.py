@@ -3,6 +3,7 @@
 Samples that have the wanted label already are never eligible. Pixels are in [0, 1].
 """
 
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
@@ -172,6 +173,50 @@ def distributed_trigger(
         return _painted(x, bars if part is None else [bars[part % parts]], 1.0)
 
     return Attack(to_target(target_label), target_label, eligible=all_but(target_label), stamp=stamp, parts=parts)
+
+
+@attack_part
+def centralized_trigger(
+    target_label: Label = 2,
+    parts: Count = 4,
+    width: Count = 4,
+    height: Count = 1,
+    row_gap: Label = 2,
+    column_gap: Label = 2,
+    row: Label = 0,
+    column: Label = 0,
+) -> Attack:
+    """Stamps all bars of `distributed_trigger` at once: the centralized attack that DBA is compared with [1]_.
+
+    Stage: data. The attacker needs its own samples alone.
+
+    Parameters
+    ----------
+    target_label, parts, width, height, row_gap, column_gap, row, column : int
+        As of `distributed_trigger`.
+
+    Returns
+    -------
+    Attack
+        Eligible are all classes but the target. Stamping raises InputError where a bar leaves the image.
+
+    Notes
+    -----
+    The bars lie where those of `distributed_trigger` lie.
+
+    **Fails when** few poisoned samples do not teach it, as `trigger`.
+
+    References
+    ----------
+    .. [1] Xie et al. 2020, "DBA" (ICLR).
+
+    Examples
+    --------
+    >>> centralized_trigger(parts=2).parts
+    1
+    """
+    bars = distributed_trigger(target_label, parts, width, height, row_gap, column_gap, row, column)
+    return replace(bars, stamp=lambda task, x, part: bars.stamp(task, x, None), parts=1, calls=())
 
 
 @attack_part

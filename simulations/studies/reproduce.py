@@ -1,9 +1,9 @@
-"""Reproduces the seed papers in parts: `python -m simulations.studies.reproduce NAME`, or `make reproduce-NAME`.
+"""Reproduces the seed papers, and single figures of others: `python -m simulations.studies.reproduce NAME`.
 
-An experiment is made of parts, each a scenario file and a function that measures its runs. A run is simulated, measured
-and deleted; its rows go to `reports/reproduced_PART.csv` as soon as they are there, and the next call goes on. With
-`--quick` the small version of every part is done, whose rows go to `runs/`. What came of it stands beside the papers'
-figures in `docs/results/reproduced.md`.
+`make reproduce-NAME` calls it. An experiment is made of parts, each a scenario file and a function that measures its
+runs. A run is simulated, measured and deleted; its rows go to `reports/reproduced_PART.csv` as soon as they are there,
+and the next call goes on. With `--quick` the small version of every part is done, whose rows go to `runs/`. What came
+of it stands beside the papers' figures in `docs/results/reproduced.md`.
 """
 
 import argparse
@@ -26,7 +26,11 @@ from simulations import Scenario, load_sweep, run
 from simulations.scenario import SCENARIOS
 from simulations.studies import reproduce_bagdasaryan as bagdasaryan
 from simulations.studies import reproduce_bilgin as bilgin
+from simulations.studies import reproduce_dba as dba
+from simulations.studies import reproduce_lfighter as lfighter
+from simulations.studies import reproduce_sun as sun
 from simulations.studies import reproduce_wu as wu
+from simulations.studies.reproduce_outcomes import outcomes
 from simulations.studies.results import REPORTS, ROOT, Finding, append, markdown, run_as_command
 
 Measure = Callable[[Run, Scenario], pd.DataFrame]  # (run, the attacked scenario that it is, or is the control of)
@@ -69,7 +73,27 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         bagdasaryan.findings,
         bagdasaryan.text,
     ),
-    "wu": Experiment("Wu et al. 2020, arXiv:2011.01767", {"wu": wu.measured}, wu.findings, wu.text),
+    "sun": Experiment(
+        "Sun et al. 2019, arXiv:1911.07963",
+        {"sun": sun.measured, "sun_femnist": sun.measured},
+        sun.findings,
+        sun.text,
+    ),
+    "wu": Experiment(
+        "Wu et al. 2020, arXiv:2011.01767",
+        {"wu": wu.measured, "wu_cifar10": wu.measured},
+        wu.findings,
+        wu.text,
+    ),
+    "dba": Experiment(
+        'Xie et al. 2020, "DBA", ICLR', {"dba": outcomes, "dba_foolsgold": outcomes}, dba.findings, dba.text
+    ),
+    "lfighter": Experiment(
+        'Jebreel et al. 2024, "LFighter", Neural Networks',
+        {"lfighter": outcomes, "lfighter_cifar10": outcomes},
+        lfighter.findings,
+        lfighter.text,
+    ),
 }
 
 
@@ -144,7 +168,7 @@ def _rows(measure: Measure, pair: tuple[Scenario, Scenario]) -> pd.DataFrame:
 
 
 SHOWN = ("task", "model", "pretraining", "partition", "learning_rate", "attack", "poison_rate", "num_malicious",
-         "schedule", "aggregator")  # fmt: skip
+         "schedule", "aggregator", "detector")  # fmt: skip
 
 
 def machine() -> str:

@@ -12,7 +12,8 @@ from gradlens.log import Round
 from gradlens.run import Run
 from simulations import Scenario
 from simulations.assemble import assemble
-from simulations.studies.reproduce_bilgin import deviation, success_rates
+from simulations.studies.reproduce_bilgin import deviation
+from simulations.studies.reproduce_outcomes import success_rates
 from simulations.studies.results import Finding, markdown, over_seeds
 
 COLUMNS = ["round", "since", "accuracy", "asr", "norm", "norm_rank", "cosine_rank", "bias_rank", "clients"]

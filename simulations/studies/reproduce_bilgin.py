@@ -15,11 +15,10 @@ from gradlens.run import Run
 from gradlens.words import with_interval
 from simulations import Scenario
 from simulations.assemble import Federation, assemble
-from simulations.measure import attack_success
+from simulations.studies.reproduce_outcomes import success_rates
 from simulations.studies.results import Finding, markdown, over_seeds
-from simulations.training import load_state, one_thread, outputs
+from simulations.training import load_state, outputs
 
-CONTROL_SAMPLES = 1_000
 EARLY = 5  # rounds in which the notebook's anomaly shows
 MALICIOUS = (0.00836, 0.00701, 0.00588, 0.00455, 0.00284)  # m of the malicious client in rounds 1 to 5
 BENIGN = (0.00256, 0.00235, 0.00216, 0.00200, 0.00209)  # mean of m over the benign ones
@@ -63,23 +62,6 @@ def measured(run: Run, scenario: Scenario) -> pd.DataFrame:
             row = {"round": round_.index, "layer": layer, "is_final_bias": is_bias} | _figures(round_, layer, attacking)
             rows.append(row | after | (drifts(federation, round_, attacking) if is_bias and attacking.any() else {}))
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def success_rates(run: Run, federation: Federation) -> list[float]:
-    """ASR after each round; in a control that of the attack which it is the control of, on 1,000 samples at most.
-
-    Parameters
-    ----------
-    run : Run
-        The recording.
-    federation : Federation
-        Of the attacked scenario that it is, or is the control of.
-    """
-    if run.metrics.get("asr", pd.Series(dtype=float)).notna().any():
-        return run.metrics["asr"].tolist()
-    x, wanted = (part[:CONTROL_SAMPLES] for part in federation.goal)
-    with one_thread():
-        return [attack_success((x, wanted), federation.model, state) for state in run.states()]
 
 
 def deviation(updates: np.ndarray) -> np.ndarray:
