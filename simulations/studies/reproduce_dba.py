@@ -13,7 +13,7 @@ ALONE = {"distributed_trigger": 0.89, "centralized_trigger": 0.21}  # ASR after 
 FOOLED = {"distributed_trigger": 0.9155, "centralized_trigger": 0.0291}  # ASR in round 30 behind FoolsGold, multi-shot
 LAST_ROUNDS = 5
 WORDS = {"distributed_trigger": "in parts", "centralized_trigger": "whole"}
-DEVIATION = "wu_cnn with 128 hidden units, trained by the server before; 500 images per client"
+DEVIATION = "a smaller network, trained by the server before; 500 images per client"
 
 
 def findings(single: pd.DataFrame, multi: pd.DataFrame) -> list[Finding]:
