@@ -290,8 +290,9 @@ def attacked_text(table: pd.DataFrame) -> str:
     idle = sorted(set(attacked_in(table)["family"]) - set(working(table)["family"]))
     return (
         "Attackers found and innocents accused, averaged over the families of attacks that work; in brackets 95 % "
-        "intervals over families.\n\n" + markdown(columns, rows) + "\n\nNot averaged, because they work nowhere here: "
-        f"{', '.join(idle) or 'none'}."
+        "intervals over families.\n\n"
+        + markdown(columns, rows)
+        + (f"\n\nNot averaged, because they work nowhere here: {', '.join(idle)}." if idle else "")
     )
 
 
