@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 EVERYTHING := simulations,data,cluster,files,custody,flower,nvflare,pfl,notebook,docs,dev
 
-.PHONY: install demo test test-frameworks check docs bench reports gauntlet gauntlet-adapters reference cases evidence notebooks clean
+.PHONY: install demo test test-frameworks check docs bench reports gauntlet gauntlet-adapters reference cases evidence notebooks run-notebooks clean
 
 install: .venv/all .venv/frameworks  ## everything that any target needs
 
@@ -110,6 +110,11 @@ evidence: .venv/all  ## verdicts on sketches beside those on whole updates; keep
 
 notebooks: .venv/all  ## opens the notebooks
 	$(BIN)/python -m jupyter lab notebooks
+
+run-notebooks: .venv/all  ## runs every notebook anew and stores what it shows; what they simulate is deleted
+	rm -rf notebooks/runs notebooks/handed_over
+	$(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	rm -rf notebooks/runs notebooks/handed_over
 
 clean:
 	rm -rf .venv .bench runs reports/demo.html docs/_build docs/generated build dist

@@ -120,8 +120,9 @@ def everything(folder: Path, extra: Path) -> None:
             path.unlink()
     for name, text in pages.items():
         write(folder / name, text)
-    notebook = "first_look.ipynb"
-    write(folder / notebook, (ROOT / "notebooks" / f"01_{notebook}").read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        text = path.read_text(encoding="utf-8").replace("](../docs/", "](../")
+        write(folder / path.name.partition("_")[2], text)
     for pattern in REPORTS:
         for path in (ROOT / "reports").glob(pattern):
             (extra / "reports").mkdir(parents=True, exist_ok=True)

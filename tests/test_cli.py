@@ -38,7 +38,7 @@ def planted(tmp_path, model):
 
 COMMANDS = (
     "demo", "simulate", "inspect", "investigate", "detect", "localize", "report", "replay", "verify", "ingest", "list",
-    "doctor",
+    "doctor", "notebook",
 )  # fmt: skip
 
 
@@ -308,6 +308,8 @@ def scenario(tmp_path, text):
         (["localize", "run", "--json", "--csv"], "--csv and --json exclude each other"),
         (["replay", "run", "--json", "--csv"], "--csv and --json exclude each other"),
         (["report", "run", "-o", "x.pdf"], "--out: expected a file that ends in .html, .htm, found x.pdf"),
+        (["notebook", "run", "-o", "x.py"], "--out: expected a file that ends in .ipynb, found x.py"),
+        (["notebook", "nowhere", "-o", "x.ipynb"], "found nothing"),
         (["verify", "run", "--head", "abc"], "--head: expected 64 hexadecimal digits, found 'abc'"),
         (["verify", "run", "--head", "\x1b[31mx"], "found '\\x1b[31mx'"),
         (["list", "detector"], "there is no 'detector'; did you mean detectors?"),

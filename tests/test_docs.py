@@ -64,7 +64,8 @@ def test_links_between_files_lead_somewhere(page):
 
 def generated_names() -> set[str]:
     kinds = {"statistics", "scorers", "detectors", "aggregators", "attacks", "partitions", "schedules"}
-    return {*kinds, "api", "commands", "scenario", "first_look"}
+    notebooks = {path.stem.partition("_")[2] for path in (ROOT / "notebooks").glob("*.ipynb")}
+    return {*kinds, *notebooks, "api", "commands", "scenario"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -14,6 +14,7 @@ from gradlens.cli.inspect import inspect
 from gradlens.cli.installation import EXTRA_OF, doctor, list_names
 from gradlens.cli.investigate import investigate
 from gradlens.cli.localize import localize
+from gradlens.cli.notebook import notebook
 from gradlens.cli.output import safe, say
 from gradlens.cli.replay import replay
 from gradlens.cli.report import report
@@ -40,6 +41,7 @@ for command, example in (
     (detect, "gradlens detect runs/demo/0a1b2c3d4e5f -d final_bias -d layer_norms --csv"),
     (localize, "gradlens localize runs/demo --csv > localized.csv"),
     (report, "gradlens report runs/demo -o reports/demo.html"),
+    (notebook, "gradlens notebook runs/demo/0a1b2c3d4e5f -o first.ipynb"),
     (replay, "gradlens replay runs/demo/0a1b2c3d4e5f -d panel --clean-rounds 10 --fpr 0.02"),
     (verify, "gradlens verify runs/demo/0a1b2c3d4e5f --head 5d41402a..."),
     (seal, "gradlens seal runs/first --key examiner.pem"),
