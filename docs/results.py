@@ -34,6 +34,8 @@ def pages() -> dict[str, str]:
         later["adapters.md"] = titled("Adapters", adapters())
     if any(reproduce.table_of(part).exists() for each in reproduce.EXPERIMENTS.values() for part in each.parts):
         later["reproduced.md"] = titled("The seed papers, reproduced", reproduce.section())
+    if reproduce.table_of("evasion").exists():
+        later["evasion.md"] = titled("Attackers who know the detectors", reproduce.evasion_section())
     return later | {
         "cases.md": titled("Cases", cases.section(cases.committed())),
         "detectors.md": titled("Detectors", gauntlet_page.section(gauntlet_figures.committed())),

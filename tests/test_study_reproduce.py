@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from gradlens import DETECTORS
 from gradlens.errors import InputError
 from simulations import Scenario
 from simulations import run as simulate
@@ -17,6 +18,7 @@ from simulations.studies import reproduce
 from simulations.studies import reproduce_bagdasaryan as bagdasaryan
 from simulations.studies import reproduce_bilgin as bilgin
 from simulations.studies import reproduce_dba as dba
+from simulations.studies import reproduce_evasion as evasion
 from simulations.studies import reproduce_lfighter as lfighter
 from simulations.studies import reproduce_sun as sun
 from simulations.studies import reproduce_wu as wu
@@ -244,3 +246,46 @@ def test_rules_and_filters_are_told_apart():
     assert re.search(
         r"\| 0\.20 \S+\s\S+ \| 0\.90 \S+\s\S+ \| 0\.50 \S+\s\S+ \| 0\.00 ", lfighter.text(table, pd.DataFrame())
     )
+
+
+def test_what_detectors_and_layers_see_is_measured_beside_the_same_clients_in_peace(tmp_path):
+    scenario = SCENARIO.replace(num_clients=8, rounds=4, num_malicious=2, poison_rate=1.0, learning_rate=0.5)
+    attacked = evasion.measured(simulate(scenario, tmp_path / "attacked"), scenario)
+    control = evasion.measured(simulate(scenario.control, tmp_path / "control"), scenario)
+    for rows in (attacked, control):
+        assert list(rows) == evasion.COLUMNS
+        assert set(rows.loc[rows["what"].eq("detector"), "name"]) == set(DETECTORS)
+        assert rows.loc[rows["what"].eq("place"), "auc"].between(0, 1).all()
+        assert rows.loc[rows["what"].eq("outcome"), "asr"].between(0, 1).all()
+    norms = [rows[rows["what"].eq("place") & rows["name"].eq("layer_norms")] for rows in (attacked, control)]
+    assert norms[0]["auc"].max() > norms[1]["auc"].max() + 0.1
+
+
+def test_ways_of_sending_are_words():
+    head = "trigger(size=3, row=0, column=0)"
+    assert evasion.way(head) == "as trained"
+    assert evasion.way(f"{head}+scaling(factor=4)") == "boosted fourfold"
+    assert evasion.way(f"{head}+hiding") == "final bias drawn from the others'"
+    assert evasion.way(f"{head}+hiding(layers=final)+norm_cap") == "final layer drawn from the others', norms capped"
+    known = {evasion.way(scenario.label("attack")) for scenario in reproduce.scenarios_of("evasion")}
+    assert len(known) == 8  # none of the names is lost
+
+
+def test_the_page_says_whether_a_final_layer_signal_survives():
+    rows = []
+    for control in (False, True):
+        for seed in (0, 1):
+            run = {"run": f"{control}{seed}", "control": control, "seed": seed, "partition": "iid"}
+            run |= {"attack": "none" if control else "trigger+hiding(layers=final)+norm_cap"}
+            rows += [
+                run | {"what": "outcome", "asr": 0.0 if control else 0.9, "accuracy": 0.9},
+                run | {"what": "case", "accused": 0.0 if control else 0.5, "innocent": 0},
+                run | {"what": "detector", "name": "panel", "auc": 0.5 if control else 0.9, "tpr": 0.25},
+                run | {"what": "place", "name": "final_bias", "layer": "fc2.bias", "auc": 0.5},
+                run | {"what": "place", "name": "spectral", "layer": "fc1.weight", "auc": 0.5 if control else 0.95},
+            ]
+    text = evasion.text(pd.DataFrame(rows))
+    assert "no signal survives in it" in text
+    assert "The best of any layer is 0.95, by `spectral` in `fc1.weight`; where nobody attacks it is 0.50." in text
+    rows = [row | ({"auc": 0.8} if row.get("name") == "final_bias" and not row["control"] else {}) for row in rows]
+    assert "a signal survives in it" in evasion.text(pd.DataFrame(rows))
