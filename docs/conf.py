@@ -25,6 +25,8 @@ exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = f"gradlens {release}"
 html_extra_path = ["_build/extra"]  # the committed reports, below reports/
+html_static_path = ["static"]
+html_css_files = ["outputs.css"]
 html_copy_source = False
 html_show_sourcelink = False
 
@@ -41,10 +43,7 @@ numpydoc_class_members_toctree = False
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 myst_url_schemes = {"http": None, "https": None, "mailto": None, "report": "../reports/{{path}}"}
-nb_execution_mode = "auto"
-nb_execution_in_temp = True
-nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_mode = "off"  # they are stored as they ran; a test runs them
 nb_merge_streams = True
 
 generate.everything(DOCS / "generated", DOCS / "_build" / "extra")
