@@ -285,7 +285,7 @@ def test_the_page_says_whether_a_final_layer_signal_survives():
                 run | {"what": "place", "name": "spectral", "layer": "fc1.weight", "auc": 0.5 if control else 0.95},
             ]
     text = evasion.text(pd.DataFrame(rows))
-    assert "no signal survives in it" in text
+    assert "no outlier is left in it" in text
     assert "The best of any layer is 0.95, by `spectral` in `fc1.weight`; where nobody attacks it is 0.50." in text
     rows = [row | ({"auc": 0.8} if row.get("name") == "final_bias" and not row["control"] else {}) for row in rows]
     assert "a signal survives in it" in evasion.text(pd.DataFrame(rows))

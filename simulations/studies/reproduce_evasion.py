@@ -140,10 +140,11 @@ def _sentence(attacked: pd.DataFrame, control: pd.DataFrame, hidden: str) -> str
     """Whether the final layer still says anything of those who hide most."""
     rows = attacked[attacked["way"].eq(hidden)]
     final, peace, whole = _final(rows)[1], _final(control)[1], _best(rows)
-    survives = "no signal survives" if final - peace < NOTICEABLE else "a signal survives"
+    survives = "no outlier is left" if final - peace < NOTICEABLE else "a signal survives"
+    hidden_more = " (below 0.5: they are more ordinary than the others)" if final < 0.5 - NOTICEABLE else ""
     return (
         f"**Where attackers are alike in norm and draw their final layer from the others', {survives} in it:** the "
-        f"best AUC of `{'` and `'.join(FINAL)}` is {final:.2f}, and {peace:.2f} for the same clients where nobody "
+        f"best AUC of `{'` and `'.join(FINAL)}` is {final:.2f}{hidden_more}, and {peace:.2f} for the same clients where nobody "
         f"attacks. The best of any layer is {whole[1]:.2f}, by {whole[0]}; where nobody attacks it is "
         f"{_best(control)[1]:.2f}."
     )
