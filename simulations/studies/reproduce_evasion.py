@@ -144,8 +144,8 @@ def _sentence(attacked: pd.DataFrame, control: pd.DataFrame, hidden: str) -> str
     hidden_more = " (below 0.5: they are more ordinary than the others)" if final < 0.5 - NOTICEABLE else ""
     return (
         f"**Where attackers are alike in norm and draw their final layer from the others', {survives} in it:** the "
-        f"best AUC of `{'` and `'.join(FINAL)}` is {final:.2f}{hidden_more}, and {peace:.2f} for the same clients where "
-        f"nobody attacks. The best of any layer is {whole[1]:.2f}, by {whole[0]}; where nobody attacks it is "
+        f"best AUC of `{'` and `'.join(FINAL)}` is {final:.2f}{hidden_more}, and {peace:.2f} for the same clients "
+        f"where nobody attacks. The best of any layer is {whole[1]:.2f}, by {whole[0]}; where nobody attacks it is "
         f"{_best(control)[1]:.2f}."
     )
 
